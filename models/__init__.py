@@ -1,0 +1,1 @@
+"""The models shared by pre-training, rollouts and the learner."""

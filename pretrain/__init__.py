@@ -1,0 +1,1 @@
+"""Supervised training of the models that reinforcement learning starts from."""

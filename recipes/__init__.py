@@ -1,0 +1,1 @@
+"""Recipes: YAML files that fully describe a run, packaged with the distribution."""

@@ -1,0 +1,1 @@
+"""Reward protocol, reward workers and the built-in rewards."""

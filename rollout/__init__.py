@@ -1,0 +1,1 @@
+"""Rollouts of flow-matching models: SDE steps, trajectories, prompt sets, Ray workers."""
