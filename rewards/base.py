@@ -1,0 +1,102 @@
+"""What a reward is: its result, the errors it may raise, and how a recipe asks for it.
+
+A reward is a batch function, or a class with `score` or `__call__`, sync or async, called by keyword:
+
+    score(*, images: list[PIL.Image], prompts: list[str], references: list[PIL.Image | None],
+          metadata: list[dict], **params) -> list[float | None] | RewardOutput
+
+All lists have one entry per sample. `None`, NaN, infinity, an exception or a time-out mean *not scored*:
+the sample is missing and is never given a number in its place.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ON_MISSING = ("mask", "drop_group", "stop")
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Scores of a batch, with named parts for the log.
+
+    `scores` holds one entry per image; `None` means not scored. Each list in `components` is as long as
+    `scores`. Components are logged only: the weight applies to the score, and a missing component masks nothing.
+    """
+
+    scores: Sequence[float | None]
+    components: dict[str, Sequence[float | None]] = field(default_factory=dict)
+
+
+class RewardError(Exception):
+    """Root of every error that concerns a reward."""
+
+
+class RetryableRewardError(RewardError):
+    """Raise it when the infrastructure failed (connection lost, 429, 503): the call is repeated after a back-off.
+
+    `retry_after_s`: seconds the service asked to wait; the back-off is at least that long.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class FatalRewardError(RewardError):
+    """Raise it when no later call can succeed (401, unknown model, exhausted quota): the run stops."""
+
+
+class RewardContractError(FatalRewardError):
+    """A reward broke the protocol (wrong count, wrong type). It is a bug, so it is not retried."""
+
+
+class RewardLoadError(RewardError):
+    """A reward named in a recipe cannot be loaded or called as the protocol asks."""
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward as a recipe asks for it.
+
+    name: a built-in name, `package.module:attribute` or `path/to/file.py:attribute`.
+    weight: factor in the weighted sum; 0 logs the reward without training on it.
+    params: keyword arguments, given to a class when it is made, to a function at every call.
+    timeout_s: time limit of one attempt in seconds.
+    attempts: how often a failing call is made before its samples count as missing.
+    on_missing: `mask` (leave the sample out, keep the group while half of it is scored), `drop_group`, `stop`.
+    max_missing_share: the run stops when more than this share of recent samples is missing.
+    label: name in the log; default the tail of `name`.
+    """
+
+    name: str
+    weight: float = 1.0
+    params: dict[str, Any] = field(default_factory=dict)
+    timeout_s: float = 60.0
+    attempts: int = 3
+    on_missing: str = "mask"
+    max_missing_share: float = 0.25
+    label: str = ""
+
+
+def reward_label(spec: RewardSpec) -> str:
+    """The name under which the scores of `spec` are logged."""
+    return spec.label or spec.name.rpartition(":")[2]
+
+
+def spec_problems(spec: RewardSpec) -> list[str]:
+    """Every value of `spec` that is out of range, each as one sentence; empty when all are fine."""
+    where = f"reward {spec.name!r}"
+    checks = [
+        (math.isfinite(spec.weight), f"weight is {spec.weight}; give a finite number"),
+        (spec.timeout_s > 0, f"timeout_s is {spec.timeout_s}; give a number of seconds above 0"),
+        (spec.attempts >= 1, f"attempts is {spec.attempts}; give 1 or more"),
+        (spec.on_missing in ON_MISSING, f"on_missing is {spec.on_missing!r}; choose from {', '.join(ON_MISSING)}"),
+        (
+            0 <= spec.max_missing_share <= 1,
+            f"max_missing_share is {spec.max_missing_share}; give a share between 0 and 1",
+        ),
+        ("/" not in spec.label, f"label is {spec.label!r}; leave out '/', which divides a label from its component"),
+    ]
+    return [f"{where}: {message}" for fine, message in checks if not fine]
