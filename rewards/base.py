@@ -10,7 +10,7 @@ the sample is missing and is never given a number in its place.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,11 @@ class RewardOutput:
     """Scores of a batch, with named parts for the log.
 
     `scores` holds one entry per image; `None` means not scored. Each list in `components` is as long as
-    `scores`. Components are logged only: the weight applies to the score, and a missing component masks nothing.
+    `scores`. Components are only logged: weights apply to the scores, and a missing component masks nothing.
     """
 
     scores: Sequence[float | None]
-    components: dict[str, Sequence[float | None]] = field(default_factory=dict)
+    components: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
 
 class RewardError(Exception):
@@ -34,7 +34,7 @@ class RewardError(Exception):
 
 
 class RetryableRewardError(RewardError):
-    """Raise it when the infrastructure failed (connection lost, 429, 503): the call is repeated after a back-off.
+    """Raise it when the infrastructure failed (connection lost, 429, 503): the call is made again after a wait.
 
     `retry_after_s`: seconds the service asked to wait; the back-off is at least that long.
     """
@@ -65,7 +65,7 @@ class RewardSpec:
     params: keyword arguments, given to a class when it is made, to a function at every call.
     timeout_s: time limit of one attempt in seconds.
     attempts: how often a failing call is made before its samples count as missing.
-    on_missing: `mask` (leave the sample out, keep the group while half of it is scored), `drop_group`, `stop`.
+    on_missing: `mask` (leave out the sample; the group stays while half of it is scored), `drop_group`, `stop`.
     max_missing_share: the run stops when more than this share of recent samples is missing.
     label: name in the log; default the tail of `name`.
     """
@@ -87,16 +87,12 @@ def reward_label(spec: RewardSpec) -> str:
 
 def spec_problems(spec: RewardSpec) -> list[str]:
     """Every value of `spec` that is out of range, each as one sentence; empty when all are fine."""
-    where = f"reward {spec.name!r}"
     checks = [
         (math.isfinite(spec.weight), f"weight is {spec.weight}; give a finite number"),
         (spec.timeout_s > 0, f"timeout_s is {spec.timeout_s}; give a number of seconds above 0"),
         (spec.attempts >= 1, f"attempts is {spec.attempts}; give 1 or more"),
-        (spec.on_missing in ON_MISSING, f"on_missing is {spec.on_missing!r}; choose from {', '.join(ON_MISSING)}"),
-        (
-            0 <= spec.max_missing_share <= 1,
-            f"max_missing_share is {spec.max_missing_share}; give a share between 0 and 1",
-        ),
-        ("/" not in spec.label, f"label is {spec.label!r}; leave out '/', which divides a label from its component"),
+        (spec.on_missing in ON_MISSING, f"on_missing is {spec.on_missing!r}; choose one of {ON_MISSING}"),
+        (0 <= spec.max_missing_share <= 1, f"max_missing_share is {spec.max_missing_share}; give 0 to 1"),
+        ("/" not in spec.label, f"label is {spec.label!r}; '/' is kept for components, leave it out"),
     ]
-    return [f"{where}: {message}" for fine, message in checks if not fine]
+    return [f"reward {spec.name!r}: {message}" for fine, message in checks if not fine]
