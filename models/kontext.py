@@ -94,12 +94,12 @@ class KontextTransformer(SD3Transformer2DModel):
         return self._unpatchify(self.proj_out(self.norm_out(tokens, time)), target.shape[-2:])
 
     def _num_tokens(self, latents: torch.Tensor) -> int:
-        patch = self.config.patch_size
+        patch = self.pos_embed.patch_size
         return (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
 
     def _unpatchify(self, patches: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """Tokens back to an image: B L (p p C) -> B C H W, size = (H, W)."""
-        patch = self.config.patch_size
+        patch = self.pos_embed.patch_size
         rows, columns = size[0] // patch, size[1] // patch
         grid = patches.unflatten(1, (rows, columns)).unflatten(-1, (patch, patch, self.out_channels))
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(

@@ -38,45 +38,11 @@ TRANSFORMER_CONFIG = dict(
     qk_norm="rms_norm",
 )
 
-_WORDS = (
-    "a",
-    "an",
-    "and",
-    "the",
-    "of",
-    "photo",
-    "two",
-    "three",
-    "four",
-    "red",
-    "green",
-    "blue",
-    "yellow",
-    "orange",
-    "purple",
-    "pink",
-    "black",
-    "white",
-    "brown",
-    "circle",
-    "square",
-    "triangle",
-    "star",
-    "cross",
-    "left",
-    "right",
-    "above",
-    "below",
-    "make",
-    "remove",
-    "add",
-    "replace",
-    "move",
-    "with",
-    "to",
-    "on",
-    "background",
-)
+_VOCABULARY = """
+a an and the of photo two three four red green blue yellow orange purple pink black white brown circle square
+triangle star cross left right above below make remove add replace move with to on background
+"""
+_WORDS = _VOCABULARY.split()
 
 
 def make_tiny_folder(path: str | Path, *, seed: int = 0) -> Path:
