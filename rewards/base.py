@@ -34,7 +34,7 @@ class RewardError(Exception):
 
 
 class RetryableRewardError(RewardError):
-    """Raise it when the infrastructure failed (connection lost, 429, 503): the call is made again after a wait.
+    """Raise it when the infrastructure failed (connection lost, 429, 503): it is called again after a wait.
 
     `retry_after_s`: seconds the service asked to wait; the back-off is at least that long.
     """
@@ -65,8 +65,10 @@ class RewardSpec:
     params: keyword arguments, given to a class when it is made, to a function at every call.
     timeout_s: time limit of one attempt in seconds.
     attempts: how often a failing call is made before its samples count as missing.
-    on_missing: `mask` (leave out the sample; the group stays while half of it is scored), `drop_group`, `stop`.
+    on_missing: `mask` leaves the sample out, and its group when less than half of it is scored; `drop_group`
+        leaves the whole group out at the first missing score; `stop` ends the run.
     max_missing_share: the run stops when more than this share of recent samples is missing.
+    constant_steps: the run stops when all scores of this many steps in a row are equal; 0 switches this off.
     label: name in the log; default the tail of `name`.
     """
 
@@ -76,8 +78,24 @@ class RewardSpec:
     timeout_s: float = 60.0
     attempts: int = 3
     on_missing: str = "mask"
-    max_missing_share: float = 0.25
-    label: str = ""
+    max_missing_share: float = 0.2
+    constant_steps: int = 10
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class RewardSet:
+    """The rewards that together score the images of one stage or evaluation.
+
+    name: how the caller asks for it. task: `t2i` or `edit`. The example prompt and its metadata are what a
+    custom reward is tried on before the run starts: give a real prompt's, since rewards may read metadata.
+    """
+
+    name: str
+    task: str
+    rewards: Sequence[RewardSpec]
+    example_prompt: str = "a red circle on a grey background"
+    example_metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def reward_label(spec: RewardSpec) -> str:
@@ -92,7 +110,8 @@ def spec_problems(spec: RewardSpec) -> list[str]:
         (spec.timeout_s > 0, f"timeout_s is {spec.timeout_s}; give a number of seconds above 0"),
         (spec.attempts >= 1, f"attempts is {spec.attempts}; give 1 or more"),
         (spec.on_missing in ON_MISSING, f"on_missing is {spec.on_missing!r}; choose one of {ON_MISSING}"),
+        (spec.constant_steps >= 0, f"constant_steps is {spec.constant_steps}; give 0 (off) or more"),
         (0 <= spec.max_missing_share <= 1, f"max_missing_share is {spec.max_missing_share}; give 0 to 1"),
-        ("/" not in spec.label, f"label is {spec.label!r}; '/' is kept for components, leave it out"),
+        ("/" not in reward_label(spec), f"label is {spec.label!r}; '/' is kept for components, leave it out"),
     ]
     return [f"reward {spec.name!r}: {message}" for fine, message in checks if not fine]

@@ -1,0 +1,6 @@
+"""Names of the built-in rewards and where each is found. The module behind a name loads when it is used."""
+
+BUILTIN_REWARDS: dict[str, str] = {
+    "geneval_shapes": "rewards.shapes.rewards:GenEvalShapes",
+    "edit_shapes": "rewards.shapes.rewards:EditShapes",
+}

@@ -1,0 +1,209 @@
+"""From the name in a recipe to something that can be called: find it, check its signature, record its source.
+
+Importing this module loads neither torch nor ray; a reward's own imports happen when it is loaded.
+"""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rewards.base import RewardLoadError, RewardSpec, reward_label, spec_problems
+from rewards.builtin import BUILTIN_REWARDS
+from rewards.thread import RewardThread
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL_KEYWORDS = ("images", "prompts", "references", "metadata")
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """Where a reward came from. `path` and `sha256` (of the file's bytes as executed) are set for files."""
+
+    name: str
+    path: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward ready to be called.
+
+    `function` takes the protocol's keywords and `arguments`. `owner` is the instance when the reward is a
+    class (the place of the optional `check` and `readiness`), else None. `thread` runs a blocking reward.
+    """
+
+    spec: RewardSpec
+    label: str
+    source: RewardSource
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    owner: object | None
+    thread: RewardThread = field(default_factory=RewardThread, compare=False)
+
+
+def load_reward(spec: RewardSpec) -> LoadedReward:
+    """Find the reward that `spec` names; a class is instantiated with `spec.params`.
+
+    Raises RewardLoadError when a value is out of range, the reference leads nowhere, or the signature cannot
+    take the protocol's keywords.
+    """
+    problems = spec_problems(spec)
+    if problems:
+        raise RewardLoadError("\n".join(problems))
+    found, source = _resolve(spec.name)
+    loaded = _bind(spec, found, source)
+    logger.info("reward %s: %s path=%s sha256=%s", loaded.label, source.name, source.path, source.sha256)
+    return loaded
+
+
+def load_rewards(specs: Sequence[RewardSpec]) -> list[LoadedReward]:
+    """Load rewards that score together. Raises RewardLoadError as `load_reward` and `set_problems` say."""
+    problems = set_problems(specs)
+    if problems:
+        raise RewardLoadError("\n".join(problems))
+    return [load_reward(spec) for spec in specs]
+
+
+def set_problems(specs: Sequence[RewardSpec]) -> list[str]:
+    """What is wrong with rewards as a set: nothing to train on, or labels that would overwrite each other."""
+    labels = [reward_label(spec) for spec in specs]
+    nothing = all(spec.weight == 0 for spec in specs)
+    return ["no reward has a weight other than 0; give at least one"] * nothing + [
+        f"reward label {label!r} is used {labels.count(label)} times; give each a `label` of its own"
+        for label in sorted(set(labels))
+        if labels.count(label) > 1
+    ]
+
+
+def _resolve(name: str) -> tuple[Any, RewardSource]:
+    """The object behind a reference of any of the three forms."""
+    reference = BUILTIN_REWARDS.get(name, name)
+    place, colon, attribute = reference.rpartition(":")
+    if not colon or not place or not attribute:
+        near = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RewardLoadError(
+            f"reward {name!r} is not built in: {hint}built-in: {', '.join(sorted(BUILTIN_REWARDS))}; "
+            "write your own as 'package.module:function' or 'path/to/file.py:function'"
+        )
+    if place.endswith(".py"):
+        module, source = _load_file(name, Path(place))
+    else:
+        module, source = _import_module(name, place), RewardSource(name)
+    if not hasattr(module, attribute):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(attribute, public, n=1) or sorted(public)[:5]
+        raise RewardLoadError(
+            f"reward {name!r}: {place} has no {attribute!r}; it has {', '.join(near) or 'nothing'}"
+        )
+    return getattr(module, attribute), source
+
+
+def _import_module(name: str, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # the module's own code may raise anything
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        way_out = "; is the package installed, or the working directory its parent?" if missing else ""
+        raise RewardLoadError(
+            f"reward {name!r}: cannot import {module}: {describe_error(error)}{way_out}"
+        ) from error
+
+
+def _load_file(name: str, path: Path) -> tuple[ModuleType, RewardSource]:
+    """Execute a reward file. Its bytes are read once, so the logged sha256 is that of the code that runs."""
+    try:
+        resolved = path.expanduser().resolve(strict=True)
+        code = resolved.read_bytes()
+    except OSError as error:
+        raise RewardLoadError(
+            f"reward {name!r}: cannot read {path} from {Path.cwd()}: {error.strerror}; "
+            "give a path that every node has, relative to the working directory or absolute"
+        ) from error
+    sha256 = hashlib.sha256(code).hexdigest()
+    identity = hashlib.sha256(f"{resolved}\0{sha256}".encode()).hexdigest()[:16]
+    module_name = f"_reward_file_{identity}"
+    if module_name not in sys.modules:
+        module = ModuleType(module_name)
+        module.__file__ = str(resolved)
+        sys.modules[module_name] = module  # dataclasses and typing look their module up here
+        try:
+            exec(compile(code, str(resolved), "exec"), module.__dict__)
+        except BaseException as error:
+            del sys.modules[module_name]
+            if not isinstance(error, Exception | SystemExit):
+                raise
+            raise RewardLoadError(
+                f"reward {name!r}: running {path} failed: {describe_error(error)}"
+            ) from error
+    return sys.modules[module_name], RewardSource(name, str(resolved), sha256)
+
+
+def _bind(spec: RewardSpec, found: Any, source: RewardSource) -> LoadedReward:
+    """Instantiate a class, pick its method, and check that the protocol's keywords fit."""
+    if not callable(found):
+        raise RewardLoadError(f"reward {spec.name!r} is a {type(found).__name__}; name a function or a class")
+    if not inspect.isclass(found):
+        _check_signature(spec, found, "function", (*PROTOCOL_KEYWORDS, *spec.params))
+        return LoadedReward(spec, reward_label(spec), source, found, spec.params, None)
+    _check_signature(spec, found, "constructor", tuple(spec.params))
+    try:
+        owner = found(**spec.params)
+    except Exception as error:  # a constructor may raise anything
+        raise RewardLoadError(
+            f"reward {spec.name!r}: {found.__name__}({_format_params(spec)}) raised {describe_error(error)}"
+        ) from error
+    function = getattr(owner, "score", owner)
+    if not callable(function):
+        raise RewardLoadError(
+            f"reward {spec.name!r}: class {found.__name__} has neither `score` nor `__call__`"
+        )
+    _check_signature(
+        spec, function, f"{found.__name__}.{'__call__' if function is owner else 'score'}", PROTOCOL_KEYWORDS
+    )
+    return LoadedReward(spec, reward_label(spec), source, function, {}, owner)
+
+
+def _check_signature(
+    spec: RewardSpec, function: Callable[..., Any], what: str, keywords: Sequence[str]
+) -> None:
+    """Refuse a callable that cannot take exactly `keywords` by name."""
+    clash = set(spec.params) & set(PROTOCOL_KEYWORDS)
+    if clash:
+        raise RewardLoadError(
+            f"reward {spec.name!r}: params may not hold {sorted(clash)}; the framework gives these"
+        )
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some callables written in C carry no signature
+        return
+    try:
+        signature.bind(**dict.fromkeys(keywords))
+    except TypeError as error:
+        raise RewardLoadError(
+            f"reward {spec.name!r}: {what}{signature} does not take {', '.join(keywords) or 'no arguments'} "
+            f"by keyword: {error}; its params are {_format_params(spec) or 'empty'}"
+        ) from None
+
+
+def _format_params(spec: RewardSpec) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in spec.params.items())
+
+
+def describe_error(error: BaseException) -> str:
+    """`Type: message (file:line)` of an exception, with the line where it was raised."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    if isinstance(error, SyntaxError):
+        place = f" ({error.filename}:{error.lineno})"
+    return f"{type(error).__name__}: {error}{place}"

@@ -1,0 +1,127 @@
+"""The Ray actor that scores groups; all policy is in `rewards/scoring.py`.
+
+An async actor: with `max_concurrency` above 1 it scores several groups at once. Async rewards then overlap,
+and each blocking reward takes one group after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+from PIL import Image
+
+from rewards.base import RewardLoadError, RewardSet, RewardSpec
+from rewards.calling import RewardBatch
+from rewards.checks import try_reward
+from rewards.loading import LoadedReward, RewardSource, load_reward, set_problems
+from rewards.scoring import GroupScore, score_group
+from rollout.failures import DataFailure
+from rollout.prompts import Prompt, load_reference
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewardWorkerInfo:
+    """Who answers, and the source of every reward it loaded, by reward set and label."""
+
+    worker: str
+    sources: dict[str, dict[str, RewardSource]]
+
+
+class RewardScorer:
+    """The actor's methods as a plain class. `reward_sets` are all sets of the run, since a restarted actor is
+    rebuilt from its constructor alone; a reward that several sets share with equal settings is loaded once.
+    """
+
+    def __init__(self, reward_sets: Sequence[RewardSet], *, threads: int = 1) -> None:
+        """Load every reward. Raises RewardLoadError for a bad set or the first bad reward."""
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for numeric libraries that load from here on
+        self._sets = {reward_set.name: reward_set for reward_set in reward_sets}
+        loaded: list[LoadedReward] = []
+        self._rewards: dict[str, list[LoadedReward]] = {}
+        for reward_set in reward_sets:
+            problems = set_problems(reward_set.rewards)
+            if problems:
+                raise RewardLoadError(f"reward set {reward_set.name!r}: " + "; ".join(problems))
+            self._rewards[reward_set.name] = [_load_once(spec, loaded) for spec in reward_set.rewards]
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
+
+    async def ping(self) -> RewardWorkerInfo:
+        """Answers as soon as the rewards are loaded."""
+        sources = {
+            name: {loaded.label: loaded.source for loaded in rewards}
+            for name, rewards in self._rewards.items()
+        }
+        return RewardWorkerInfo(f"{os.uname().nodename}:{os.getpid()}", sources)
+
+    async def ready(self) -> RewardWorkerInfo:
+        """Answers once every reward has passed its dry call or readiness probe in this process.
+
+        Raises RewardLoadError with all problems.
+        """
+        problems = [
+            problem
+            for name, rewards in self._rewards.items()
+            for loaded in rewards
+            for problem in await try_reward(loaded, self._sets[name], probe=True)
+        ]
+        if problems:
+            raise RewardLoadError("\n".join(problems))
+        return await self.ping()
+
+    async def score(
+        self, group_id: Hashable, reward_set: str, prompts: Sequence[Prompt], *image_chunks: np.ndarray
+    ) -> GroupScore:
+        """Score one group of G samples.
+
+        `prompts` has G entries. `image_chunks` are uint8 arrays [n, H, W, 3], in order the G images of the
+        group; pass them as object references, which Ray resolves. Raises DataFailure for an unreadable
+        reference image, ValueError for arrays of another kind or number, and what `score_group` raises.
+        """
+        images = [image for chunk in image_chunks for image in _images(chunk)]
+        if len(images) != len(prompts):
+            raise ValueError(f"group {group_id}: {len(images)} images came for {len(prompts)} prompts")
+        batch = RewardBatch(
+            images=images,
+            prompts=[prompt.prompt for prompt in prompts],
+            references=_references(prompts),
+            metadata=[prompt.metadata for prompt in prompts],
+        )
+        return await score_group(group_id, self._rewards[reward_set], batch)
+
+
+def _load_once(spec: RewardSpec, loaded: list[LoadedReward]) -> LoadedReward:
+    for reward in loaded:
+        if reward.spec == spec:
+            return reward
+    loaded.append(load_reward(spec))
+    return loaded[-1]
+
+
+def _images(chunk: np.ndarray) -> list[Image.Image]:
+    if chunk.dtype != np.uint8 or chunk.ndim != 4 or chunk.shape[-1] != 3:
+        raise ValueError(f"images must be a uint8 array [n, H, W, 3], got {chunk.dtype} {list(chunk.shape)}")
+    return [Image.fromarray(image) for image in chunk]
+
+
+def _references(prompts: Sequence[Prompt]) -> list[Image.Image | None]:
+    """The reference image of each sample. A group shares one prompt, so each image is read once."""
+    images: dict[str, Image.Image] = {}
+    for prompt in prompts:
+        if prompt.reference is not None and prompt.reference not in images:
+            try:
+                images[prompt.reference] = load_reference(prompt)
+            except ValueError as error:
+                raise DataFailure(str(error)) from error
+    return [None if prompt.reference is None else images[prompt.reference] for prompt in prompts]
+
+
+RewardWorker = ray.remote(RewardScorer)
