@@ -1,7 +1,8 @@
-"""Which linears of an SD3-family transformer LoRA adapts, as module-name suffixes. Free of torch, for the schema.
+"""Which linears of an SD3-family transformer LoRA adapts, as ends of module paths.
 
-Flow-GRPO's public list names `attn.*` alone, which in SD3.5-Medium matches 191 linears and passes over the 52 of the
-second attention (`attn2`) in blocks 0-12. Both are adapted here; drop the last four to compare with it.
+Differs from Flow-GRPO's public list, which names `attn.*` alone: in SD3.5-Medium that matches 191 linears and
+passes over the 52 of the second attention (`attn2`) in blocks 0-12. Drop the last four to compare with it.
+Imports no torch, so that the config schema can name the default.
 """
 
 DEFAULT_TARGETS: tuple[str, ...] = (
