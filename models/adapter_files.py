@@ -37,10 +37,10 @@ def save_adapter(
 ) -> None:
     """Write an adapter for both worlds; each file appears whole or not at all.
 
-    `adapter_config.json` + `adapter_model.safetensors` are for
-    `PeftModel.from_pretrained(transformer, folder)`; `diffusers/pytorch_lora_weights.safetensors` is for
-    `pipeline.load_lora_weights(folder / "diffusers")`. The latter carries its LoraConfig as metadata: without it diffusers takes alpha = rank, which here would
-    halve an adapter of rank 32 and alpha 64 in silence.
+    `PeftModel.from_pretrained(transformer, folder)` reads `adapter_config.json` and
+    `adapter_model.safetensors`; `pipeline.load_lora_weights(folder / "diffusers")` reads the file there. The
+    latter carries its LoraConfig as metadata: without it diffusers takes alpha = rank and so, in silence,
+    halves an adapter of rank 32 and alpha 64.
     """
     folder = Path(folder)
     config = _config_json(rank, alpha, targets)

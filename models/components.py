@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from models.kontext import KontextTransformer
 
-WEIGHTED = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 SCHEDULER = "scheduler"
 
@@ -29,11 +29,20 @@ def check_model_folder(folder: str | Path) -> list[str]:
     if not folder.is_dir():
         return [f"{folder}: no such model folder; download or build the model there, or correct the path"]
     problems = []
-    for name in WEIGHTED:
-        problems += _check_part(folder / name, "config.json") or _check_weights(folder / name)
+    for name in ("transformer", "vae"):
+        problems += _check_model(folder / name)
+    return problems + check_text_parts(folder) + _check_part(folder / SCHEDULER, "scheduler_config.json")
+
+
+def check_text_parts(folder: str | Path) -> list[str]:
+    """Every problem with the three text encoders and tokenizers of a model folder."""
+    folder = Path(folder)
+    problems = []
+    for name in TEXT_ENCODERS:
+        problems += _check_model(folder / name)
     for name in TOKENIZERS:
         problems += _check_part(folder / name, "tokenizer_config.json") or _check_tokenizer(folder / name)
-    return problems + _check_part(folder / SCHEDULER, "scheduler_config.json")
+    return problems
 
 
 def load_transformer(
@@ -42,7 +51,8 @@ def load_transformer(
     """Load `folder/transformer`, in eval mode. Raises FileNotFoundError naming what is missing."""
     from models.kontext import KontextTransformer
 
-    part = _require(folder, "transformer")
+    part = Path(folder) / "transformer"
+    _require(_check_model(part))
     transformer = KontextTransformer.from_pretrained(part, torch_dtype=dtype, local_files_only=True)
     return transformer.to(device).eval()
 
@@ -58,7 +68,8 @@ def load_vae(
     import torch
     from diffusers import AutoencoderKL
 
-    part = _require(folder, "vae")
+    part = Path(folder) / "vae"
+    _require(_check_model(part))
     vae = AutoencoderKL.from_pretrained(part, torch_dtype=dtype or torch.float32, local_files_only=True)
     return vae.to(device).eval().requires_grad_(False)
 
@@ -67,16 +78,18 @@ def load_scheduler(folder: str | Path) -> "FlowMatchEulerDiscreteScheduler":
     """Load `folder/scheduler`; its static shift sets the sigma table."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(_require(folder, SCHEDULER), local_files_only=True)
+    part = Path(folder) / SCHEDULER
+    _require(_check_part(part, "scheduler_config.json"))
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(part, local_files_only=True)
 
 
-def _require(folder: str | Path, name: str) -> Path:
-    part = Path(folder) / name
-    config = "scheduler_config.json" if name == SCHEDULER else "config.json"
-    problems = _check_part(part, config) or ([] if name == SCHEDULER else _check_weights(part))
+def _require(problems: list[str]) -> None:
     if problems:
         raise FileNotFoundError("; ".join(problems))
-    return part
+
+
+def _check_model(part: Path) -> list[str]:
+    return _check_part(part, "config.json") or _check_weights(part)
 
 
 def _check_part(part: Path, config: str) -> list[str]:

@@ -1,0 +1,170 @@
+"""SD3's three text encoders behind one call, with a cache bounded in bytes."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+from models.components import check_text_parts
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """One prompt as SD3 reads it, on the CPU. Cached and shared: never write into the tensors.
+
+    Attributes:
+        prompt_embeds: L D; CLIP's tokens padded to T5's width, then T5's tokens.
+        pooled_prompt_embeds: P; the projections of both CLIPs.
+    """
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of both tensors in bytes: 2.7 MB for SD3.5 in bfloat16."""
+        return self.prompt_embeds.nbytes + self.pooled_prompt_embeds.nbytes
+
+
+class SD3TextEncoder:
+    """CLIP-L, CLIP-G and T5 as `StableDiffusion3Pipeline` joins them, one prompt at a time.
+
+    Encoding singly makes a prompt's embedding independent of the prompts that came with it, to the bit,
+    which batching does not; the cache pays for it. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        *,
+        clip_tokenizers: Sequence[Any],
+        clip_encoders: Sequence[CLIPTextModelWithProjection],
+        t5_tokenizer: Any,
+        t5_encoder: T5EncoderModel,
+        max_sequence_length: int = 256,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        """Join loaded parts; `max_sequence_length` counts T5 tokens, `cache_bytes` 0 keeps nothing."""
+        self.clip_tokenizers = list(clip_tokenizers)
+        self.clip_encoders = list(clip_encoders)
+        self.t5_tokenizer = t5_tokenizer
+        self.t5_encoder = t5_encoder
+        self.max_sequence_length = max_sequence_length
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self._cached_bytes = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_sequence_length: int = 256,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> "SD3TextEncoder":
+        """Load `text_encoder{,_2,_3}` and `tokenizer{,_2,_3}` of a model folder, frozen.
+
+        Raises:
+            FileNotFoundError: naming every part that is missing.
+        """
+        folder = Path(folder)
+        problems = check_text_parts(folder)
+        if problems:
+            raise FileNotFoundError("; ".join(problems))
+        encoders = []
+        for part, kind in (
+            ("text_encoder", CLIPTextModelWithProjection),
+            ("text_encoder_2", CLIPTextModelWithProjection),
+            ("text_encoder_3", T5EncoderModel),
+        ):
+            model: Any = kind.from_pretrained(folder / part, dtype=dtype, local_files_only=True)
+            encoders.append(model.to(device).eval().requires_grad_(False))
+        tokenizers = [
+            AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
+            for part in ("tokenizer", "tokenizer_2", "tokenizer_3")
+        ]
+        return cls(
+            clip_tokenizers=tokenizers[:2],
+            clip_encoders=encoders[:2],
+            t5_tokenizer=tokenizers[2],
+            t5_encoder=encoders[2],
+            max_sequence_length=max_sequence_length,
+            cache_bytes=cache_bytes,
+        )
+
+    def encode(self, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        """Embeddings of the prompts in order, from the cache where they are in it.
+
+        Raises:
+            TypeError: a single string instead of a list of them.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"encode takes a list of prompts, not the string {prompts!r}")
+        return [self._lookup(prompt) for prompt in prompts]
+
+    def _lookup(self, prompt: str) -> PromptEmbeds:
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt]
+        embeds = self._encode_one(prompt)
+        if embeds.num_bytes <= self.cache_bytes:
+            self._cache[prompt] = embeds
+            self._cached_bytes += embeds.num_bytes
+        while self._cached_bytes > self.cache_bytes:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.num_bytes
+        return embeds
+
+    @torch.no_grad()
+    def _encode_one(self, prompt: str) -> PromptEmbeds:
+        """SD3's recipe: penultimate CLIP states side by side, zero-padded to T5's width, T5 after them."""
+        states, pooled = zip(
+            *(
+                self._clip(*pair, prompt)
+                for pair in zip(self.clip_tokenizers, self.clip_encoders, strict=True)
+            ),
+            strict=True,
+        )
+        t5 = self.t5_encoder(self._t5_ids(prompt).to(self.t5_encoder.device)).last_hidden_state
+        clip = torch.cat(states, dim=-1)
+        clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return PromptEmbeds(
+            prompt_embeds=torch.cat([clip, t5.to(clip.dtype)], dim=1)[0].cpu(),
+            pooled_prompt_embeds=torch.cat(pooled, dim=-1)[0].cpu(),
+        )
+
+    @staticmethod
+    def _clip(
+        tokenizer: Any, encoder: CLIPTextModelWithProjection, prompt: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+        return output.hidden_states[-2], output.text_embeds
+
+    def _t5_ids(self, prompt: str) -> torch.Tensor:
+        length = self.max_sequence_length
+        tokens = self.t5_tokenizer(
+            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        full = len(self.t5_tokenizer(prompt).input_ids)
+        if full > length:
+            logger.warning(
+                "prompt of %d T5 tokens cut to max_sequence_length %d: %.80r", full, length, prompt
+            )
+        return tokens.input_ids
