@@ -1,0 +1,125 @@
+"""Files and folders that are either whole or absent, also after a kill or a power cut.
+
+A file is written under a temporary name in its own folder, flushed to disk and renamed. A folder is filled
+under a temporary name, gets a manifest of sha256 sums as its last file, and is renamed when complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+COMPLETE = "COMPLETE"
+"""Name of the marker file inside a published folder; it holds the manifest as JSON."""
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old content or the new, never a part.
+
+    The parent folder is made if absent. The mode bits are those of a plain `open` under the caller's umask.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON ending in a newline; see `atomic_write_bytes`.
+
+    Raises ValueError for NaN and infinities, which JSON does not know: write None for a value that is
+    missing.
+    """
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_manifest(folder: str | Path) -> dict[str, str]:
+    """Relative POSIX path -> sha256 of every file below `folder`, sorted by path, without the marker itself.
+
+    Folders without files leave no trace in a manifest. Raises NotADirectoryError when `folder` is not a
+    folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder, so it has no manifest")
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: file_sha256(folder / name) for name in files if name != COMPLETE}
+
+
+def publish_folder(tmp: str | Path, final: str | Path) -> dict[str, str]:
+    """Rename the filled folder `tmp` to `final` and return its manifest; both must be on one file system.
+
+    Every file is flushed to disk, then the marker is written, then the folder is renamed: where `final`
+    exists, it was complete at that moment. A `final` already there is replaced; a kill between the two
+    renames of a replacement leaves `final` absent, so publish under a new name whatever must survive one.
+    """
+    tmp, final = Path(tmp), Path(final)
+    manifest = folder_manifest(tmp)
+    for path in tmp.rglob("*"):
+        _sync(path)
+    atomic_write_json(tmp / COMPLETE, manifest)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    replaced = final.with_name(f".{final.name}.{uuid4().hex[:8]}.old")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(tmp, final)
+    _sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    return manifest
+
+
+def verify_folder(path: str | Path) -> list[str]:
+    """Whatever differs between a published folder and its manifest, one message each; empty when sound."""
+    path = Path(path)
+    if not path.is_dir():
+        return [f"{path}: no such folder"]
+    try:
+        expected = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [f"{path}: no {COMPLETE} file, so its writing never finished"]
+    except ValueError as error:
+        return [f"{path / COMPLETE}: not a JSON manifest ({error})"]
+    if not isinstance(expected, dict):
+        return [f"{path / COMPLETE}: not a JSON manifest (it holds a {type(expected).__name__})"]
+    found = folder_manifest(path)
+    problems = [f"{path / name}: missing" for name in expected.keys() - found.keys()]
+    problems += [f"{path / name}: not in the manifest" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{path / name}: changed, its sha256 is {found[name]} and not {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    return sorted(problems)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's bytes or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
