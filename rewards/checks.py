@@ -63,7 +63,7 @@ async def dry_call(loaded: LoadedReward, rewards: RewardSet) -> None:
     except TimeoutError as error:
         raise RewardError(
             f"reward {loaded.label!r}: the dry call on two {DRY_CALL_SIZE}x{DRY_CALL_SIZE} images took "
-            f"longer than timeout_s {loaded.spec.timeout_s}; speed it up, allow more time, or give it a `readiness` method"
+            f"longer than timeout_s {loaded.spec.timeout_s}; speed it up or allow more time"
         ) from error
     except RewardError:
         raise

@@ -66,14 +66,6 @@ def load_reward(spec: RewardSpec) -> LoadedReward:
     return loaded
 
 
-def load_rewards(specs: Sequence[RewardSpec]) -> list[LoadedReward]:
-    """Load rewards that score together. Raises RewardLoadError as `load_reward` and `set_problems` say."""
-    problems = set_problems(specs)
-    if problems:
-        raise RewardLoadError("\n".join(problems))
-    return [load_reward(spec) for spec in specs]
-
-
 def set_problems(specs: Sequence[RewardSpec]) -> list[str]:
     """What is wrong with rewards as a set: nothing to train on, or labels that would overwrite each other."""
     labels = [reward_label(spec) for spec in specs]
@@ -138,7 +130,7 @@ def _load_file(name: str, path: Path) -> tuple[ModuleType, RewardSource]:
         module.__file__ = str(resolved)
         sys.modules[module_name] = module  # dataclasses and typing look their module up here
         try:
-            exec(compile(code, str(resolved), "exec"), module.__dict__)
+            exec(compile(code, str(resolved), "exec", dont_inherit=True), module.__dict__)
         except BaseException as error:
             del sys.modules[module_name]
             if not isinstance(error, Exception | SystemExit):

@@ -58,7 +58,7 @@ class RewardMonitor:
             }
             problems.append(
                 f"reward {label!r}: {share:.0%} of the samples in the last {len(window)} groups are missing, "
-                f"more than max_missing_share {spec.max_missing_share} (causes in this step: {sorted(causes)})"
+                f"more than max_missing_share {spec.max_missing_share} (causes this step: {sorted(causes)})"
             )
         value, steps = self._constant.get(label, (0.0, 0))
         if 0 < spec.constant_steps <= steps:

@@ -1,0 +1,92 @@
+"""A reward is tried before a run depends on it, and every problem is told at once."""
+
+import pytest
+
+from rewards.base import RewardSet, RewardSpec
+from rewards.checks import check_rewards
+
+KEYWORDS = "*, images, prompts, references, metadata"
+
+
+def reward_set(path, task="t2i", attribute="reward", **settings):
+    example = {key: settings.pop(key) for key in ("example_prompt", "example_metadata") if key in settings}
+    return RewardSet("stage/x", task, [RewardSpec(f"{path}:{attribute}", **settings)], **example)
+
+
+@pytest.mark.parametrize("prefix", ["", "async "])
+@pytest.mark.parametrize(("task", "kind"), [("t2i", "NoneType"), ("edit", "Image")])
+def test_the_dry_call_looks_like_the_task(reward_file, prefix, task, kind):
+    path = reward_file(
+        f"""
+        {prefix}def reward({KEYWORDS}):
+            assert len(images) == len(prompts) == len(references) == len(metadata) == 2
+            assert all(image.mode == "RGB" for image in images)
+            assert [type(r).__name__ for r in references] == ["{kind}"] * 2
+            assert prompts[0] == "two cats" and metadata[0] == {{"tag": "counting"}}
+            return [None, 1.0]
+        """
+    )
+    rewards = reward_set(path, task, example_prompt="two cats", example_metadata={"tag": "counting"})
+    assert check_rewards(rewards) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return [1.0]", "returned 1 scores for 2 images"),
+        ("return ['a', 'b']", "returned 'a'"),
+        ("return metadata[0]['missing']", "the dry call raised KeyError: 'missing' (FILE:3)"),
+        ("time.sleep(0.5)", "longer than timeout_s 0.05"),
+        ("raise FatalRewardError('no key')", "no key"),
+    ],
+)
+def test_a_dry_call_that_fails_is_a_problem(reward_file, body, expected):
+    path = reward_file(f"def reward({KEYWORDS}): {body}")
+    (problem,) = check_rewards(reward_set(path, timeout_s=0.05))
+    assert expected.replace("FILE", str(path)) in problem
+
+
+def test_every_problem_of_a_set_is_told(reward_file):
+    path = reward_file(f"def reward({KEYWORDS}): return []")
+    specs = [RewardSpec(name) for name in (f"{path}:absent", f"{path}:reward", "nothing", f"{path}:reward")]
+    problems = check_rewards(RewardSet("s", "t2i", specs))
+    assert [
+        part in problem
+        for part, problem in zip(
+            ["used 2 times", "absent", "returned 0 scores", "not built in", "returned 0 scores"],
+            problems,
+            strict=True,
+        )
+    ] == [True] * 5
+
+
+SERVED = f"""
+    class reward:
+        def __init__(self, url="", up=True):
+            self.url, self.up = url, up
+        def check(self):
+            return [] if self.url else ["url is empty; give the address of the server"]
+        PREFIXdef readiness(self):
+            return [] if self.up else [f"no answer from {{self.url}}"]
+        def score(self, {KEYWORDS}):
+            raise AssertionError("a served reward is not called to try it")
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "async "])
+def test_a_served_reward_is_asked_for_its_configuration_and_probed_on_demand(reward_file, prefix):
+    path = reward_file(SERVED.replace("PREFIX", prefix))
+    down = reward_set(path, params={"url": "http://judge", "up": False})
+    assert check_rewards(down) == []
+    assert check_rewards(down, probe=True) == ["reward 'reward': no answer from http://judge"]
+    assert check_rewards(reward_set(path, params={"url": "http://judge"}), probe=True) == []
+    unset = check_rewards(reward_set(path), probe=True)
+    assert unset == ["reward 'reward': url is empty; give the address of the server"]
+
+
+def test_a_probe_that_raises_is_a_problem(reward_file):
+    path = reward_file(
+        "class reward:\n    def readiness(self): raise OSError('refused')\n    def score(self, **_): 0"
+    )
+    (problem,) = check_rewards(reward_set(path), probe=True)
+    assert "its check or readiness raised OSError: refused" in problem
