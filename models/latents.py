@@ -65,7 +65,7 @@ def latent_shape(vae: AutoencoderKL | Mapping[str, Any], height: int, width: int
     Raises:
         ValueError: a side is not a multiple of the VAE's factor.
     """
-    config: Mapping[str, Any] = getattr(vae, "config", vae)
+    config: Any = vae if isinstance(vae, Mapping) else vae.config
     factor = vae_factor(config)
     if height % factor or width % factor:
         raise ValueError(f"image of {height} x {width} px: both sides must be multiples of {factor}")

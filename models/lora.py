@@ -6,6 +6,7 @@ A state is a plain dict from `<module path>.lora_A.weight` and `<module path>.lo
 import hashlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,9 @@ def attach_lora(
         lora_dropout=0.0,
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT's own initialisation would advance the global generator
+    # PEFT's own initialisation would advance the global generator, and a second adapter is meant to be there.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         transformer.add_adapter(config, adapter_name)
     parameters = adapter_parameters(transformer, adapter_name)
     _initialise(parameters, seed)
