@@ -1,0 +1,319 @@
+"""The schema of a recipe: every key, its type, its one default. Loading needs neither torch nor ray.
+
+A recipe is YAML, merged over these defaults, then `key=value` overrides from the command line. Unknown keys are
+refused with the nearest known name. Rules that join several keys live in `rl/validate.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import recipes
+from models.lora_targets import DEFAULT_TARGETS
+
+
+class ConfigError(ValueError):
+    """A recipe cannot be used; `problems` holds one line for each thing to mend."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(f"- {problem}" for problem in problems))
+        self.problems = problems
+
+
+@dataclass
+class LoraConfig:
+    """Paper section 4.1: r = 32, alpha = 64. `targets` are module-name suffixes inside a transformer block."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
+
+
+@dataclass
+class ModelConfig:
+    """`path` is a folder in the released layout; sizes are in pixels."""
+
+    path: str = MISSING
+    dtype: str = "bfloat16"
+    height: int = 512
+    width: int = 512
+    max_sequence_length: int = 256
+    embedding_cache_gib: float = 4.0
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class RolloutConfig:
+    """T = `num_steps`, G = `group_size`, a = `noise_level` (paper section 4.1).
+
+    `chunk_size` samples of one group are one unit of work. `window_size` > 0 makes only that many consecutive
+    steps stochastic, starting at a step drawn per group so that they lie in [window_first, window_last).
+    """
+
+    workers: int = 8
+    num_steps: int = 10
+    group_size: int = 16
+    prompts_per_rollout: int = 32
+    chunk_size: int = 8
+    noise_level: float = 0.7
+    variant: str = "sde"
+    guidance_scale: float = 4.5
+    negative_prompt: str = ""
+    window_size: int = 0
+    window_first: int = 0
+    window_last: int = 10
+    max_failed_prompts: int = 16
+
+
+@dataclass
+class EmaConfig:
+    """Moving average of the adapter, which is what is evaluated and shipped (as Flow-GRPO does)."""
+
+    enabled: bool = True
+    decay: float = 0.9
+    every: int = 8
+
+
+@dataclass
+class LearnerConfig:
+    """The objective (eq. 1 and 2) and its optimizer.
+
+    `clip_range` is epsilon (not in the paper). `kl_form: without_dt` is (mu - mu_ref)^2 / (2 g^2), for which the
+    paper's beta = .04 is meant; `exact` divides by -dt as well and wants about .004. `drop_last_steps` leaves
+    out the end of the schedule, whose log-probability is at the mercy of rounding; `train_steps` > 0 trains on
+    that many of the remaining steps, drawn per group. `log_prob_tolerance` bounds the gap between the rollout's
+    log-probabilities and the learner's replay; null picks 1e-5 for float32 and 2e-2 for bfloat16.
+    """
+
+    ranks: int = 8
+    zero_stage: int = 2
+    micro_batch_size: int = 8
+    updates_per_rollout: int = 2
+    learning_rate: float = 3e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    clip_range: float = 1e-4
+    kl_beta: float = 0.04
+    kl_form: str = "without_dt"
+    kl_reference: str = "stage_start"
+    advantage_std: str = "group"
+    advantage_eps: float = 1e-4
+    advantage_clip: float = 5.0
+    cfg_gradient: str = "conditional"
+    old_log_prob: str = "rollout"
+    log_prob_tolerance: float | None = None
+    train_steps: int = 0
+    drop_last_steps: int = 1
+    ema: EmaConfig = field(default_factory=EmaConfig)
+
+
+@dataclass
+class RewardConfig:
+    """One reward of a stage or an evaluation; see rewards/README.md for the protocol and the failure policy."""
+
+    name: str = MISSING
+    label: str | None = None
+    weight: float = 1.0
+    params: dict[str, Any] = field(default_factory=dict)
+    timeout_s: float = 60.0
+    attempts: int = 3
+    on_missing: str = "mask"
+    max_missing_share: float = 0.2
+    constant_steps: int = 10
+
+
+@dataclass
+class StageConfig:
+    """One stage of the staged order (PDTR: editing, then text-to-image). `steps` counts rollouts."""
+
+    name: str = MISSING
+    task: str = MISSING
+    prompts: str = MISSING
+    steps: int = MISSING
+    rewards: list[RewardConfig] = field(default_factory=list)
+
+
+@dataclass
+class EvaluationTaskConfig:
+    """Held-out prompts of one task and the rewards that score them."""
+
+    task: str = MISSING
+    prompts: str = MISSING
+    num_prompts: int = 512
+    rewards: list[RewardConfig] = field(default_factory=list)
+
+
+@dataclass
+class EvaluationConfig:
+    """ODE sampling on held-out prompts before, between and after the stages, paired by prompt and seed.
+
+    `every` > 0 also evaluates the stage's own task inside a stage. `baseline_guidance` lists further guidance
+    scales at which the untrained model is scored, so that guidance is not mistaken for learning.
+    `cross_task_margin`: an alarm is raised when another task drops by more than this during a stage.
+    """
+
+    tasks: list[EvaluationTaskConfig] = field(default_factory=list)
+    num_steps: int = 28
+    guidance_scale: float = 4.5
+    baseline_guidance: list[float] = field(default_factory=list)
+    batch_size: int = 8
+    seed: int = 1234
+    every: int = 0
+    cross_task_margin: float = 0.05
+
+
+@dataclass
+class ResourcesConfig:
+    """Who gets what. CPUs are Ray's logical CPUs; `threads` is what each process really uses.
+
+    `shared`: a rollout worker and a learner rank on each GPU. `separate`: GPUs of their own. `inprocess`: the
+    learner's ranks sample too, so there is nothing to publish over the network.
+    """
+
+    device: str = "cuda"
+    placement: str = "shared"
+    rollout_cpus: float = 2.0
+    learner_cpus: float = 4.0
+    reward_cpus: float = 2.0
+    reward_gpus: float = 0.0
+    reward_workers: int = 2
+    reward_concurrency: int = 4
+    encode_cpus: float = 2.0
+    encode_gpus: float = 0.0
+    threads: int = 4
+    placement_timeout_s: float = 600.0
+    start_timeout_s: float = 900.0
+    call_timeout_s: float = 1800.0
+    max_restarts: int = 3
+    min_rollout_workers: int = 1
+
+
+@dataclass
+class CheckpointConfig:
+    """Every `every` steps and at stage borders; the last `keep_last` are kept, and the border ones."""
+
+    every: int = 10
+    keep_last: int = 2
+
+
+@dataclass
+class GalleryConfig:
+    """`prompts` fixed held-out prompts per task, drawn again every `every` steps with the same seeds."""
+
+    prompts: int = 8
+    every: int = 10
+
+
+@dataclass
+class RunConfig:
+    """A whole recipe."""
+
+    name: str = MISSING
+    output_dir: str = "runs"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    gallery: GalleryConfig = field(default_factory=GalleryConfig)
+
+
+def load_config(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a recipe and its overrides. Raises ConfigError with every unknown key, bad type and missing value."""
+    path = recipes.resolve(recipe)
+    if not path.is_file():
+        raise ConfigError([f"recipe {recipe} does not exist (looked for {path.absolute()})"])
+    try:
+        merged = OmegaConf.load(path)
+        if isinstance(merged, DictConfig):
+            _apply_overrides(merged, overrides or [])
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError([f"{recipe}: {' '.join(str(error).split())}"]) from error
+    if not isinstance(merged, DictConfig):
+        raise ConfigError([f"{recipe}: a recipe is a mapping of keys, found a {type(merged).__name__}"])
+    problems: list[str] = []
+    _unknown_keys(merged, RunConfig, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), merged)
+        missing = sorted(OmegaConf.missing_keys(typed))
+        if missing:
+            raise ConfigError(
+                [f"key '{key}' has no value; set it in {recipe} or as {key}=..." for key in missing]
+            )
+        config = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        key = f"key '{error.full_key}': " if getattr(error, "full_key", None) else ""
+        raise ConfigError([f"{key}{str(error).splitlines()[0]}"]) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved recipe as YAML (written beside a run; holds no secrets, since none are read from recipes)."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _apply_overrides(config: DictConfig, overrides: list[str]) -> None:
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise ConfigError([f"override {item!r}: write it as key=value, for example learner.kl_beta=0.01"])
+        OmegaConf.update(config, key, yaml.safe_load(value))
+
+
+def _unknown_keys(node: Any, schema: type, prefix: str, problems: list[str]) -> None:
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    if not isinstance(node, DictConfig):
+        problems.append(f"key '{prefix.rstrip('.')}' must be a mapping with keys {', '.join(fields)}")
+        return
+    for key in node:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here: {', '.join(fields)}"
+            problems.append(f"unknown key '{prefix}{key}': {hint}")
+            continue
+        inner = _NESTED.get((schema, str(key)))
+        child = node._get_node(key)
+        if inner is None or child is None or child._is_none():
+            continue
+        if isinstance(child, ListConfig):
+            for index, item in enumerate(child):
+                _unknown_keys(item, inner, f"{prefix}{key}[{index}].", problems)
+        else:
+            _unknown_keys(child, inner, f"{prefix}{key}.", problems)
+
+
+_NESTED: dict[tuple[type, str], type] = {
+    (RunConfig, "model"): ModelConfig,
+    (RunConfig, "rollout"): RolloutConfig,
+    (RunConfig, "learner"): LearnerConfig,
+    (RunConfig, "stages"): StageConfig,
+    (RunConfig, "evaluation"): EvaluationConfig,
+    (RunConfig, "resources"): ResourcesConfig,
+    (RunConfig, "checkpoint"): CheckpointConfig,
+    (RunConfig, "gallery"): GalleryConfig,
+    (ModelConfig, "lora"): LoraConfig,
+    (LearnerConfig, "ema"): EmaConfig,
+    (StageConfig, "rewards"): RewardConfig,
+    (EvaluationConfig, "tasks"): EvaluationTaskConfig,
+    (EvaluationTaskConfig, "rewards"): RewardConfig,
+}

@@ -1,0 +1,279 @@
+"""The training loop: sample, score, train, publish, in the order of the stages.
+
+what the loop waits for         bounded by
+------------------------------  -----------------------------------------------
+a chunk or a score              resources.call_timeout_s, then the worker is restarted
+the learner's ranks             resources.call_timeout_s, then the run stops
+a replica's receipt             resources.call_timeout_s, then the worker is taken out
+a worker coming back            resources.start_timeout_s, then it is given up
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import recipes
+from rewards.monitor import RewardMonitor
+from rl.adapters import publish
+from rl.checkpoint import prune_checkpoints, save_checkpoint
+from rl.cluster import Cluster, training_spec
+from rl.collect import Collector, SampledGroup
+from rl.config import RunConfig, StageConfig
+from rl.evaluation import Evaluator
+from rl.journal import Journal
+from rl.preflight import reward_specs, stage_set_name
+from rl.progress import Progress
+from rl.results import RunResults
+from rl.state import RunState, StageProgress
+from rl.step import make_batch, reward_metrics, update_metrics
+from rollout.prompts import GroupSampler, load_prompts
+from rollout.worker import Policy
+
+log = logging.getLogger(__name__)
+
+
+class TooManyFailedPrompts(RuntimeError):
+    """More prompts could not be sampled than `rollout.max_failed_prompts` allows."""
+
+
+@dataclass
+class StepOutcome:
+    """What a step hands to the journal."""
+
+    groups: list[SampledGroup]
+    metrics: dict[str, Any]
+
+
+class Controller:
+    """Drives one run. Tensors never pass through here, only references and small results."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        cluster: Cluster,
+        run_dir: Path,
+        state: RunState,
+        resumed: Path | None,
+        *,
+        fresh: bool,
+    ):
+        self.config, self.cluster, self.state = config, cluster, state
+        self.collector = Collector(cluster.dispatcher, cluster.encoder, Progress())
+        self.evaluator = Evaluator(config.evaluation, self.collector, run_dir, config.gallery.prompts)
+        self.journal = Journal(run_dir, config, resume_step=None if fresh else state.step if resumed else -1)
+        self.results = RunResults(config, self.evaluator, run_dir)
+        self.run_dir, self.resumed = run_dir, resumed
+        self.policy: Policy | None = None
+        self._load_negative()
+
+    def run(self) -> None:
+        """All remaining stages, with evaluation of every task before, between and after them."""
+        if self.resumed:
+            self.cluster.learner.load(self.resumed / "learner")
+        self._publish()
+        self._evaluate_base()
+        for index, stage in enumerate(self.config.stages):
+            if index < self.state.stage:
+                continue
+            self._run_stage(index, stage)
+        self.results.write_final(self.cluster.learner.adapter(self.state.version, shipped=True))
+        self.journal.finish(self.results.summary(self.state))
+
+    def _run_stage(self, index: int, stage: StageConfig) -> None:
+        if len(self.state.stages) == index:
+            self.state.stage = index
+            self.state.stages.append(StageProgress(stage.name))
+            self.cluster.learner.begin_stage()
+        progress = self.state.stages[index]
+        prompts = load_prompts(recipes.resolve(stage.prompts), stage.task)  # type: ignore[arg-type]
+        rollout = self.config.rollout
+        sampler = GroupSampler(
+            len(prompts), rollout.prompts_per_rollout, rollout.group_size, self.config.seed, stage.name
+        )
+        monitor = RewardMonitor(reward_specs(stage.rewards))
+        while progress.steps < stage.steps:
+            began = time.monotonic()
+            groups = sampler.groups(prompts, progress.steps)  # pure: which prompts, which seeds
+            outcome = self._step(stage, groups, monitor)
+            self._account(progress, outcome, time.monotonic() - began)
+            self._close_step(index, stage, progress, outcome)
+        self._evaluate(f"after_{stage.name}")
+        self.journal.alarms(self.results.cross_task_alarms(index))
+
+    def _step(self, stage: StageConfig, groups: list[Any], monitor: RewardMonitor) -> StepOutcome:
+        """One turn of the algorithm: rollout with streamed rewards, advantages, update, publish."""
+        assert self.policy is not None
+        config, clock = self.config, _Clock()
+        restarts, redispatched = self.cluster.dispatcher.restarts, self.cluster.dispatcher.redispatched
+        landed = self.collector.scored_groups(
+            groups,
+            training_spec(config),
+            self.policy,
+            stage_set_name(stage.name),
+            config.rollout.chunk_size,
+            self.state.step + 1,
+        )
+        scored = sorted(landed, key=lambda g: g.group.id)
+        clock.lap("rollout")
+        monitor.observe([g.score for g in scored if g.score is not None])
+        self._count_failures(scored)
+        batch, advantages = make_batch(scored, config)
+        stats, spans = self.cluster.learner.update(batch) if batch.updates else ([], [])
+        self.journal.update_spans(spans, self.state.step + 1)
+        clock.lap("update")
+        if stats:
+            self._publish()
+        clock.lap("publish")
+        metrics = reward_metrics(scored, advantages, config.learner.advantage_clip)
+        metrics |= update_metrics(stats, config.learner.learning_rate, batch.num_samples)
+        images = sum(len(g.group.seeds) for g in scored)
+        metrics |= {f"time/{name}": seconds for name, seconds in clock.laps.items()}
+        metrics |= {
+            "time/step": clock.total(),
+            "throughput/images_per_second": images / clock.laps["rollout"],
+            "throughput/samples_per_second": batch.num_samples / clock.total(),
+            "policy/version": self.policy.version,
+            "workers/restarts": self.cluster.dispatcher.restarts - restarts,
+            "workers/redispatched_chunks": self.cluster.dispatcher.redispatched - redispatched,
+        }
+        if not stats:
+            log.warning("step %d: no group has spread in its rewards; nothing to learn", self.state.step + 1)
+        return StepOutcome(scored, metrics)
+
+    def _publish(self) -> None:
+        adapter = self.cluster.learner.adapter(self.state.version + 1, shipped=False)
+        if self.policy is not None and adapter.sha256 == self.policy.sha256:
+            raise RuntimeError(
+                f"the update after version {self.state.version} left every adapter tensor unchanged: the optimizer "
+                "does not reach the adapter"
+            )
+        self.policy = publish(
+            adapter,
+            self.cluster.dispatcher,
+            previous=self.policy,
+            timeout_s=self.config.resources.call_timeout_s,
+        )
+        self.state.version += 1
+
+    def _close_step(
+        self, index: int, stage: StageConfig, progress: StageProgress, outcome: StepOutcome
+    ) -> None:
+        """Journal, gallery, checkpoint. The checkpoint comes last, so that what it promises is on disk."""
+        step, config = self.state.step, self.config
+        self.journal.spans(self.collector.spans)
+        self.journal.log(outcome.metrics, step, stage.name, progress.steps)
+        ends = progress.steps == stage.steps
+        if config.evaluation.every and progress.steps % config.evaluation.every == 0 and not ends:
+            self._evaluate(f"step_{step:06d}", tasks=[stage.task])
+        if config.gallery.prompts and progress.steps % config.gallery.every == 0 and not ends:
+            self._gallery(stage, step)
+        if ends or progress.steps % config.checkpoint.every == 0:
+            with self.journal.timed("checkpoint", step):
+                save_checkpoint(
+                    self.run_dir, self.state, self.journal.config_yaml, self.cluster.learner,
+                    self._write_shipped_adapter, border=ends,
+                )  # fmt: skip
+            prune_checkpoints(self.run_dir, config.checkpoint.keep_last)
+
+    def _account(self, progress: StageProgress, outcome: StepOutcome, seconds: float) -> None:
+        self.state.step += 1
+        progress.steps += 1
+        progress.seconds += seconds
+        progress.reward_mean = outcome.metrics["reward/mean"]
+        samples = sum(len(g.group.seeds) for g in outcome.groups)
+        progress.samples += samples
+        progress.missing += round(outcome.metrics["reward/missing_share"] * samples)
+        self.state.images += self.collector.take_images()
+        self.state.seconds += seconds
+        self.state.restarts += int(outcome.metrics["workers/restarts"])
+
+    def _count_failures(self, groups: list[SampledGroup]) -> None:
+        for group in groups:
+            if group.failure:
+                self.state.failed_prompts += 1
+                log.error(
+                    "prompt %d (%r): %s", group.group.prompt.index, group.group.prompt.prompt, group.failure
+                )
+        if self.state.failed_prompts > self.config.rollout.max_failed_prompts:
+            raise TooManyFailedPrompts(
+                f"{self.state.failed_prompts} prompts could not be sampled (rollout.max_failed_prompts="
+                f"{self.config.rollout.max_failed_prompts}); the log names each"
+            )
+
+    def _evaluate_base(self) -> None:
+        """Before the first stage; a resumed run reads what the first one measured."""
+        scales = {f"before_guidance_{scale:g}": scale for scale in self.config.evaluation.baseline_guidance}
+        if self.resumed:
+            finished = [f"after_{stage.name}" for stage in self.config.stages[: self.state.stage]]
+            for moment in ["before", *scales, *finished]:
+                self.results.add(moment, self.evaluator.read(moment))
+            return
+        self._evaluate("before")
+        for moment, scale in scales.items():
+            assert self.policy is not None
+            self.results.add(
+                moment, self.evaluator.evaluate(moment, self.policy, self.state.step, guidance_scale=scale)
+            )
+
+    def _evaluate(self, moment: str, *, tasks: list[str] | None = None) -> None:
+        """Evaluate the shipped adapter on all tasks (or `tasks`) and record it."""
+        began = time.monotonic()
+        scores = self.evaluator.evaluate(moment, self._shipped_policy(), self.state.step, tasks=tasks)
+        self.results.add(moment, scores)
+        seconds = time.monotonic() - began
+        self.state.images += self.collector.take_images()
+        self.state.seconds += seconds
+        self.journal.evaluation(moment, scores, self.results.change_since_before, self.state, seconds)
+        self.journal.spans(self.collector.spans)
+        for task in scores:
+            self.journal.grid(
+                task, moment, self.evaluator.gallery.get(task, {}).get(moment, []), self.state.step
+            )
+
+    def _gallery(self, stage: StageConfig, step: int) -> None:
+        samples = self.evaluator.sample_gallery(f"step_{step}", stage.task, self._shipped_policy(), step)
+        self.state.images += self.collector.take_images()
+        self.journal.grid(stage.task, stage.name, samples, step)
+
+    def _shipped_policy(self) -> Policy:
+        """The moving average where one is kept; replicas fetch it with their first call."""
+        import ray
+
+        assert self.policy is not None
+        if not self.config.learner.ema.enabled:
+            return self.policy
+        adapter = self.cluster.learner.adapter(self.state.version, shipped=True)
+        return Policy(adapter.version, adapter.sha256, (ray.put(adapter),))
+
+    def _write_shipped_adapter(self, folder: Path) -> None:
+        self.results.write_adapter(self.cluster.learner.adapter(self.state.version, shipped=True), folder)
+
+    def _load_negative(self) -> None:
+        """The negative prompt's embedding, once for the run; none is needed without guidance."""
+        texts = [self.config.rollout.negative_prompt]
+        refs = self.cluster.encoder.encode_texts.remote(texts)
+        import ray
+
+        negative = ray.get(refs, timeout=self.config.resources.call_timeout_s)[0]
+        self.collector.negative = ray.put(negative)
+        self.cluster.learner.set_negative(negative)
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._start = self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return time.monotonic() - self._start

@@ -1,0 +1,103 @@
+"""The resource plan: which roles need which CPUs and GPUs. Pure functions; nothing here touches Ray.
+
+`shared`: one bundle per learner rank holds the rank and its rollout workers, which take turns on one GPU.
+`separate`: one bundle per worker and per rank. `inprocess`: one bundle per rank, which also samples.
+Reward and encode workers have bundles of their own in all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rl.config import ResourcesConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class ActorPlan:
+    """One actor: its role and number, the bundle it sits in, and what it asks for of that bundle."""
+
+    role: str
+    index: int
+    bundle: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class ResourcePlan:
+    """bundles: the placement group's resources; actors: who sits where."""
+
+    bundles: tuple[dict[str, float], ...]
+    actors: tuple[ActorPlan, ...]
+
+    @property
+    def cpus(self) -> float:
+        return sum(bundle.get("CPU", 0.0) for bundle in self.bundles)
+
+    @property
+    def gpus(self) -> float:
+        return sum(bundle.get("GPU", 0.0) for bundle in self.bundles)
+
+    def of(self, role: str) -> list[ActorPlan]:
+        return [actor for actor in self.actors if actor.role == role]
+
+
+def make_plan(config: RunConfig) -> ResourcePlan:
+    """The plan of a recipe. Expects a validated config (see `rl/validate.py`)."""
+    resources, ranks, workers = config.resources, config.learner.ranks, config.rollout.workers
+    gpu = 1.0 if resources.device == "cuda" else 0.0
+    bundles: list[dict[str, float]] = []
+    actors: list[ActorPlan] = []
+
+    def add(members: Sequence[tuple[str, int, float, float]]) -> None:
+        for role, index, cpus, gpus in members:
+            actors.append(ActorPlan(role, index, len(bundles), cpus, gpus))
+        total = {"CPU": round(sum(m[2] for m in members), 4), "GPU": round(sum(m[3] for m in members), 4)}
+        bundles.append({name: amount for name, amount in total.items() if amount})
+
+    if resources.placement == "shared":
+        for rank in range(ranks):
+            mine = [w for w in range(workers) if w % ranks == rank]
+            share = gpu / (len(mine) + 1)
+            add(
+                [("learner", rank, resources.learner_cpus, share)]
+                + [("rollout", w, resources.rollout_cpus, share) for w in mine]
+            )
+    else:
+        for rank in range(ranks):
+            add([("learner", rank, resources.learner_cpus, gpu)])
+        if resources.placement == "separate":
+            for worker in range(workers):
+                add([("rollout", worker, resources.rollout_cpus, gpu)])
+    for worker in range(resources.reward_workers):
+        add([("reward", worker, resources.reward_cpus, resources.reward_gpus)])
+    add([("encode", 0, resources.encode_cpus, resources.encode_gpus)])
+    return ResourcePlan(tuple(bundles), tuple(actors))
+
+
+def shortage(plan: ResourcePlan, available: dict[str, float]) -> list[str]:
+    """What the cluster lacks, one line per resource; empty when the plan fits in total."""
+    lines = []
+    for name, wanted in (("CPU", plan.cpus), ("GPU", plan.gpus)):
+        have = available.get(name, 0.0)
+        if wanted > have + 1e-6:
+            lines.append(f"the plan needs {wanted:g} {name}s, the cluster has {have:g}; {_way_out(name)}")
+    return lines
+
+
+def _way_out(name: str) -> str:
+    keys = "learner.ranks, rollout.workers or resources.*_" + ("cpus" if name == "CPU" else "gpus")
+    return f"add nodes (ray start --address=...) or lower {keys}"
+
+
+def describe_plan(plan: ResourcePlan, resources: ResourcesConfig) -> list[str]:
+    """The plan as lines for the log: one per role, then the total."""
+    lines = [f"placement {resources.placement} on {resources.device}: {len(plan.bundles)} bundles"]
+    for role in ("learner", "rollout", "reward", "encode"):
+        actors = plan.of(role)
+        if actors:
+            first = actors[0]
+            lines.append(f"  {role:8} {len(actors)} x ({first.cpus:g} CPU, {first.gpus:g} GPU)")
+    lines.append(f"  total    {plan.cpus:g} CPU, {plan.gpus:g} GPU")
+    return lines

@@ -1,0 +1,143 @@
+"""Everything that can be found wrong before a GPU is taken or Ray is asked for anything, in one list."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import recipes
+from rewards.base import RewardSet, RewardSpec
+from rewards.checks import check_rewards
+from rl.config import EvaluationTaskConfig, RewardConfig, RunConfig, StageConfig
+from rl.evaluation_sets import evaluation_set_name
+from rl.validate import find_problems
+from rollout.prompts import Prompt, PromptFileError, load_prompts, load_reference
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """problems: one line each, empty when the run may start; reward_sets: what the reward workers load."""
+
+    problems: list[str]
+    reward_sets: list[RewardSet]
+
+
+def preflight(config: RunConfig) -> Preflight:
+    """Check keys, paths, prompts, reference images, rewards (with a dry call), model folder and LoRA targets."""
+    problems = find_problems(config)
+    problems += _check_paths(config)
+    problems += _check_model(config)
+    reward_sets = []
+    for part in [*config.stages, *config.evaluation.tasks]:
+        found, prompts = _check_prompts(part)
+        problems += found
+        if part.task not in ("edit", "t2i"):
+            continue
+        reward_set = _reward_set(part, prompts)
+        problems += [p for p in check_rewards(reward_set) if p not in problems]
+        reward_sets.append(reward_set)
+    return Preflight(problems, reward_sets)
+
+
+def stage_set_name(stage: str) -> str:
+    """The name under which reward workers know the rewards of a stage."""
+    return f"stage:{stage}"
+
+
+def reward_specs(rewards: list[RewardConfig]) -> list[RewardSpec]:
+    """The recipe's rewards as the reward package knows them."""
+    return [
+        RewardSpec(
+            r.name, r.weight, dict(r.params), r.timeout_s, r.attempts, r.on_missing, r.max_missing_share,
+            r.constant_steps, r.label,
+        )
+        for r in rewards
+    ]  # fmt: skip
+
+
+def _reward_set(part: StageConfig | EvaluationTaskConfig, prompts: list[Prompt]) -> RewardSet:
+    name = stage_set_name(part.name) if isinstance(part, StageConfig) else evaluation_set_name(part.task)
+    if not prompts:
+        return RewardSet(name, part.task, reward_specs(part.rewards))
+    return RewardSet(name, part.task, reward_specs(part.rewards), prompts[0].prompt, prompts[0].metadata)
+
+
+def _check_paths(config: RunConfig) -> list[str]:
+    """Under a submitted job the driver runs in a temporary copy, where relative results would be lost."""
+    paths = {"output_dir": config.output_dir, "model.path": config.model.path}
+    paths |= {f"prompts of stage {stage.name!r}": stage.prompts for stage in config.stages}
+    paths |= {f"prompts of evaluation {task.task!r}": task.prompts for task in config.evaluation.tasks}
+    if not submitted_job():
+        return []
+    return [
+        f"{key}={path!r} is relative, and a submitted job runs in a temporary copy of the working directory; "
+        "give an absolute path that every node sees"
+        for key, path in paths.items()
+        if not Path(path).is_absolute() and (key == "output_dir" or not recipes.is_packaged(path))
+    ]
+
+
+def submitted_job() -> bool:
+    """Whether this process is the entry point of `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _check_prompts(part: StageConfig | EvaluationTaskConfig) -> tuple[list[str], list[Prompt]]:
+    if part.task not in ("edit", "t2i"):
+        return [], []
+    try:
+        prompts = load_prompts(recipes.resolve(part.prompts), part.task)  # type: ignore[arg-type]
+    except PromptFileError as error:
+        return error.problems, []
+    problems = []
+    for prompt in prompts if part.task == "edit" else []:
+        try:
+            load_reference(prompt)
+        except ValueError as error:
+            problems.append(f"{part.prompts}: {error}")
+    wanted = getattr(part, "num_prompts", 0)
+    if wanted > len(prompts):
+        problems.append(f"{part.prompts} holds {len(prompts)} prompts, num_prompts={wanted} asks for more")
+    return problems, prompts
+
+
+def _check_model(config: RunConfig) -> list[str]:
+    from models.components import check_model_folder
+
+    folder = recipes.resolve(config.model.path)
+    problems = check_model_folder(folder)
+    if problems:
+        return [f"model.path: {problem}" for problem in problems]
+    return _check_shapes(config, folder)
+
+
+def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
+    """LoRA targets and image size against the real modules, built without memory on the meta device."""
+    import json
+
+    import torch
+
+    from models.kontext import KontextTransformer
+    from models.latents import latent_shape
+    from models.lora import attach_lora
+
+    problems = []
+    try:
+        with torch.device("meta"):
+            transformer = KontextTransformer.from_config(
+                KontextTransformer.load_config(folder / "transformer")
+            )
+        lora = config.model.lora
+        attach_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    except (ValueError, RuntimeError) as error:
+        problems.append(f"model.lora: {error}")
+    try:
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+        latent_shape(vae, config.model.height, config.model.width)
+    except ValueError as error:
+        problems.append(f"model.height, model.width: {error}")
+    return problems

@@ -1,0 +1,89 @@
+"""Command line: `python -m rl.train RECIPE [key=value ...] [--dry-run] [--resume auto|PATH]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from rl.config import ConfigError, RunConfig, load_config, to_yaml
+
+log = logging.getLogger("rl.train")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 when the run finished (or the dry run found nothing missing), 2 for a recipe that cannot run."""
+    arguments = _parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        config = load_config(arguments.recipe, arguments.overrides)
+        return dry_run(config) if arguments.dry_run else train(config, resume=arguments.resume)
+    except ConfigError as error:
+        sys.stderr.write(f"This recipe cannot run:\n{error}\n")
+        return 2
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m rl.train", description="Train a recipe with Flow-GRPO.")
+    parser.add_argument("recipe", help="path of a YAML recipe, for example recipes/shapes/pdtr.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", help="key=value, for example learner.kl_beta=0.01 stages[0].steps=5"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print the plan; no Ray, no GPU"
+    )
+    parser.add_argument("--resume", default=None, metavar="auto|PATH", help="continue from a checkpoint")
+    return parser.parse_args(argv)
+
+
+def dry_run(config: RunConfig) -> int:
+    """Print the plan and what is missing. 0 when the recipe is ready to run."""
+    from rl.plan import describe_run
+    from rl.preflight import preflight
+
+    for line in describe_run(config):
+        sys.stdout.write(line + "\n")
+    problems = preflight(config).problems
+    if problems:
+        sys.stdout.write("Not ready:\n" + "\n".join(f"- {problem}" for problem in problems) + "\n")
+        return 2
+    sys.stdout.write("Ready to run.\n")
+    return 0
+
+
+def train(config: RunConfig, *, resume: str | None = None) -> int:
+    """Check everything, then run (or continue) the recipe on the Ray cluster."""
+    from rl.checkpoint import check_same_recipe, find_checkpoint, read_state
+    from rl.preflight import preflight
+    from rl.state import RunState
+
+    checked = preflight(config)
+    if checked.problems:
+        raise ConfigError(checked.problems)
+    run_dir = Path(config.output_dir).absolute() / config.name
+    checkpoint = find_checkpoint(run_dir, resume) if resume else None
+    if checkpoint is not None:
+        check_same_recipe((checkpoint / "config.yaml").read_text(), to_yaml(config))
+        log.info("continuing from %s", checkpoint)
+    elif resume is None and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError([f"{run_dir} holds an earlier run; add --resume auto, or set another name="])
+    state = read_state(checkpoint) if checkpoint else RunState()
+
+    from rl.cluster import connect, start_cluster
+    from rl.controller import Controller
+    from rl.placement import make_plan
+
+    connect()
+    cluster = start_cluster(config, make_plan(config), checked.reward_sets)
+    try:
+        Controller(config, cluster, run_dir, state, checkpoint, fresh=resume is None).run()
+    finally:
+        cluster.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""One DiT replica: samples chunks of a group, decodes the images, holds one adapter at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from models.components import load_scheduler, load_transformer, load_vae
+from models.kontext import KontextTransformer
+from models.latents import decode_latents, latent_shape
+from models.lora import Adapter, adapter_state, attach_lora, hash_state, load_adapter_state, use_adapter
+from rollout.failures import DataFailure
+from rollout.prompts import derive_seed
+from rollout.sampler import (
+    Conditioning,
+    ConditioningBatch,
+    SamplingSpec,
+    Trajectory,
+    guided_velocity,
+    sample_trajectories,
+    sigma_table,
+)
+
+log = logging.getLogger(__name__)
+ROLLOUT_ADAPTER = "rollout"
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """What a replica is built from; enough for a restarted actor to build itself again."""
+
+    model_path: str
+    dtype: str
+    device: str
+    height: int
+    width: int
+    lora_rank: int
+    lora_alpha: float
+    lora_targets: tuple[str, ...]
+    threads: int
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A fixed piece of one group (or of an evaluation): one sample per seed.
+
+    The unit of work never depends on the number of workers, so one worker and three give the same bits, and a
+    request dispatched again after a crash gives the same samples.
+    """
+
+    group_id: int
+    first: int
+    seeds: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """The small part of an answer, which the controller reads; tensors stay in the object store."""
+
+    group_id: int
+    first: int
+    policy_version: int
+    policy_sha256: str
+    seconds: float
+    started: float
+    worker: str
+
+
+@dataclass(frozen=True)
+class AdapterReceipt:
+    """A replica's proof that an adapter took effect: hash of its live weights, and how far a probe moved."""
+
+    worker: str
+    version: int
+    sha256: str
+    probe_shift: float
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`"float32"` or `"bfloat16"` as a torch dtype; KeyError-free because the schema admits no other."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+class RolloutEngine:
+    """Samples with one transformer and one adapter. `transformer` may be shared with a learner in-process."""
+
+    def __init__(self, spec: ReplicaSpec, transformer: KontextTransformer | None = None):
+        self.spec = spec
+        self.worker = f"{os.uname().nodename}:{os.getpid()}"
+        dtype = torch_dtype(spec.dtype)
+        if transformer is None:
+            transformer = load_transformer(spec.model_path, dtype=dtype, device=spec.device)
+            attach_rollout_adapter(transformer, spec)
+        self.transformer = transformer.eval()
+        if spec.compile:
+            self.transformer.compile()
+        self.vae = load_vae(spec.model_path, dtype=dtype, device=spec.device)
+        self.scheduler = load_scheduler(spec.model_path)
+        self.latent_shape = latent_shape(self.vae, spec.height, spec.width)
+        self.version, self.sha256 = -1, ""
+
+    def load_adapter(self, adapter: Adapter) -> AdapterReceipt:
+        """Put `adapter` into the live weights; the receipt hashes what is then in the module, not what came."""
+        before = self._probe()
+        load_adapter_state(self.transformer, adapter.tensors, ROLLOUT_ADAPTER)
+        self.sha256 = hash_state(adapter_state(self.transformer, ROLLOUT_ADAPTER))
+        self.version = adapter.version
+        shift = float((self._probe() - before).abs().max())
+        return AdapterReceipt(self.worker, self.version, self.sha256, shift)
+
+    def sample(
+        self,
+        request: SampleRequest,
+        spec: SamplingSpec,
+        negative: Conditioning | None,
+        conditionings: Sequence[Conditioning],
+    ) -> tuple[SampleInfo, Trajectory, np.ndarray]:
+        """Trajectories and decoded images uint8 [n, H, W, 3] of one request.
+
+        `conditionings` holds one entry for all samples (a training group) or one per sample (evaluation).
+        Raises DataFailure when this prompt drives the model to non-finite latents.
+        """
+        started = time.time()
+        if len(conditionings) == 1:
+            conditionings = list(conditionings) * len(request.seeds)
+        positive = ConditioningBatch.stack(
+            conditionings, device=self.spec.device, dtype=torch_dtype(self.spec.dtype)
+        )
+        sigmas = sigma_table(self.scheduler, spec.num_steps)
+        generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+        with use_adapter(self.transformer, ROLLOUT_ADAPTER):
+            trajectory = sample_trajectories(
+                self.transformer,
+                positive,
+                negative,
+                spec,
+                sigmas,
+                self.latent_shape,
+                generators,
+                request.steps,
+            )
+        if not torch.isfinite(trajectory.final_latents).all():
+            raise DataFailure(f"group {request.group_id}: the sampled latents are not finite")
+        images = decode_latents(self.vae, trajectory.final_latents).numpy()
+        seconds = time.time() - started
+        info = SampleInfo(
+            request.group_id, request.first, self.version, self.sha256, seconds, started, self.worker
+        )
+        return info, trajectory, images
+
+    @torch.no_grad()
+    def _probe(self) -> torch.Tensor:
+        """One fixed forward [C, H, W]; a new adapter that leaves it unchanged bound to nothing."""
+        config, dtype = self.transformer.config, torch_dtype(self.spec.dtype)
+        generator = torch.Generator().manual_seed(derive_seed("adapter-probe"))
+        latents = torch.randn((1, *self.latent_shape), generator=generator)
+        text = Conditioning(
+            torch.randn((16, config.joint_attention_dim), generator=generator),
+            torch.randn((config.pooled_projection_dim,), generator=generator),
+        )
+        batch = ConditioningBatch.stack([text], device=self.spec.device, dtype=dtype)
+        sigma = torch.full((1,), 0.7, device=self.spec.device)
+        with use_adapter(self.transformer, ROLLOUT_ADAPTER):
+            velocity = guided_velocity(
+                self.transformer, latents.to(self.spec.device), sigma, batch, None, guidance_scale=1.0
+            )
+        return velocity[0].float().cpu()
+
+
+def attach_rollout_adapter(transformer: KontextTransformer, spec: ReplicaSpec) -> None:
+    """Add the frozen adapter that rollouts sample with (kept apart from the one being trained)."""
+    attach_lora(
+        transformer,
+        rank=spec.lora_rank,
+        alpha=spec.lora_alpha,
+        targets=spec.lora_targets,
+        adapter_name=ROLLOUT_ADAPTER,
+        trainable=False,
+    )

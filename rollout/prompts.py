@@ -1,0 +1,182 @@
+"""Prompt sets as JSONL, and which prompts a step samples: a pure function of (seed, stage, step).
+
+A text-to-image line is `{"prompt": ..., "metadata": {...}}`; an editing line adds `"image"`, a path relative
+to the file or a `data:image/png;base64,` URI. Every other top-level key joins the metadata, so official
+GenEval files load unchanged.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+import random
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Task = Literal["t2i", "edit"]
+TASKS: tuple[Task, ...] = ("edit", "t2i")
+_DATA_URI = "data:image/"
+
+
+class PromptFileError(ValueError):
+    """A prompt file has bad lines; `problems` holds one `file:line: what` entry for each."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt set. `reference` is an absolute path or a data URI (editing), else None."""
+
+    index: int
+    task: Task
+    prompt: str
+    reference: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """One prompt to be sampled G times; `seeds[k]` alone decides the noise of sample k.
+
+    `id` is unique within a stage, so samples are matched by it and never by decoded text.
+    """
+
+    id: int
+    step: int
+    prompt: Prompt
+    seeds: tuple[int, ...]
+
+
+def load_prompts(path: str | Path, task: Task) -> list[Prompt]:
+    """Read a prompt set; raises `PromptFileError` with every bad line as `file:line: problem`."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptFileError([f"{path}: cannot be read ({error})"]) from error
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(_parse_line(line, len(prompts), task, path.parent))
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if not prompts and not problems:
+        problems.append(f"{path}: holds no prompts")
+    if problems:
+        raise PromptFileError(problems)
+    return prompts
+
+
+def _parse_line(line: str, index: int, task: Task, folder: Path) -> Prompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    text = record.pop("prompt", None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("key 'prompt' must be a non-empty string")
+    metadata = record.pop("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"key 'metadata' must be an object, found {type(metadata).__name__}")
+    image = record.pop("image", None)
+    if task == "t2i":
+        if image is not None:
+            raise ValueError("key 'image' belongs to editing prompts; this set is used for text-to-image")
+        reference = None
+    else:
+        reference = _reference(image, folder)
+    return Prompt(index, task, text, reference, {**record, **metadata})
+
+
+def _reference(image: object, folder: Path) -> str:
+    if not isinstance(image, str) or not image:
+        raise ValueError("key 'image' must name the reference image (a path or a data URI)")
+    if image.startswith(_DATA_URI):
+        return image
+    path = (folder / image).absolute()
+    if not path.is_file():
+        raise ValueError(f"reference image {path} does not exist")
+    return str(path)
+
+
+def load_reference(prompt: Prompt) -> Image.Image:
+    """The reference image as RGB, EXIF rotation applied. Raises ValueError naming an unreadable image."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if prompt.reference is None:
+        raise ValueError(f"prompt {prompt.index} ({prompt.prompt!r}) has no reference image")
+    try:
+        if prompt.reference.startswith(_DATA_URI):
+            payload = prompt.reference.split(",", 1)[1]
+            source: Any = io.BytesIO(base64.b64decode(payload, validate=True))
+        else:
+            source = prompt.reference
+        with Image.open(source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (
+        OSError,
+        IndexError,
+        binascii.Error,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+    ) as error:
+        shown = prompt.reference[:80]
+        raise ValueError(
+            f"reference image {shown} of prompt {prompt.index} is unreadable ({error})"
+        ) from error
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from any tuple, the same on every machine and Python."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class GroupSampler:
+    """Which groups a step samples. Stateless: resuming needs the step number alone.
+
+    Prompts are visited in a fresh permutation each epoch, so that each is seen once before any is seen twice.
+    """
+
+    num_prompts: int
+    prompts_per_rollout: int
+    group_size: int
+    seed: int
+    stage: str
+
+    def groups(self, prompts: list[Prompt], step: int) -> list[PromptGroup]:
+        """The `prompts_per_rollout` groups of `step` (from 0), each with `group_size` sample seeds."""
+        result = []
+        for slot in range(self.prompts_per_rollout):
+            position = step * self.prompts_per_rollout + slot
+            epoch, offset = divmod(position, self.num_prompts)
+            index = _permutation(self.num_prompts, derive_seed(self.seed, self.stage, "epoch", epoch))[offset]
+            seeds = tuple(
+                derive_seed(self.seed, self.stage, step, position, k) for k in range(self.group_size)
+            )
+            result.append(PromptGroup(position, step, prompts[index], seeds))
+        return result
+
+
+@lru_cache(maxsize=4)
+def _permutation(size: int, seed: int) -> tuple[int, ...]:
+    order = list(range(size))
+    random.Random(seed).shuffle(order)
+    return tuple(order)

@@ -1,0 +1,153 @@
+"""Ray actors of the rollout side: `RolloutWorker` around the engine, `EncodeWorker` around the encoders.
+
+A call carries the policy it wants (`Policy`: version, hash, reference to the adapter). A worker that holds
+another one, because it was restarted or missed a publish, fetches it before it samples; nothing has to
+remember which worker knows what.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from models.components import load_vae
+from models.kontext import KontextTransformer
+from models.latents import encode_images, image_to_tensor
+from models.lora import Adapter
+from models.text import SD3TextEncoder
+from rollout.engine import AdapterReceipt, ReplicaSpec, RolloutEngine, SampleInfo, SampleRequest, torch_dtype
+from rollout.failures import DataFailure, InfrastructureFailure
+from rollout.prompts import Prompt, load_reference
+from rollout.sampler import Conditioning, SamplingSpec, Trajectory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which adapter to sample with. `adapter` holds one object reference, wrapped so that Ray does not resolve
+    it on the way: a worker that already has the weights moves no bytes."""
+
+    version: int
+    sha256: str
+    adapter: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Who answers: node, process, device, and memory in bytes (GPU where there is one, else resident)."""
+
+    worker: str
+    device: str
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What an encode worker is built from. `cache_bytes` bounds the prompt-embedding cache."""
+
+    model_path: str
+    dtype: str
+    device: str
+    height: int
+    width: int
+    max_sequence_length: int
+    cache_bytes: int
+    threads: int
+
+
+class Replica:
+    """The actor's methods, as a plain class so that a learner can hold one in-process."""
+
+    def __init__(self, spec: ReplicaSpec, transformer: KontextTransformer | None = None):
+        torch.set_num_threads(spec.threads)
+        self.engine = RolloutEngine(spec, transformer)
+
+    def ready(self) -> WorkerInfo:
+        """Answers once the model is loaded."""
+        return WorkerInfo(self.engine.worker, self.engine.spec.device, self.engine.version)
+
+    def load_adapter(self, adapter: Adapter) -> AdapterReceipt:
+        """Publish: load, re-hash the live weights, measure the probe."""
+        return self.engine.load_adapter(adapter)
+
+    def sample(
+        self,
+        request: SampleRequest,
+        spec: SamplingSpec,
+        policy: Policy,
+        negative: Conditioning | None,
+        *conditionings: Conditioning,
+    ) -> tuple[SampleInfo, Trajectory, np.ndarray]:
+        """See `RolloutEngine.sample`. Raises DataFailure or InfrastructureFailure; anything else is fatal."""
+        if self.engine.sha256 != policy.sha256:
+            receipt = self.engine.load_adapter(ray.get(policy.adapter[0], timeout=120))
+            if receipt.sha256 != policy.sha256:
+                raise InfrastructureFailure(
+                    f"{receipt.worker}: adapter {policy.version} arrived as {receipt.sha256[:12]}, "
+                    f"expected {policy.sha256[:12]}"
+                )
+        try:
+            return self.engine.sample(request, spec, negative, conditionings)
+        except torch.OutOfMemoryError as error:
+            raise InfrastructureFailure(
+                f"{self.engine.worker}: out of GPU memory sampling {len(request.seeds)} images; "
+                "lower rollout.chunk_size"
+            ) from error
+
+
+class Encoder:
+    """Turns prompts into conditioning: text embeddings (cached) and the reference image's VAE latents."""
+
+    def __init__(self, spec: EncoderSpec):
+        torch.set_num_threads(spec.threads)
+        self.spec = spec
+        dtype = torch_dtype(spec.dtype)
+        self.text = SD3TextEncoder.from_pretrained(
+            spec.model_path,
+            dtype=dtype,
+            device=spec.device,
+            max_sequence_length=spec.max_sequence_length,
+            cache_bytes=spec.cache_bytes,
+        )
+        self.vae = load_vae(spec.model_path, dtype=dtype, device=spec.device)
+
+    def ready(self) -> WorkerInfo:
+        """Answers once the encoders are loaded."""
+        return WorkerInfo(f"{os.uname().nodename}:{os.getpid()}", self.spec.device, -1)
+
+    def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
+        """One `Conditioning` per prompt, each independent of the others in the call.
+
+        Raises DataFailure naming a reference image that cannot be read.
+        """
+        results = []
+        for prompt, embeds in zip(prompts, self.text.encode([p.prompt for p in prompts]), strict=True):
+            latents = None if prompt.reference is None else self._reference_latents(prompt)
+            results.append(Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds, latents))
+        return results
+
+    def encode_texts(self, texts: list[str]) -> list[Conditioning]:
+        """Text alone (the negative prompt)."""
+        return [
+            Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+            for embeds in self.text.encode(texts)
+        ]
+
+    def _reference_latents(self, prompt: Prompt) -> torch.Tensor:
+        try:
+            image = load_reference(prompt)
+        except ValueError as error:
+            raise DataFailure(str(error)) from error
+        pixels = image_to_tensor(image, self.spec.height, self.spec.width)[None]
+        return encode_images(self.vae, pixels)[0].cpu()
+
+
+RolloutWorker = ray.remote(Replica)
+EncodeWorker = ray.remote(Encoder)
