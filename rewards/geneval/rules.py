@@ -7,6 +7,7 @@ any package.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -34,7 +35,8 @@ class GenEvalResult:
 
     `correct`: the official figure. `reason`: why it is not, or "". `strict`: as `correct`, but with exactly
     the demanded number of objects, as Flow-GRPO's reward server has it. `dense`: our partial credit, from 0
-    to 1. `flow_grpo_compat`: that server's own dense score, from -14 to 1.
+    to 1. `flow_grpo_compat`: that server's own dense score, from -14 to 1. `prompt`: the record's prompt, or
+    its clauses as JSON when it has none: equal for images of one prompt.
     """
 
     correct: bool
@@ -96,7 +98,7 @@ def evaluate(
         dense=fmean(parts) if parts else 1.0,
         flow_grpo_compat=flow_grpo_score(found),
         tag=tag,
-        prompt=str(metadata.get("prompt", "")),
+        prompt=str(metadata.get("prompt") or json.dumps([include, exclude], sort_keys=True)),
     )
 
 

@@ -57,7 +57,7 @@ def sprite(shape: str, fraction_x: float, fraction_y: float) -> np.ndarray:
     return coverage
 
 
-def draw(canvas: np.ndarray, item: Shape) -> None:
+def _blend(canvas: np.ndarray, item: Shape, color: np.ndarray) -> None:
     """Blend one object into a float32 canvas [H, W, 3] in place; what lies outside the canvas is cut off."""
     left, top = int(np.floor(item.x)), int(np.floor(item.y))
     mask = sprite(item.shape, item.x - left, item.y - top)
@@ -68,7 +68,7 @@ def draw(canvas: np.ndarray, item: Shape) -> None:
         return
     mask = mask[cy0 - y0 : cy1 - y0, cx0 - x0 : cx1 - x0]
     window = canvas[cy0:cy1, cx0:cx1]
-    window += mask * (np.asarray(COLORS[item.color], np.float32) - window)
+    window += mask * (color - window)
 
 
 def render(scene: Scene) -> np.ndarray:
@@ -82,5 +82,12 @@ def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
     for image, scene in zip(canvas, scenes, strict=True):
         image[:] = BACKGROUNDS[scene.background]
         for item in scene.objects:
-            draw(image, item)
+            _blend(image, item, np.asarray(COLORS[item.color], np.float32))
     return np.round(canvas).astype(np.uint8)
+
+
+def silhouette(item: Shape) -> np.ndarray:
+    """The pixels of which an object covers at least half, bool [H, W]."""
+    canvas = np.zeros((SIZE, SIZE, 3), np.float32)
+    _blend(canvas, item, np.ones(3, np.float32))
+    return canvas[..., 0] >= 0.5

@@ -1,0 +1,109 @@
+"""The prompt sets of the shapes world, as JSONL files: `python -m rewards.shapes.prompts OUTDIR`.
+
+Text-to-image lines take turns over GenEval's six tags, edit lines over the six kinds, so any prefix of a file
+is balanced. Source pictures are embedded as PNG data URIs. What a tag has too few texts for is repeated, in
+rounds: its lines still differ in their noise, since that follows from the line's index.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rewards.shapes.captions import FAMILIES, TAGS, Caption, captions
+from rewards.shapes.edits import KINDS, sample_edit
+from rewards.shapes.render import render
+from rewards.shapes.world import BACKGROUNDS
+
+logger = logging.getLogger(__name__)
+
+COUNTS = {"train": {"t2i": 1024, "edit": 1024}, "heldout": {"t2i": 2048, "edit": 2048}}
+SEEDS = {"train": 1, "heldout": 2}
+
+
+def t2i_lines(split: str, count: int) -> Iterator[dict[str, Any]]:
+    """Prompt lines of the text-to-image task."""
+    rng = np.random.default_rng(SEEDS[split])
+    each = -(-count // len(TAGS))
+    columns = [_tag_captions(rng, tag, split, each) for tag in TAGS]
+    for caption in itertools.islice(itertools.chain.from_iterable(zip(*columns, strict=True)), count):
+        record = caption.metadata()
+        yield {"prompt": record.pop("prompt"), "metadata": record}
+
+
+def _tag_captions(rng: np.random.Generator, tag: str, split: str, count: int) -> list[Caption]:
+    """Captions of one tag without repeats where there are enough: the smaller families whole, then the rest."""
+    families = [
+        [replace(item, background=b) for item in captions(tag, colored, split) for b in (None, *BACKGROUNDS)]
+        for colored in FAMILIES[tag]
+    ]
+    chosen: list[Caption] = []
+    for left, family in zip(range(len(families), 0, -1), sorted(families, key=len), strict=True):
+        share = (count - len(chosen)) // left
+        chosen += [family[i] for i in rng.permutation(len(family))[:share]]
+    rounds = -(-count // len(chosen))
+    order = [index for _ in range(rounds) for index in rng.permutation(len(chosen))]
+    return [chosen[index] for index in order[:count]]
+
+
+def edit_lines(split: str, count: int) -> Iterator[dict[str, Any]]:
+    """Prompt lines of the editing task, no two of them with the same scene and instruction."""
+    rng = np.random.default_rng(SEEDS[split])
+    seen: set[tuple[str, str]] = set()
+    while len(seen) < count:
+        kind = KINDS[len(seen) % len(KINDS)]
+        example = sample_edit(rng, split, kind)
+        key = (example.source.content, example.instruction)
+        if key not in seen:
+            seen.add(key)
+            image = data_uri(render(example.source))
+            yield {"prompt": example.instruction, "image": image, "metadata": example.metadata}
+
+
+def data_uri(image: np.ndarray) -> str:
+    """A picture, uint8 [H, W, 3], as a data URI: PNG with a palette, lossless.
+
+    Raises ValueError for a picture of more than 256 colours, which no scene has.
+    """
+    colors, index = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colors) > 256:
+        raise ValueError(f"data_uri: {len(colors)} colours do not fit a palette of 256")
+    height, width = image.shape[:2]
+    picture = Image.frombytes("P", (width, height), index.astype(np.uint8).tobytes())
+    picture.putpalette(colors.astype(np.uint8).tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write(folder: Path) -> None:
+    """Write the four files `{edit,t2i}_{train,heldout}.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, counts in COUNTS.items():
+        for task, lines in (("t2i", t2i_lines), ("edit", edit_lines)):
+            path = folder / f"{task}_{split}.jsonl"
+            rows = [json.dumps(line, separators=(",", ":")) for line in lines(split, counts[task])]
+            path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+            logger.info("%s: %d lines", path, len(rows))
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m rewards.shapes.prompts OUTDIR")
+    write(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
