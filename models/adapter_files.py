@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from models.components import save_component
 from models.kontext import KontextTransformer
 from models.lora import LoraSettings, State
 
@@ -141,19 +141,11 @@ def save_merged_transformer(
 
     A folder that is already there is replaced once the new one is complete.
     """
-    folder = Path(folder)
     merged = merge_adapter(transformer, state, rank=rank, alpha=alpha)
     with torch.device("meta"):
         shell = KontextTransformer.from_config(transformer.config)
     shell.load_state_dict(merged, strict=True, assign=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shell.save_pretrained(partial)
-    # safetensors makes files that their owner alone can read; give them the mode of any other file.
-    for weights in partial.glob("*.safetensors"):
-        weights.chmod((partial / "config.json").stat().st_mode)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    save_component(shell, folder)
 
 
 def _config_json(rank: int, alpha: float, targets: Sequence[str]) -> dict[str, object]:

@@ -1,11 +1,14 @@
-"""The released model folder: what it must hold, and loading of its parts.
+"""The released model folder: what it must hold, loading of its parts, writing of one.
 
 Imports torch only inside the loaders, so that a dry run can check folders on a machine without it.
 """
 
 import json
+import os
+import shutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -15,34 +18,21 @@ if TYPE_CHECKING:
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-SCHEDULER = "scheduler"
+TEXT_PARTS = TEXT_ENCODERS + TOKENIZERS
+PARTS = ("transformer", "vae", *TEXT_PARTS, "scheduler")
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
-def check_model_folder(folder: str | Path) -> list[str]:
-    """Every problem with a model folder in the released layout; empty when it can be loaded.
+def check_model_folder(folder: str | Path, parts: Collection[str] = PARTS) -> list[str]:
+    """Every problem with (the named parts of) a model folder in the released layout; empty when it can load.
 
     Looks at names, JSON and weight indexes only, never at tensors.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return [f"{folder}: no such model folder; download or build the model there, or correct the path"]
-    problems = []
-    for name in ("transformer", "vae"):
-        problems += _check_model(folder / name)
-    return problems + check_text_parts(folder) + _check_part(folder / SCHEDULER, "scheduler_config.json")
-
-
-def check_text_parts(folder: str | Path) -> list[str]:
-    """Every problem with the three text encoders and tokenizers of a model folder."""
-    folder = Path(folder)
-    problems = []
-    for name in TEXT_ENCODERS:
-        problems += _check_model(folder / name)
-    for name in TOKENIZERS:
-        problems += _check_part(folder / name, "tokenizer_config.json") or _check_tokenizer(folder / name)
-    return problems
+    return [problem for name in PARTS if name in parts for problem in _check_part(folder / name)]
 
 
 def load_transformer(
@@ -51,8 +41,7 @@ def load_transformer(
     """Load `folder/transformer`, in eval mode. Raises FileNotFoundError naming what is missing."""
     from models.kontext import KontextTransformer
 
-    part = Path(folder) / "transformer"
-    _require(_check_model(part))
+    part = _require(folder, "transformer")
     transformer = KontextTransformer.from_pretrained(part, torch_dtype=dtype, local_files_only=True)
     return transformer.to(device).eval()
 
@@ -62,45 +51,82 @@ def load_vae(
 ) -> "AutoencoderKL":
     """Load `folder/vae`, frozen, in eval mode.
 
-    `dtype` defaults to float32: SD3's decoder loses detail in bfloat16, and it is small beside the
+    `dtype` defaults to float32, as the VAE's config asks (`force_upcast`); it is small beside the
     transformer. Raises FileNotFoundError naming what is missing.
     """
     import torch
     from diffusers import AutoencoderKL
 
-    part = Path(folder) / "vae"
-    _require(_check_model(part))
+    part = _require(folder, "vae")
     vae = AutoencoderKL.from_pretrained(part, torch_dtype=dtype or torch.float32, local_files_only=True)
     return vae.to(device).eval().requires_grad_(False)
+
+
+def load_text_encoder(
+    folder: str | Path, name: str, *, dtype: "torch.dtype", device: "torch.device | str" = "cpu"
+) -> Any:
+    """Load one of `TEXT_ENCODERS`, frozen, in eval mode. Raises FileNotFoundError naming what is missing."""
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    kind: Any = T5EncoderModel if name == "text_encoder_3" else CLIPTextModelWithProjection
+    encoder = kind.from_pretrained(_require(folder, name), dtype=dtype, local_files_only=True)
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: str | Path, name: str) -> Any:
+    """Load one of `TOKENIZERS`. Raises FileNotFoundError naming what is missing."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_require(folder, name), local_files_only=True)
 
 
 def load_scheduler(folder: str | Path) -> "FlowMatchEulerDiscreteScheduler":
     """Load `folder/scheduler`; its static shift sets the sigma table."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    part = Path(folder) / SCHEDULER
-    _require(_check_part(part, "scheduler_config.json"))
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(part, local_files_only=True)
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(
+        _require(folder, "scheduler"), local_files_only=True
+    )
 
 
-def _require(problems: list[str]) -> None:
+def save_component(component: Any, part: str | Path) -> None:
+    """Write a component's folder; one that is already there is replaced once the new one is whole."""
+    part = Path(part)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    partial = part.with_name(f".{part.name}.{os.getpid()}.partial")
+    component.save_pretrained(partial)
+    # safetensors makes files that their owner alone can read; give them the mode of any other file.
+    for weights in partial.glob("*.safetensors"):
+        weights.chmod((partial / "config.json").stat().st_mode)
+    if part.exists():
+        shutil.rmtree(part)
+    os.replace(partial, part)
+
+
+def _require(folder: str | Path, name: str) -> Path:
+    problems = check_model_folder(folder, (name,))
     if problems:
         raise FileNotFoundError("; ".join(problems))
+    return Path(folder) / name
 
 
-def _check_model(part: Path) -> list[str]:
-    return _check_part(part, "config.json") or _check_weights(part)
-
-
-def _check_part(part: Path, config: str) -> list[str]:
+def _check_part(part: Path) -> list[str]:
     if not part.is_dir():
         return [f"{part}: missing subfolder of the model"]
-    if not (part / config).is_file():
-        return [f"{part / config}: missing config file"]
+    if part.name == "scheduler":
+        return _check_json(part / "scheduler_config.json")
+    if part.name in TOKENIZERS:
+        return _check_json(part / "tokenizer_config.json") + _check_tokenizer(part)
+    return _check_json(part / "config.json") + _check_weights(part)
+
+
+def _check_json(path: Path) -> list[str]:
+    if not path.is_file():
+        return [f"{path}: missing config file"]
     try:
-        json.loads((part / config).read_text(encoding="utf-8"))
+        json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return [f"{part / config}: not readable as JSON ({error})"]
+        return [f"{path}: not readable as JSON ({error})"]
     return []
 
 
@@ -113,7 +139,7 @@ def _check_weights(part: Path) -> list[str]:
     for index in indexes:
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{index}: not a readable weight index ({error!r})")
             continue
         missing = sorted(shard for shard in shards if not (part / shard).is_file())

@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from models.components import check_text_parts
+from models.components import (
+    TEXT_ENCODERS,
+    TEXT_PARTS,
+    TOKENIZERS,
+    check_model_folder,
+    load_text_encoder,
+    load_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,22 +84,11 @@ class SD3TextEncoder:
         Raises:
             FileNotFoundError: naming every part that is missing.
         """
-        folder = Path(folder)
-        problems = check_text_parts(folder)
+        problems = check_model_folder(folder, TEXT_PARTS)
         if problems:
             raise FileNotFoundError("; ".join(problems))
-        encoders = []
-        for part, kind in (
-            ("text_encoder", CLIPTextModelWithProjection),
-            ("text_encoder_2", CLIPTextModelWithProjection),
-            ("text_encoder_3", T5EncoderModel),
-        ):
-            model: Any = kind.from_pretrained(folder / part, dtype=dtype, local_files_only=True)
-            encoders.append(model.to(device).eval().requires_grad_(False))
-        tokenizers = [
-            AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
-            for part in ("tokenizer", "tokenizer_2", "tokenizer_3")
-        ]
+        encoders = [load_text_encoder(folder, name, dtype=dtype, device=device) for name in TEXT_ENCODERS]
+        tokenizers = [load_tokenizer(folder, name) for name in TOKENIZERS]
         return cls(
             clip_tokenizers=tokenizers[:2],
             clip_encoders=encoders[:2],
