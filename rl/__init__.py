@@ -1,1 +1,3 @@
-"""Flow-GRPO training: objective, learner, controller, stages. Importing this package loads neither torch nor ray."""
+"""Flow-GRPO training: objective, learner, controller, stages. Importing it loads neither torch nor ray."""
+
+__version__ = "0.1.0"

@@ -73,8 +73,10 @@ class Collector:
         refs: list[Any] = []
         for start in range(0, len(prompts), _ENCODE_BATCH):
             part = list(prompts[start : start + _ENCODE_BATCH])
-            returned = self.encoder.encode.options(num_returns=len(part)).remote(part)
-            refs += [returned] if len(part) == 1 else list(returned)
+            if len(part) == 1:
+                refs.append(self.encoder.encode_one.remote(part[0]))
+            else:
+                refs += self.encoder.encode.options(num_returns=len(part)).remote(part)
         return refs
 
     def scored_groups(

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 import recipes
 from rewards.monitor import RewardMonitor
 from rl.adapters import publish
@@ -241,8 +243,6 @@ class Controller:
 
     def _shipped_policy(self) -> Policy:
         """The moving average where one is kept; replicas fetch it with their first call."""
-        import ray
-
         assert self.policy is not None
         if not self.config.learner.ema.enabled:
             return self.policy
@@ -254,11 +254,8 @@ class Controller:
 
     def _load_negative(self) -> None:
         """The negative prompt's embedding, once for the run; none is needed without guidance."""
-        texts = [self.config.rollout.negative_prompt]
-        refs = self.cluster.encoder.encode_texts.remote(texts)
-        import ray
-
-        negative = ray.get(refs, timeout=self.config.resources.call_timeout_s)[0]
+        ref = self.cluster.encoder.encode_text.remote(self.config.rollout.negative_prompt)
+        negative = ray.get(ref, timeout=self.config.resources.call_timeout_s)
         self.collector.negative = ray.put(negative)
         self.cluster.learner.set_negative(negative)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import recipes
 from models.adapter_files import save_adapter, save_merged_transformer
 from models.components import load_transformer
 from models.lora import Adapter
+from rl import __version__
 from rl.config import RunConfig
 from rl.evaluation import Evaluator, TaskScores
 from rl.gallery import before_after_sheet
@@ -76,7 +76,7 @@ class RunResults:
             stages=stages,
             images=state.images,
             seconds=state.seconds,
-            version=importlib.metadata.version("unipic-rl"),
+            version=__version__,
             commit=_commit(),
             total={task: paired_bootstrap(first[task].rewards, last[task].rewards) for task in last},
             base_guidance=self._guidance(),

@@ -127,18 +127,18 @@ class Encoder:
 
         Raises DataFailure naming a reference image that cannot be read.
         """
-        results = []
-        for prompt, embeds in zip(prompts, self.text.encode([p.prompt for p in prompts]), strict=True):
-            latents = None if prompt.reference is None else self._reference_latents(prompt)
-            results.append(Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds, latents))
-        return results
+        return [self.encode_one(prompt) for prompt in prompts]
 
-    def encode_texts(self, texts: list[str]) -> list[Conditioning]:
+    def encode_one(self, prompt: Prompt) -> Conditioning:
+        """The same for a single prompt (Ray hands a list of one over as a list)."""
+        (embeds,) = self.text.encode([prompt.prompt])
+        latents = None if prompt.reference is None else self._reference_latents(prompt)
+        return Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds, latents)
+
+    def encode_text(self, text: str) -> Conditioning:
         """Text alone (the negative prompt)."""
-        return [
-            Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds)
-            for embeds in self.text.encode(texts)
-        ]
+        (embeds,) = self.text.encode([text])
+        return Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds)
 
     def _reference_latents(self, prompt: Prompt) -> torch.Tensor:
         try:
