@@ -201,9 +201,10 @@ def use_adapter(transformer: nn.Module, name: str | None) -> Iterator[None]:
     Raises:
         ValueError: no adapter of that name is attached.
     """
-    if name is not None:
+    layers = _lora_layers(transformer)
+    if name is not None and not any(name in layer.lora_A for layer in layers):
         _require_adapter(transformer, name)
-    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in _lora_layers(transformer)]
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
     try:
         for layer, active, _ in before:
             # PEFT's set_adapter and enable_adapters also rewrite requires_grad, which would unfreeze the
