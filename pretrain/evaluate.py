@@ -1,0 +1,229 @@
+"""Score a shapes base by guidance: `python -m pretrain.evaluate BASE [--guidance 1 2 3 4.5] [--num-prompts 512]`.
+
+Held-out prompts of both tasks, the same prompts and noise at every guidance, Euler steps on the scheduler's
+table. Two ceilings stand beside the scores: right pictures as rendered (`truth`), and after the VAE (`codec`).
+"""
+
+import argparse
+import asyncio
+import inspect
+import json
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.components import check_model_folder, load_scheduler, load_transformer, load_vae
+from models.latents import decode_latents, encode_images
+from models.text import SD3TextEncoder
+from pretrain.pool import text_length
+from pretrain.randomness import numpy_generator, torch_generator
+from pretrain.sampling import sample_latents
+from pretrain.shapes import to_tensor
+from rewards.base import RewardOutput
+from rewards.shapes.captions import sample_t2i
+from rewards.shapes.edits import sample_edit
+from rewards.shapes.render import render_batch
+from rewards.shapes.rewards import EditShapes, GenEvalShapes
+from rewards.shapes.world import Scene
+
+TASKS = ("t2i", "edit")
+_BATCH = 32
+_PROMPT_STREAM = {"t2i": 201, "edit": 202}
+_NOISE_STREAM = 203
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out prompt: `source` is the scene to edit (None for text-to-image), `group` its tag or kind."""
+
+    prompt: str
+    metadata: dict[str, Any]
+    source: Scene | None
+    target: Scene
+    group: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Mean score with its 95 % bootstrap interval over prompts, and the means by tag or kind."""
+
+    task: str
+    setting: str
+    count: int
+    mean: float
+    low: float
+    high: float
+    groups: dict[str, float]
+
+
+def heldout_questions(task: str, count: int, seed: int = 0) -> list[Question]:
+    """`count` held-out questions of a task as a function of the seed."""
+    rng = numpy_generator(seed, 0, _PROMPT_STREAM[task])
+    questions = []
+    for _ in range(count):
+        if task == "t2i":
+            metadata, scene = sample_t2i(rng, "heldout")
+            questions.append(Question(metadata["prompt"], metadata, None, scene, metadata["tag"]))
+        else:
+            edit = sample_edit(rng, "heldout")
+            questions.append(Question(edit.instruction, edit.metadata, edit.source, edit.target, edit.kind))
+    return questions
+
+
+def bootstrap_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean over prompts."""
+    draws = np.random.default_rng(seed).integers(len(scores), size=(_RESAMPLES, len(scores)))
+    low, high = np.percentile(scores[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+class Base:
+    """A base folder, loaded in float32 on the CPU, as a sampler of pictures."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.transformer = load_transformer(folder, dtype=torch.float32)
+        self.vae = load_vae(folder, dtype=torch.float32)
+        self.scheduler = load_scheduler(folder)
+        self.encoder = SD3TextEncoder.from_pretrained(
+            folder, dtype=torch.float32, device="cpu", max_sequence_length=text_length(folder)
+        )
+
+    def embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        items = self.encoder.encode(prompts)
+        return (
+            torch.stack([item.prompt_embeds for item in items]),
+            torch.stack([item.pooled_prompt_embeds for item in items]),
+        )
+
+    def draw(self, questions: list[Question], guidance: float, steps: int, seed: int = 0) -> np.ndarray:
+        """uint8 pictures [N, H, W, 3]; the noise of a question depends on the seed and its place alone."""
+        pictures = []
+        side = self.transformer.config.sample_size
+        for start in range(0, len(questions), _BATCH):
+            batch = questions[start : start + _BATCH]
+            noise = torch.stack(
+                [
+                    torch.randn(
+                        self.transformer.config.in_channels, side, side,
+                        generator=torch_generator(seed, start + i, _NOISE_STREAM),
+                    )
+                    for i in range(len(batch))
+                ]
+            )  # fmt: skip
+            sources = [question.source for question in batch if question.source is not None]
+            references = encode_images(self.vae, to_tensor(sources)) if sources else None
+            latents = sample_latents(
+                self.transformer,
+                self.scheduler,
+                noise,
+                self.embed([question.prompt for question in batch]),
+                self.embed([""] * len(batch)),
+                references,
+                guidance=guidance,
+                steps=steps,
+            )
+            pictures.append(decode_latents(self.vae, latents).numpy())
+        return np.concatenate(pictures)
+
+    def round_trip(self, questions: list[Question]) -> np.ndarray:
+        """The right pictures after the VAE: the codec's ceiling."""
+        latents = encode_images(self.vae, to_tensor([question.target for question in questions]))
+        return decode_latents(self.vae, latents).numpy()
+
+
+def score(task: str, questions: list[Question], pictures: np.ndarray) -> np.ndarray:
+    """The world's reward for each picture. Raises RuntimeError where one could not be scored."""
+    reward = GenEvalShapes() if task == "t2i" else EditShapes()
+    references = [
+        None if question.source is None else Image.fromarray(render_batch([question.source])[0])
+        for question in questions
+    ]
+    output: Any = reward.score(
+        images=[Image.fromarray(picture) for picture in pictures],
+        prompts=[question.prompt for question in questions],
+        references=references,
+        metadata=[question.metadata for question in questions],
+    )
+    if inspect.isawaitable(output):
+        output = asyncio.run(_wait(output))
+    scores = output.scores if isinstance(output, RewardOutput) else output
+    missing = [index for index, value in enumerate(scores) if value is None]
+    if missing:
+        raise RuntimeError(f"{task}: pictures {missing[:5]} were not scored")
+    return np.asarray(scores, dtype=np.float64)
+
+
+async def _wait(output: Any) -> Any:
+    return await output
+
+
+def summarise(task: str, setting: str, questions: list[Question], scores: np.ndarray) -> Result:
+    low, high = bootstrap_interval(scores)
+    groups = defaultdict(list)
+    for question, value in zip(questions, scores, strict=True):
+        groups[question.group].append(value)
+    means = {name: float(np.mean(values)) for name, values in sorted(groups.items())}
+    return Result(task, setting, len(scores), float(scores.mean()), low, high, means)
+
+
+def evaluate(
+    folder: str | Path, guidances: list[float], count: int, *, steps: int = 10, ceilings: bool = True
+) -> list[Result]:
+    """Score a base on both tasks: the ceilings first, then every guidance."""
+    base, results = Base(folder), []
+    for task in TASKS:
+        questions = heldout_questions(task, count)
+        if ceilings:
+            truth = render_batch([question.target for question in questions])
+            results.append(summarise(task, "truth", questions, score(task, questions, truth)))
+            codec = base.round_trip(questions)
+            results.append(summarise(task, "codec", questions, score(task, questions, codec)))
+        for guidance in guidances:
+            scores = score(task, questions, base.draw(questions, guidance, steps))
+            results.append(summarise(task, f"CFG {guidance:g}", questions, scores))
+    return results
+
+
+def as_table(results: list[Result]) -> str:
+    """Markdown: one row per task and setting."""
+    lines = ["| task | setting | score | 95 % interval | by tag or kind |", "|---|---|---|---|---|"]
+    for item in results:
+        groups = ", ".join(f"{name} {value:.2f}" for name, value in item.groups.items())
+        lines.append(
+            f"| {item.task} | {item.setting} | {item.mean:.3f} | [{item.low:.3f}, {item.high:.3f}] | {groups} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("base", help="model folder in the released layout")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.5])
+    parser.add_argument("--num-prompts", type=int, default=512, help="held-out prompts of each task")
+    parser.add_argument("--steps", type=int, default=10, help="Euler steps")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    options = parser.parse_args(arguments)
+    problems = check_model_folder(options.base)
+    if problems:
+        print("error: " + "; ".join(problems), file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    results = evaluate(options.base, options.guidance, options.num_prompts, steps=options.steps)
+    print(f"{options.num_prompts} held-out prompts a task, ODE {options.steps} steps")
+    print(as_table(results))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(item) for item in results], indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Small tokenizers of the classes SD3 uses, made from a corpus in which every word becomes one token."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from math import log
+
+from transformers import CLIPTokenizer, T5Tokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+NUM_SENTINELS = 4
+_WORD_END = "</w>"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Far below any word's log-frequency, so that a known word is never spelt out.
+_LETTER_SCORE = -30.0
+
+
+def clip_tokenizer(corpus: Iterable[str], *, max_vocabulary: int, length: int) -> CLIPTokenizer:
+    """Byte-pair tokenizer; ids 0 and 1 are start and end, and padding is the end token.
+
+    Raises ValueError when the tokens exceed `max_vocabulary`.
+    """
+    words = sorted({word for text in corpus for word in text.lower().split()})
+    vocabulary = [START, END, *_LETTERS, *(f"{letter}{_WORD_END}" for letter in _LETTERS)]
+    merges = byte_pair_merges(words)
+    vocabulary += dict.fromkeys(left + right for left, right in merges)
+    if len(vocabulary) > max_vocabulary:
+        raise ValueError(f"max_vocabulary={max_vocabulary} is too small for {len(vocabulary)} CLIP tokens")
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=length
+    )
+
+
+def t5_tokenizer(corpus: Iterable[str], *, max_vocabulary: int, length: int) -> T5Tokenizer:
+    """Unigram tokenizer over whole words, with single letters for anything else.
+
+    Raises ValueError when words, letters and special tokens exceed `max_vocabulary`.
+    """
+    counts = Counter(word for text in corpus for word in text.lower().split())
+    total = sum(counts.values())
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", _LETTER_SCORE)]
+    vocabulary += [(f"▁{word}", log(count / total)) for word, count in sorted(counts.items()) if word != "▁"]
+    vocabulary += [(letter, _LETTER_SCORE) for letter in _LETTERS]
+    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(NUM_SENTINELS))]
+    if len(vocabulary) > max_vocabulary:
+        raise ValueError(f"max_vocabulary={max_vocabulary} is too small for {len(vocabulary)} T5 tokens")
+    return T5Tokenizer(vocab=vocabulary, extra_ids=NUM_SENTINELS, model_max_length=length)
+
+
+def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Merges, commonest pair first, until every word is one token.
+
+    Ties go by spelling: a trainer that breaks them by hash order would number the tokens anew in each process,
+    and a resumed run would read other ids than the run it continues.
+    """
+    pieces = [[*word[:-1], word[-1] + _WORD_END] for word in words]
+    merges = []
+    while True:
+        counts = Counter(pair for piece in pieces for pair in pairwise(piece))
+        if not counts:
+            return merges
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        pieces = [_merge(piece, best) for piece in pieces]
+
+
+def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for symbol in piece:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged

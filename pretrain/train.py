@@ -1,0 +1,55 @@
+"""Train one part of a base model: `python -m pretrain.train RECIPE [key=value …] [--resume auto|CHECKPOINT]`.
+
+Stages: `vae`, `text`, `kontext`; the recipe's `stage` key chooses. Output goes to the recipe's `output_dir`.
+"""
+
+import argparse
+import logging
+import sys
+from typing import cast
+
+import torch
+
+from pretrain.config import KontextRecipe, Recipe, RecipeError, TextRecipe, VaeRecipe, load_recipe
+from pretrain.loop import TrainingLoop
+from pretrain.stage import Stage
+
+
+def build_stage(recipe: Recipe) -> Stage:
+    """The stage of a recipe, with fresh weights drawn from its seed."""
+    torch.manual_seed(recipe.seed)
+    if recipe.stage == "vae":
+        from pretrain.vae import VaeStage
+
+        return VaeStage(cast(VaeRecipe, recipe))
+    if recipe.stage == "text":
+        from pretrain.text import TextStage
+
+        return TextStage(cast(TextRecipe, recipe))
+    from pretrain.kontext import KontextStage
+
+    return KontextStage(cast(KontextRecipe, recipe))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="YAML file, see recipes/shapes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
+    options = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        torch.set_num_threads(recipe.threads)
+        loop = TrainingLoop(build_stage(recipe), recipe)
+        if options.resume:
+            loop.resume(options.resume)
+    except (RecipeError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    loop.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""A run of N steps equals k steps, a resume, and the rest: bit for bit, in every stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from pretrain.config import RecipeError, load_recipe
+from pretrain.loop import TrainingLoop
+from pretrain.train import build_stage, main
+
+SHAPES = Path(__file__).parents[2] / "recipes" / "shapes"
+STEPS, CUT = 6, 4
+COMMON = [f"steps={STEPS}", "save_every=2", "log_every=2", "sample_every=0", "threads=1"]
+VAE = ["batch_size=4", "model.block_out_channels=[8,8,8,8]", "statistics_images=8"]
+TEXT = [
+    "batch_size=8", "vocabulary_captions=400", "probe_captions=64", "vision_width=8", "model.clip_widths=[32,32]",
+    "model.clip_layers=2", "model.t5_width=64", "model.t5_layers=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _single_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A tiny VAE and tiny text encoders, through the command line."""
+    folder = tmp_path_factory.mktemp("parts")
+    for stage, overrides in (("vae", VAE), ("text", TEXT)):
+        recipe = str(SHAPES / f"{stage}.yaml")
+        assert main([recipe, *COMMON, *overrides, "steps=1", f"output_dir={folder / stage}"]) == 0
+    return folder
+
+
+def overrides_of(stage, parts, output):
+    kontext = [
+        "batch_size=4", "model.layers=2", "model.heads=2", f"vae={parts}/vae/model", f"text={parts}/text/model",
+        f"pool_dir={parts}/pool", "pool_size=16",
+    ]  # fmt: skip
+    return [*COMMON, *{"vae": VAE, "text": TEXT, "kontext": kontext}[stage], f"output_dir={output}"]
+
+
+def new_loop(stage, overrides):
+    recipe = load_recipe(SHAPES / f"{stage}.yaml", overrides)
+    return TrainingLoop(build_stage(recipe), recipe)
+
+
+@pytest.mark.parametrize("stage", ["vae", "text", "kontext"])
+def test_resumed_equals_straight(stage, parts, tmp_path):
+    straight = new_loop(stage, overrides_of(stage, parts, tmp_path / "straight"))
+    straight.run()
+
+    cut = new_loop(stage, overrides_of(stage, parts, tmp_path / "cut"))
+    while cut.step < CUT:
+        cut._train_step()
+        cut.step += 1
+    cut.save()
+    torch.manual_seed(99)  # whatever the global generator holds must not matter
+    resumed = new_loop(stage, overrides_of(stage, parts, tmp_path / "cut"))
+    resumed.resume("auto")
+    assert resumed.step == CUT
+    resumed.run()
+
+    states = [
+        load_checkpoint(tmp_path / name / f"checkpoints/step-{STEPS:06d}")[0] for name in ("straight", "cut")
+    ]
+    assert _flat(states[0]) == _flat(states[1])
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("straight", "cut")]
+    last = [json.loads(text[-1]) for text in lines]
+    assert last[0]["loss"] == last[1]["loss"]
+    files = sorted(
+        path.relative_to(tmp_path / "cut") for path in (tmp_path / "cut/model").rglob("*.safetensors")
+    )
+    assert files
+    for path in files:
+        assert (tmp_path / "cut" / path).read_bytes() == (tmp_path / "straight" / path).read_bytes()
+
+
+def test_a_resume_under_another_recipe_is_refused(parts, tmp_path):
+    first = new_loop("vae", overrides_of("vae", parts, tmp_path))
+    first.save()
+    other = new_loop("vae", [*overrides_of("vae", parts, tmp_path), "kl_weight=1", "threads=2"])
+    with pytest.raises(RecipeError, match="other values of kl_weight: restore"):
+        other.resume("auto")
+
+
+def test_a_cut_off_checkpoint_is_passed_over(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"step": step}, {}, keep=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    (tmp_path / "step-000003" / "COMPLETE").unlink()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000002"]
+    with pytest.raises(FileNotFoundError, match="not a complete checkpoint"):
+        load_checkpoint(tmp_path / "step-000003")
+
+
+def test_the_command_names_what_is_wrong(tmp_path, capsys):
+    assert main([str(SHAPES / "vae.yaml"), "stepz=3"]) == 2
+    assert "did you mean steps?" in capsys.readouterr().err
+
+
+def _flat(value):
+    """Nested state as comparable Python: tensors become their bytes."""
+    if isinstance(value, torch.Tensor):
+        return (
+            str(value.dtype),
+            tuple(value.shape),
+            value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else value.item(),
+        )
+    if isinstance(value, dict):
+        return {key: _flat(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_flat(item) for item in value]
+    return value
