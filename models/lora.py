@@ -78,13 +78,6 @@ def attach_lora(
         raise ValueError(
             f"the transformer already has an adapter named {adapter_name!r}: choose another name"
         )
-    trained_before = [
-        parameter for _, parameter in _all_adapter_parameters(transformer) if parameter.requires_grad
-    ]
-    active_before = [
-        (layer, layer._active_adapter, layer._disable_adapters) for layer in _lora_layers(transformer)
-    ]
-
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -92,21 +85,11 @@ def attach_lora(
         lora_dropout=0.0,
         bias="none",
     )
-    # PEFT's own initialisation would advance the global generator, and a second adapter is meant to be there.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        transformer.add_adapter(config, adapter_name)
+    _inject(transformer, config, adapter_name)
     parameters = adapter_parameters(transformer, adapter_name)
     _initialise(parameters, seed)
-
-    # PEFT has just made the new adapter the active one, and the only trainable one.
-    for layer, active, disabled in active_before:
-        layer._active_adapter, layer._disable_adapters = active, disabled
     for parameter in parameters.values():
         parameter.requires_grad_(trainable)
-    for parameter in trained_before:
-        parameter.requires_grad_(True)
-
     report = LoraReport(matched=len(matched), parameters=sum(p.numel() for p in parameters.values()))
     logger.info(
         "LoRA %r: %d linear layers matched, %.2f M parameters",
@@ -238,6 +221,26 @@ def _match_targets(transformer: nn.Module, targets: Sequence[str]) -> set[str]:
     return set().union(*matches.values())
 
 
+def _inject(transformer: SD3Transformer2DModel, config: LoraConfig, name: str) -> None:
+    """Add an adapter by PEFT, then undo what it does to the others: deselect and freeze them."""
+    attached = attached_adapters(transformer)
+    trained = [
+        p for other in attached for p in adapter_parameters(transformer, other).values() if p.requires_grad
+    ]
+    selected = [(layer._active_adapter, layer._disable_adapters) for layer in _lora_layers(transformer)]
+    # PEFT's own initialisation would advance the global generator, and a second adapter is meant to be there.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        transformer.add_adapter(config, name)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    if (
+        selected
+    ):  # one selection holds for all layers, so also for those that only the new adapter has wrapped
+        for layer in _lora_layers(transformer):
+            layer._active_adapter, layer._disable_adapters = selected[0]
+
+
 def _initialise(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     """A uniform within 1/sqrt(in_features) (Kaiming with a = sqrt 5), B zero; `parameters` are sorted."""
     generator = torch.Generator().manual_seed(seed)
@@ -256,11 +259,6 @@ def _named_lora_layers(transformer: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 def _lora_layers(transformer: nn.Module) -> list[LoraLayer]:
     return [layer for _, layer in _named_lora_layers(transformer)]
-
-
-def _all_adapter_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name in attached_adapters(transformer):
-        yield from adapter_parameters(transformer, name).items()
 
 
 def _require_adapter(transformer: nn.Module, name: str) -> None:

@@ -33,11 +33,12 @@ def tiny() -> KontextTransformer:
     return make_tiny_transformer()
 
 
-def random_state(model: KontextTransformer, seed: int) -> dict[str, torch.Tensor]:
+def random_state(
+    model: KontextTransformer, seed: int, adapter_name: str = "policy"
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in adapter_parameters(model).items()
-    }
+    parameters = adapter_parameters(model, adapter_name)
+    return {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in parameters.items()}
 
 
 @torch.no_grad()
@@ -175,6 +176,19 @@ def test_second_frozen_adapter_leaves_the_first_alone() -> None:
     assert not any(p.requires_grad for p in adapter_parameters(model, "reference").values())
     with pytest.raises(ValueError, match="already has an adapter named 'policy'"):
         attach_lora(model, **LORA)
+
+
+def test_second_adapter_on_other_layers_is_not_selected_there() -> None:
+    model = tiny()
+    attach_lora(model, **LORA, targets=["attn.to_q"])
+    load_adapter_state(model, random_state(model, seed=1))
+    with_policy = velocity(model)
+    attach_lora(model, **LORA, targets=["attn.to_q", "proj_out"], adapter_name="wider", trainable=False)
+    load_adapter_state(model, random_state(model, seed=2, adapter_name="wider"), "wider")
+    assert torch.equal(velocity(model), with_policy)
+    with use_adapter(model, "wider"):
+        assert not torch.equal(velocity(model), with_policy)
+    assert torch.equal(velocity(model), with_policy)
 
 
 def test_use_adapter_selects_without_touching_requires_grad() -> None:
