@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -145,6 +145,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe")
     given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    if not isinstance(given, DictConfig):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, this is a list")
     stage = given.get("stage")
     if stage not in RECIPES:
         raise RecipeError(f"{path}: stage={stage!r} is not one of {', '.join(RECIPES)}")

@@ -106,13 +106,13 @@ class Base:
     def draw(self, questions: list[Question], guidance: float, steps: int, seed: int = 0) -> np.ndarray:
         """uint8 pictures [N, H, W, 3]; the noise of a question depends on the seed and its place alone."""
         pictures = []
-        side = self.transformer.config.sample_size
+        side = self.transformer.config["sample_size"]
         for start in range(0, len(questions), _BATCH):
             batch = questions[start : start + _BATCH]
             noise = torch.stack(
                 [
                     torch.randn(
-                        self.transformer.config.in_channels, side, side,
+                        self.transformer.config["in_channels"], side, side,
                         generator=torch_generator(seed, start + i, _NOISE_STREAM),
                     )
                     for i in range(len(batch))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ class KontextStage:
         self.transformer = new_transformer(recipe, self.pool)
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe.scheduler_shift)
         self.vae = load_vae(recipe.vae, dtype=torch.float32)
-        self.modules = [self.transformer]
+        self.modules: list[nn.Module] = [self.transformer]
 
     def loss(self, step: int) -> StageLoss:
         pool, recipe = self.pool, self.recipe

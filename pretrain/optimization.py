@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def build_optimizers(modules: Sequence[nn.Module], settings: Optimization) -> li
                 decayed.append(parameter)
             else:
                 plain.append(parameter)
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             [group for group in groups if group["params"]],

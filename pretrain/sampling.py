@@ -1,7 +1,7 @@
 """ODE sampling of latents with classifier-free guidance, for previews and evaluation."""
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from models.kontext import KontextTransformer

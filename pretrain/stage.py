@@ -20,8 +20,10 @@ class StageLoss:
 class Stage(Protocol):
     """One kind of training. Data must be a function of (seed, step) alone."""
 
-    modules: Sequence[nn.Module]
-    """What is trained, in a fixed order: the average and the optimizers follow it."""
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """What is trained, in a fixed order: the average and the optimizers follow it."""
+        ...
 
     def loss(self, step: int) -> StageLoss: ...
 

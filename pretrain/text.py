@@ -1,6 +1,7 @@
 """Stage `text`: tiny CLIP x2 and T5 on the captions and instructions of the shapes world."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class TextStage:
         self.clips = nn.ModuleList(self._new_clip(width) for width in model.clip_widths)
         self.t5 = self._new_t5()
         self.vision = _PictureEncoder(recipe.vision_width, model.clip_projection, len(self.clips))
-        self.modules = [self.clips, self.t5, self.vision]
+        self.modules: list[nn.Module] = [self.clips, self.t5, self.vision]
 
     def loss(self, step: int) -> StageLoss:
         prompts, before, after = self._batch(step)
@@ -79,7 +80,7 @@ class TextStage:
         for suffix, clip, picture in zip(("", "_2"), self.clips, pictures, strict=True):
             embeds = clip(input_ids=ids).text_embeds
             figures[f"retrieval_of_64{suffix}"] = _retrieval_accuracy(embeds, picture, 64)
-            exported = CLIPTextModelWithProjection(clip.config)
+            exported = CLIPTextModelWithProjection(cast(CLIPTextConfig, clip.config))
             exported.load_state_dict(clip.state_dict())
             exported.to(dtype).save_pretrained(folder / f"text_encoder{suffix}")
             self.clip_tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
@@ -135,7 +136,7 @@ class TextStage:
     def _new_t5(self) -> T5ForConditionalGeneration:
         model, tokenizer = self.recipe.model, self.t5_tokenizer
         return T5ForConditionalGeneration(
-            T5Config(
+            T5Config(  # type: ignore[call-arg]
                 vocab_size=len(tokenizer),
                 d_model=model.t5_width,
                 d_kv=model.head_dim,

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import log
+from typing import Any, cast
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -26,9 +27,9 @@ def clip_tokenizer(corpus: Iterable[str], *, max_vocabulary: int, length: int) -
     vocabulary += dict.fromkeys(left + right for left, right in merges)
     if len(vocabulary) > max_vocabulary:
         raise ValueError(f"max_vocabulary={max_vocabulary} is too small for {len(vocabulary)} CLIP tokens")
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=length
-    )
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    # The class is annotated for "left right" strings, and takes pairs only.
+    return CLIPTokenizer(vocab=ids, merges=cast(Any, merges), model_max_length=length)
 
 
 def t5_tokenizer(corpus: Iterable[str], *, max_vocabulary: int, length: int) -> T5Tokenizer:
@@ -54,7 +55,7 @@ def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     and a resumed run would read other ids than the run it continues.
     """
     pieces = [[*word[:-1], word[-1] + _WORD_END] for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         counts = Counter(pair for piece in pieces for pair in pairwise(piece))
         if not counts:

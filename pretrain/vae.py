@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.config import VaeRecipe
 from pretrain.grid import contact_sheet
@@ -44,7 +44,7 @@ class VaeStage:
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-        self.modules = [self.vae]
+        self.modules: list[nn.Module] = [self.vae]
 
     def loss(self, step: int) -> StageLoss:
         images = to_tensor(scene_batch(self.recipe.seed, step, self.recipe.batch_size))
