@@ -96,7 +96,7 @@ class LearnerConfig:
     """
 
     ranks: int = 8
-    zero_stage: int = 2
+    zero_stage: int = 1
     micro_batch_size: int = 8
     updates_per_rollout: int = 2
     learning_rate: float = 3e-4

@@ -231,10 +231,10 @@ class Controller:
         self.state.seconds += seconds
         self.journal.evaluation(moment, scores, self.results.change_since_before, self.state, seconds)
         self.journal.spans(self.collector.spans)
+        stage_name = self.state.stages[-1].name if self.state.stages else "before"
         for task in scores:
-            self.journal.grid(
-                task, moment, self.evaluator.gallery.get(task, {}).get(moment, []), self.state.step
-            )
+            samples = self.evaluator.gallery.get(task, {}).get(moment, [])
+            self.journal.grid(task, stage_name, samples, self.state.step)
 
     def _gallery(self, stage: StageConfig, step: int) -> None:
         samples = self.evaluator.sample_gallery(f"step_{step}", stage.task, self._shipped_policy(), step)

@@ -1,8 +1,9 @@
 """One learner rank: the objective on replayed trajectories, under DeepSpeed, LoRA parameters only.
 
-Gradients accumulate locally over all micro-batches and trained steps of an update and are reduced once, in
-`engine.step()` (DeepSpeed's unmanaged accumulation), so the loss is scaled here and nowhere else:
-a rank's loss is sum(w l) * world_size / N_global, and DeepSpeed's mean over ranks makes it the global mean.
+Gradients accumulate over all micro-batches and trained steps of an update (DeepSpeed's unmanaged accumulation: the
+boundary is `engine.step()`), so the loss is scaled here and nowhere else: a rank's loss is
+sum(w l) * world_size / N_global, and DeepSpeed's mean over ranks makes it the global mean. ZeRO-1 reduces the adapter's
+gradient once, in `step()`; ZeRO-2 and 3 reduce it in every backward.
 """
 
 from __future__ import annotations

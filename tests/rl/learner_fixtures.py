@@ -1,0 +1,71 @@
+"""Builds learners and rollouts at tiny size, without the controller."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rl.batching import RankShare, SampleRef, TrainSample, trained_positions
+from rl.config import LearnerConfig
+from rollout.engine import ReplicaSpec, RolloutEngine, SampleRequest
+from rollout.prompts import derive_seed
+from rollout.sampler import Conditioning, SamplingSpec, Trajectory
+
+T5_WIDTH, POOLED = 48, 40  # of tests/tiny_models.py
+
+
+def replica_spec(folder: Path, **changes: Any) -> ReplicaSpec:
+    spec = ReplicaSpec(
+        model_path=str(folder), dtype="float32", device="cpu", height=32, width=32, lora_rank=4, lora_alpha=8.0,
+        lora_targets=("attn.to_q", "attn.to_v", "attn2.to_q", "attn.add_q_proj"), threads=1,
+    )  # fmt: skip
+    return replace(spec, **changes)
+
+
+def learner_config(**changes: Any) -> LearnerConfig:
+    defaults: dict[str, Any] = {
+        "ranks": 1, "zero_stage": 1, "micro_batch_size": 2, "updates_per_rollout": 1, "learning_rate": 1e-3,
+        "max_grad_norm": 1e9, "clip_range": 0.2, "kl_beta": 0.04,
+    }  # fmt: skip
+    config = LearnerConfig(**{**defaults, **changes})
+    config.ema.enabled = False
+    return config
+
+
+def sampling_spec(guidance_scale: float = 1.0, num_steps: int = 4) -> SamplingSpec:
+    return SamplingSpec(num_steps, 0.7, guidance_scale)
+
+
+def conditioning(name: str, *, reference: bool = False) -> Conditioning:
+    generator = torch.Generator().manual_seed(derive_seed("conditioning", name))
+    return Conditioning(
+        torch.randn((12, T5_WIDTH), generator=generator),
+        torch.randn((POOLED,), generator=generator),
+        torch.randn((4, 8, 8), generator=generator) if reference else None,
+    )
+
+
+def sample_group(
+    engine: RolloutEngine, spec: SamplingSpec, group: int, size: int, negative: Conditioning | None = None
+) -> tuple[Trajectory, Conditioning]:
+    seeds = tuple(derive_seed("noise", group, k) for k in range(size))
+    steps = spec.stochastic_steps(group)
+    condition = conditioning(f"group {group}")
+    _, trajectory, _ = engine.sample(SampleRequest(group, 0, seeds, steps), spec, negative, [condition])
+    return trajectory, condition
+
+
+def sample_refs(groups: list[tuple[int, Trajectory, Conditioning]], num_steps: int) -> list[SampleRef]:
+    """References whose "object references" are the objects; advantages alternate in sign."""
+    refs = []
+    for group, trajectory, condition in groups:
+        positions = trained_positions(trajectory.steps, num_steps, 1, 0, group)
+        for k in range(len(trajectory.final_latents)):
+            advantage = (-1.0) ** k * (1 + 0.25 * k + 0.1 * group)
+            refs.append(SampleRef(group, k, trajectory, k, condition, positions, advantage))
+    return refs
+
+
+def resolve(share: RankShare) -> tuple[list[TrainSample], int]:
+    return [TrainSample.of(s, s.trajectory, s.conditioning) for s in share.samples], share.count

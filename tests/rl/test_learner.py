@@ -1,0 +1,227 @@
+"""The learner in one process: gradients against autograd, the gate, the KL reference, the clip, the stages."""
+
+import os
+import socket
+
+import pytest
+import torch
+
+from models.components import load_transformer
+from models.lora import Adapter, adapter_parameters, adapter_state, attach_lora, hash_state, load_adapter_state
+from rl.batching import make_train_batch
+from rl.gate import LogProbMismatch
+from rl.learner import Learner
+from rollout.engine import RolloutEngine
+from rollout.flow_sde import flow_sde_step
+from tests.rl.learner_fixtures import (
+    conditioning,
+    learner_config,
+    replica_spec,
+    resolve,
+    sample_group,
+    sample_refs,
+    sampling_spec,
+)
+from tests.tiny_models import make_tiny_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+        "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def make_learner(folder, *, guidance=1.0, **changes):
+    learner = Learner(
+        replica_spec(folder),
+        learner_config(**changes),
+        sampling_spec(guidance),
+        seed=0,
+        inprocess=False,
+        gradient_checkpointing=False,
+    )
+    learner.negative = conditioning("negative")
+    return learner
+
+
+def publish(learner, engine, version=1):
+    state = learner.adapter()
+    return engine.load_adapter(Adapter(version, hash_state(state), state))
+
+
+def rollout(engine, *, guidance=1.0, groups=2, size=4, first=0):
+    spec = sampling_spec(guidance)
+    return [
+        (g, *sample_group(engine, spec, g, size, conditioning("negative"))) for g in range(first, first + groups)
+    ]
+
+
+def updates(groups, num_updates=1, micro=2):
+    batch = make_train_batch(sample_refs(groups, 4), num_updates, 1, micro)
+    return [resolve(shares[0]) for shares in batch.updates]
+
+
+def randomise(learner, scale=0.05):
+    """Give the untrained adapter a B, so that LoRA has an effect."""
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        name: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in name else tensor
+        for name, tensor in learner.adapter().items()
+    }
+    load_adapter_state(learner.transformer, state, "policy")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("old_log_prob", ["rollout", "replay"])
+def test_replay_agrees_with_the_rollout_and_a_stale_replica_trips_the_gate(folder, guidance, old_log_prob):
+    learner = make_learner(folder, guidance=guidance, old_log_prob=old_log_prob)
+    engine = RolloutEngine(replica_spec(folder))
+    publish(learner, engine)
+    first = learner.update(updates(rollout(engine, guidance=guidance)))
+    assert first[0].gaps.largest <= 1e-6
+    fresh = rollout(engine, guidance=guidance, first=2)  # the update was not published: a stale replica
+    with pytest.raises(LogProbMismatch, match="did not sample with the learner's adapter"):
+        learner.update(updates(fresh))
+    publish(learner, engine, version=2)
+    again = learner.update(updates(rollout(engine, guidance=guidance, first=4)))
+    assert again[0].gaps.largest <= 1e-6
+
+
+@pytest.mark.parametrize("cfg_gradient", ["conditional", "both"])
+def test_gradient_equals_autograd_of_a_plain_reference(folder, cfg_gradient):
+    guidance, beta, clip = 3.0, 0.04, 1e-3
+    learner = make_learner(folder, guidance=guidance, cfg_gradient=cfg_gradient, kl_beta=beta, clip_range=clip)
+    randomise(learner)
+    engine = RolloutEngine(replica_spec(folder))
+    publish(learner, engine)
+    (samples, count), *_ = updates(rollout(engine, guidance=guidance))
+    randomise(learner, scale=0.06)  # the policy has moved since the rollout: ratios differ from 1
+    old = torch.stack([s.log_probs[list(s.positions)] for s in samples])
+    learner.accumulate(samples, count, old, None)
+    found = {n: p.grad.clone() for n, p in adapter_parameters(learner.transformer, "policy").items()}
+
+    plain = load_transformer(folder, dtype=torch.float32)
+    attach_lora(plain, rank=4, alpha=8.0, targets=replica_spec(folder).lora_targets, adapter_name="policy")
+    load_adapter_state(plain, learner.adapter(), "policy")
+    base = load_transformer(folder, dtype=torch.float32)
+    negative, total = conditioning("negative"), 0.0
+
+    def velocity(model, x, sigma, text):
+        return model(x, text.prompt_embeds[None], text.pooled_prompt_embeds[None], sigma[None] * 1000).sample
+
+    for s in samples:
+        for i in s.positions:
+            x, prev, (sigma, after) = s.latents[i][None], s.latents[i + 1][None], s.sigmas[[i, i + 1]]
+            means = []
+            for model in (plain, base):
+                u = velocity(model, x, sigma, negative)
+                u = u.detach() if cfg_gradient == "conditional" else u
+                v = u + guidance * (velocity(model, x, sigma, s.conditioning) - u)
+                step = flow_sde_step(
+                    v, x, float(sigma), float(after), sigma_clip=float(s.sigmas[1]), noise_level=0.7, prev_sample=prev
+                )
+                means.append((step.mean, step.log_prob))
+            ratio = torch.exp(means[0][1] - s.log_probs[i])
+            surrogate = torch.maximum(-s.advantage * ratio, -s.advantage * ratio.clamp(1 - clip, 1 + clip))
+            kl = ((means[0][0] - means[1][0].detach()) ** 2).mean() / (2 * step.diffusion**2)
+            total = total + (surrogate + beta * kl).sum() / (count * len(s.positions))
+    total.backward()
+    reference = adapter_parameters(plain, "policy")
+    scale = max(float(p.grad.abs().max()) for p in reference.values())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, reference[name].grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_two_updates_per_rollout_make_the_clip_act(folder):
+    learner = make_learner(folder, updates_per_rollout=2, learning_rate=5e-3, clip_range=1e-4)
+    engine = RolloutEngine(replica_spec(folder))
+    publish(learner, engine)
+    first, second = learner.update(updates(rollout(engine), num_updates=2))
+    assert first.clip_fraction_low == first.clip_fraction_high == 0.0
+    assert first.ratio_min == pytest.approx(1.0, abs=1e-6) == first.ratio_max
+    assert second.clip_fraction_low + second.clip_fraction_high > 0
+    assert second.gaps is None and first.gaps is not None
+
+
+@pytest.mark.parametrize("kl_reference", ["stage_start", "base"])
+def test_kl_is_measured_from_the_stage_start(folder, kl_reference):
+    learner = make_learner(folder, kl_reference=kl_reference, learning_rate=5e-3)
+    engine = RolloutEngine(replica_spec(folder))
+    publish(learner, engine)
+    first_stage = [learner.update(updates(rollout(engine)))[0].kl]
+    publish(learner, engine, 2)
+    first_stage.append(learner.update(updates(rollout(engine, first=2)))[0].kl)
+    assert first_stage[0] == 0.0 and first_stage[1] > 0.0
+    learner.begin_stage()
+    publish(learner, engine, 3)
+    second_stage = [learner.update(updates(rollout(engine, first=4)))[0].kl]
+    publish(learner, engine, 4)
+    second_stage.append(learner.update(updates(rollout(engine, first=6)))[0].kl)
+    if kl_reference == "stage_start":
+        assert second_stage[0] == 0.0
+    else:
+        assert second_stage[0] > 0.0
+    assert second_stage[1] > 0.0
+
+
+def test_a_stage_restarts_the_optimizer_and_keeps_the_adapter(folder):
+    trained = make_learner(folder)
+    engine = RolloutEngine(replica_spec(folder))
+    publish(trained, engine)
+    trained.update(updates(rollout(engine)))
+    kept = trained.adapter()
+    trained.begin_stage()
+    assert hash_state(trained.adapter()) == hash_state(kept)
+
+    fresh = make_learner(folder)
+    load_adapter_state(fresh.transformer, kept, "policy")
+    fresh.engine.optimizer.refresh_fp32_params()
+    fresh.begin_stage()
+    publish(trained, engine, 2)
+    groups = rollout(engine, first=2)
+    trained.update(updates(groups))
+    fresh.update(updates(groups))
+    assert hash_state(trained.adapter()) == hash_state(fresh.adapter())
+
+
+def test_padding_samples_change_nothing(folder):
+    learner = make_learner(folder)
+    engine = RolloutEngine(replica_spec(folder))
+    publish(learner, engine)
+    groups = rollout(engine, groups=1, size=3)
+    gradients = []
+    for micro in (1, 2):  # 3 samples: micro-batches of 2 need one of weight 0
+        learner.config.micro_batch_size = micro
+        learner.engine.zero_grad()
+        (samples, count), *_ = updates(groups, micro=micro)
+        assert len(samples) == (3 if micro == 1 else 4) and count == 3
+        learner.accumulate(samples, count, None, None)
+        gradients.append({n: p.grad.clone() for n, p in adapter_parameters(learner.transformer, "policy").items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-9)
+
+
+def test_the_base_is_never_touched(folder):
+    learner = make_learner(folder)
+    engine = RolloutEngine(replica_spec(folder))
+    publish(learner, engine)
+    before = {n: p.clone() for n, p in learner.transformer.named_parameters() if ".policy." not in n}
+    moved = adapter_state(learner.transformer, "policy")
+    learner.update(updates(rollout(engine)))
+    assert all(torch.equal(p, before[n]) for n, p in learner.transformer.named_parameters() if n in before)
+    assert hash_state(adapter_state(learner.transformer, "policy")) != hash_state(moved)
