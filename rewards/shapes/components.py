@@ -34,7 +34,7 @@ CORE = 0.85
 class Component:
     """One blob.
 
-    x, y: centre of its box, px. area: soft, px². color: mean RGB of its core, 0 to 255. purity: share of the
+    x, y: centroid, px. area: soft, px². color: mean RGB of its core, 0 to 255. purity: share of the
     core that is near that colour. moments: see `moments`. box: x1 y1 x2 y2, px. mask: bool [H, W].
     """
 
@@ -60,7 +60,7 @@ class Picture:
 def analyse(images: np.ndarray) -> list[Picture]:
     """Find the objects in uint8 images [B, H, W, 3]."""
     smooth = _smooth(images.astype(np.float32))
-    backgrounds = np.median(smooth.reshape(len(images), -1, 3), axis=1)
+    backgrounds = np.median(smooth.reshape(len(images), SIZE * SIZE, 3), axis=1)
     contrast = np.linalg.norm(smooth - backgrounds[:, None, None], axis=-1)
     foreground = contrast > FOREGROUND_DISTANCE
     return [
@@ -124,15 +124,17 @@ def _describe(colors: np.ndarray, contrast: np.ndarray, window: tuple[slice, sli
     color = core.mean(axis=0)
     low, high = EDGE
     weight = np.clip((contrast / level - low) / (high - low), 0.0, 1.0)
-    ys, xs = np.nonzero(weight > 0.5)
+    area = float(weight.sum())
     top, left = window[0].start, window[1].start
+    ys, xs = np.nonzero(weight > 0.5)
     x1, y1, x2, y2 = left + xs.min(), top + ys.min(), left + xs.max() + 1, top + ys.max() + 1
+    rows, columns = np.indices(weight.shape) + 0.5
     mask = np.zeros((SIZE, SIZE), bool)
     mask[window] = weight > 0.5
     return Component(
-        x=float(x1 + x2) / 2,
-        y=float(y1 + y2) / 2,
-        area=float(weight.sum()),
+        x=left + float((weight * columns).sum()) / area,
+        y=top + float((weight * rows).sum()) / area,
+        area=area,
         color=color,
         purity=float((np.linalg.norm(core - color, axis=-1) < FOREGROUND_DISTANCE).mean()),
         moments=moments(weight),

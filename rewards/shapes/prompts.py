@@ -43,7 +43,7 @@ def t2i_lines(split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _tag_captions(rng: np.random.Generator, tag: str, split: str, count: int) -> list[Caption]:
-    """Captions of one tag without repeats where there are enough: the smaller families whole, then the rest."""
+    """Captions of one tag, without repeats where there are enough; the smaller families whole, then more."""
     families = [
         [replace(item, background=b) for item in captions(tag, colored, split) for b in (None, *BACKGROUNDS)]
         for colored in FAMILIES[tag]

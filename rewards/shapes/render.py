@@ -71,6 +71,12 @@ def _blend(canvas: np.ndarray, item: Shape, color: np.ndarray) -> None:
     window += mask * (color - window)
 
 
+def centroid(item: Shape) -> tuple[float, float]:
+    """Centre of mass of an object, px: its centre, but for the triangle, whose mass lies lower."""
+    low = HALF_EXTENT["triangle"][1] / 3 if item.shape == "triangle" else 0.0
+    return item.x, item.y + low
+
+
 def render(scene: Scene) -> np.ndarray:
     """The scene as uint8 [H, W, 3]."""
     return render_batch([scene])[0]

@@ -20,14 +20,14 @@ from scipy import ndimage
 from rewards.shapes.components import Component, Picture
 from rewards.shapes.detector import background_score, color_score, falling, shape_scores
 from rewards.shapes.edits import Edit
-from rewards.shapes.render import silhouette
+from rewards.shapes.render import centroid, silhouette
 from rewards.shapes.world import Scene, Shape
 
 PLACE_DISTANCE = (1.75, 5.0)
-"""Distance of centres, px, up to which an object is at its place, and from which on it is elsewhere."""
+"""Distance of centroids, px, up to which an object is at its place, and from which on it is elsewhere."""
 
 REACH = 6.5
-"""A component whose centre is within this distance, px, of an object's place is taken for that object."""
+"""A component whose centroid is within this distance, px, of an object's is taken for that object."""
 
 RESIDUE = (0.05, 0.5)
 """Share of a vacated place that still differs from the background: fully vacated up to, occupied from."""
@@ -140,7 +140,8 @@ def _drop(free: list[Component], component: Component) -> None:
 
 
 def _distance(component: Component, item: Shape) -> float:
-    return math.hypot(component.x - item.x, component.y - item.y)
+    x, y = centroid(item)
+    return math.hypot(component.x - x, component.y - y)
 
 
 def _place(component: Component, item: Shape) -> float:
