@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -249,17 +248,11 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> RunCo
     if not isinstance(merged, DictConfig):
         raise ConfigError([f"{recipe}: a recipe is a mapping of keys, found a {type(merged).__name__}"])
     problems: list[str] = []
-    _unknown_keys(merged, RunConfig, "", problems)
+    _check_node(merged, RunConfig, "", problems)
     if problems:
         raise ConfigError(problems)
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), merged)
-        missing = sorted(OmegaConf.missing_keys(typed))
-        if missing:
-            raise ConfigError(
-                [f"key '{key}' has no value; set it in {recipe} or as {key}=..." for key in missing]
-            )
-        config = OmegaConf.to_object(typed)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), merged))
     except OmegaConfBaseException as error:
         key = f"key '{error.full_key}': " if getattr(error, "full_key", None) else ""
         raise ConfigError([f"{key}{str(error).splitlines()[0]}"]) from error
@@ -273,14 +266,23 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _apply_overrides(config: DictConfig, overrides: list[str]) -> None:
+    problems = []
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key:
-            raise ConfigError([f"override {item!r}: write it as key=value, for example learner.kl_beta=0.01"])
-        OmegaConf.update(config, key, yaml.safe_load(value))
+            problems.append(f"override {item!r}: write it as key=value, for example learner.kl_beta=0.01")
+            continue
+        try:
+            # The recipe's own YAML reader: PyYAML's takes 3e-4 for a string.
+            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"])._get_node("value"))
+        except Exception as error:
+            problems.append(f"override {item!r}: {str(error).splitlines()[0]}")
+    if problems:
+        raise ConfigError(problems)
 
 
-def _unknown_keys(node: Any, schema: type, prefix: str, problems: list[str]) -> None:
+def _check_node(node: Any, schema: type, prefix: str, problems: list[str]) -> None:
+    """Unknown keys, missing values and wrong types of a mapping and of everything below it."""
     fields = {f.name: f for f in dataclasses.fields(schema)}
     if not isinstance(node, DictConfig):
         problems.append(f"key '{prefix.rstrip('.')}' must be a mapping with keys {', '.join(fields)}")
@@ -290,16 +292,33 @@ def _unknown_keys(node: Any, schema: type, prefix: str, problems: list[str]) -> 
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here: {', '.join(fields)}"
             problems.append(f"unknown key '{prefix}{key}': {hint}")
-            continue
-        inner = _NESTED.get((schema, str(key)))
-        child = node._get_node(key)
-        if inner is None or child is None or child._is_none():
-            continue
-        if isinstance(child, ListConfig):
-            for index, item in enumerate(child):
-                _unknown_keys(item, inner, f"{prefix}{key}[{index}].", problems)
-        else:
-            _unknown_keys(child, inner, f"{prefix}{key}.", problems)
+    for key, definition in fields.items():
+        inner, child = _NESTED.get((schema, key)), node._get_node(key)
+        if inner is None or (child is not None and child._is_none()):
+            _check_value(node, key, definition, schema, prefix, problems)
+        elif "list" not in str(definition.type):
+            _check_node(OmegaConf.create({}) if child is None else child, inner, f"{prefix}{key}.", problems)
+        elif isinstance(child, ListConfig):
+            for index in range(len(child)):
+                _check_node(child._get_node(index), inner, f"{prefix}{key}[{index}].", problems)
+        elif child is not None:
+            problems.append(f"key '{prefix}{key}' must be a list of mappings")
+
+
+def _check_value(
+    node: DictConfig, key: str, definition: Any, schema: type, prefix: str, problems: list[str]
+) -> None:
+    """A key without a schema of its own. Interpolations are resolved, and checked, with the defaults."""
+    if key not in node or OmegaConf.is_missing(node, key):
+        if definition.default == MISSING:
+            problems.append(f"key '{prefix}{key}' has no value; set it in the recipe or as {prefix}{key}=...")
+        return
+    if OmegaConf.is_interpolation(node, key):
+        return
+    try:
+        OmegaConf.update(OmegaConf.structured(schema), key, node[key])
+    except OmegaConfBaseException as error:
+        problems.append(f"key '{prefix}{key}': {str(error).splitlines()[0]}")
 
 
 _NESTED: dict[tuple[type, str], type] = {
