@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+from rl.checkpoint import CheckpointError, check_same_recipe, find_checkpoint, read_state
 from rl.config import ConfigError, RunConfig, load_config, to_yaml
 
 log = logging.getLogger("rl.train")
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.recipe, arguments.overrides)
         return dry_run(config) if arguments.dry_run else train(config, resume=arguments.resume)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         sys.stderr.write(f"This recipe cannot run:\n{error}\n")
         return 2
 
@@ -36,17 +37,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="check everything and print the plan; no Ray, no GPU"
     )
     parser.add_argument("--resume", default=None, metavar="auto|PATH", help="continue from a checkpoint")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def dry_run(config: RunConfig) -> int:
     """Print the plan and what is missing. 0 when the recipe is ready to run."""
     from rl.plan import describe_run
     from rl.preflight import preflight
+    from rl.validate import find_problems
 
-    for line in describe_run(config):
-        sys.stdout.write(line + "\n")
     problems = preflight(config).problems
+    try:
+        # The plan's formulas divide by the recipe's values, so they must be sound first.
+        for line in [] if find_problems(config) else describe_run(config):
+            sys.stdout.write(line + "\n")
+    except ValueError as error:
+        problems += [p for p in [f"model.lora: {error}"] if p not in problems]
     if problems:
         sys.stdout.write("Not ready:\n" + "\n".join(f"- {problem}" for problem in problems) + "\n")
         return 2
@@ -56,14 +62,13 @@ def dry_run(config: RunConfig) -> int:
 
 def train(config: RunConfig, *, resume: str | None = None) -> int:
     """Check everything, then run (or continue) the recipe on the Ray cluster."""
-    from rl.checkpoint import check_same_recipe, find_checkpoint, read_state
     from rl.preflight import preflight
     from rl.state import RunState
 
     checked = preflight(config)
     if checked.problems:
         raise ConfigError(checked.problems)
-    run_dir = Path(config.output_dir).absolute() / config.name
+    run_dir = Path(config.output_dir).expanduser().absolute() / config.name
     checkpoint = find_checkpoint(run_dir, resume) if resume else None
     if checkpoint is not None:
         check_same_recipe((checkpoint / "config.yaml").read_text(), to_yaml(config))

@@ -24,8 +24,10 @@ _POSITIVE = (
     "rollout.workers", "rollout.num_steps", "rollout.group_size", "rollout.prompts_per_rollout",
     "rollout.chunk_size", "learner.ranks", "learner.micro_batch_size", "learner.updates_per_rollout",
     "learner.learning_rate", "learner.clip_range", "evaluation.num_steps", "evaluation.batch_size",
-    "resources.threads", "resources.reward_workers", "resources.placement_timeout_s",
-    "resources.start_timeout_s", "resources.call_timeout_s", "checkpoint.every", "checkpoint.keep_last",
+    "learner.advantage_eps", "learner.advantage_clip", "learner.ema.every", "resources.threads",
+    "resources.reward_workers", "resources.reward_concurrency", "resources.min_rollout_workers",
+    "resources.placement_timeout_s", "resources.start_timeout_s", "resources.call_timeout_s",
+    "checkpoint.every", "checkpoint.keep_last", "gallery.every",
 )  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def _sampling(config: RunConfig) -> Iterator[str]:
 
 def _objective(config: RunConfig) -> Iterator[str]:
     r, learner = config.rollout, config.learner
-    if r.variant == "ode" or r.noise_level == 0:
+    if r.variant == "ode" or r.noise_level <= 0:
         yield (
             f"rollout.variant={r.variant!r} with rollout.noise_level={r.noise_level:g} samples ODE steps, which have "
             "no log-probability and cannot be trained; use 'sde' or 'cps' with a noise level above 0"
@@ -112,6 +114,8 @@ def _objective(config: RunConfig) -> Iterator[str]:
         yield f"learner.train_steps={learner.train_steps}: there are {stochastic} stochastic steps to train on"
     if learner.kl_beta < 0:
         yield f"learner.kl_beta={learner.kl_beta:g} must not be negative"
+    if not 0 <= learner.ema.decay < 1:
+        yield f"learner.ema.decay={learner.ema.decay:g} must lie in [0, 1); 1 would never take in an update"
 
 
 def _stages(config: RunConfig) -> Iterator[str]:
@@ -138,6 +142,13 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         if task_config.num_prompts < 2:
             yield f"evaluation of {task_config.task}: num_prompts={task_config.num_prompts} must be at least 2"
         yield from _rewards(f"evaluation of {task_config.task}", task_config.rewards)
+    if config.evaluation.every or config.gallery.prompts:
+        for stage in config.stages:
+            if stage.task not in tasks:
+                yield (
+                    f"stage {stage.name!r} trains {stage.task}, of which evaluation.tasks holds no prompts to draw "
+                    "while it runs; add them, or set evaluation.every=0 and gallery.prompts=0"
+                )
 
 
 def _rewards(where: str, rewards: list[RewardConfig]) -> Iterator[str]:

@@ -8,7 +8,6 @@ GenEval files load unchanged.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import json
@@ -62,7 +61,7 @@ def load_prompts(path: str | Path, task: Task) -> list[Prompt]:
     """Read a prompt set; raises `PromptFileError` with every bad line as `file:line: problem`."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise PromptFileError([f"{path}: cannot be read ({error})"]) from error
     prompts: list[Prompt] = []
@@ -117,7 +116,7 @@ def _reference(image: object, folder: Path) -> str:
 
 def load_reference(prompt: Prompt) -> Image.Image:
     """The reference image as RGB, EXIF rotation applied. Raises ValueError naming an unreadable image."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if prompt.reference is None:
         raise ValueError(f"prompt {prompt.index} ({prompt.prompt!r}) has no reference image")
@@ -129,13 +128,7 @@ def load_reference(prompt: Prompt) -> Image.Image:
             source = prompt.reference
         with Image.open(source) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (
-        OSError,
-        IndexError,
-        binascii.Error,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-    ) as error:
+    except (OSError, SyntaxError, IndexError, ValueError, Image.DecompressionBombError) as error:
         shown = prompt.reference[:80]
         raise ValueError(
             f"reference image {shown} of prompt {prompt.index} is unreadable ({error})"
