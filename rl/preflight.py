@@ -137,7 +137,13 @@ def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
         problems.append(f"model.lora: {error}")
     try:
         vae = json.loads((folder / "vae" / "config.json").read_text())
-        latent_shape(vae, config.model.height, config.model.width)
-    except ValueError as error:
+        _, *sides = latent_shape(vae, config.model.height, config.model.width)
+        shape = json.loads((folder / "transformer" / "config.json").read_text())
+        patch, largest = shape["patch_size"], shape["pos_embed_max_size"]
+        if any(side % patch or side // patch > largest for side in sides):
+            raise ValueError(
+                f"{sides} latents do not divide into at most {largest} patches of {patch} a side"
+            )
+    except (ValueError, KeyError) as error:
         problems.append(f"model.height, model.width: {error}")
     return problems
