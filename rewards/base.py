@@ -89,6 +89,7 @@ class RewardSet:
 
     name: how the caller asks for it. task: `t2i` or `edit`. The example prompt and its metadata are what a
     custom reward is tried on before the run starts: give a real prompt's, since rewards may read metadata.
+    height, width: size in pixels of the images that will be scored.
     """
 
     name: str
@@ -96,6 +97,8 @@ class RewardSet:
     rewards: Sequence[RewardSpec]
     example_prompt: str = "a red circle on a grey background"
     example_metadata: Mapping[str, Any] = field(default_factory=dict)
+    height: int = 64
+    width: int = 64
 
 
 def reward_label(spec: RewardSpec) -> str:

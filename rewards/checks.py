@@ -11,8 +11,6 @@ from rewards.base import RewardError, RewardLoadError, RewardSet
 from rewards.calling import RewardBatch, call_reward
 from rewards.loading import LoadedReward, describe_error, load_reward, set_problems
 
-DRY_CALL_SIZE = 64
-
 
 def check_rewards(rewards: RewardSet, *, probe: bool = False) -> list[str]:
     """Every problem that can be found without a GPU, Ray or a sample; empty when the rewards are usable.
@@ -50,11 +48,11 @@ async def try_reward(loaded: LoadedReward, rewards: RewardSet, *, probe: bool) -
 
 
 async def dry_call(loaded: LoadedReward, rewards: RewardSet) -> None:
-    """Score two generated 64x64 images, for editing with references. What the scores are is not judged.
+    """Score two generated images of the run's size, for editing with references. What the scores are is not judged.
 
     Raises RewardError when the call fails, takes longer than `timeout_s` or returns a wrong count or type.
     """
-    size = (DRY_CALL_SIZE, DRY_CALL_SIZE)
+    size = (rewards.width, rewards.height)
     images = [Image.radial_gradient("L").resize(size).convert("RGB"), Image.new("RGB", size, (200, 60, 40))]
     references = [Image.new("RGB", size, (40, 60, 200)) if rewards.task == "edit" else None for _ in images]
     batch = RewardBatch(images, [rewards.example_prompt] * 2, references, [rewards.example_metadata] * 2)
@@ -62,7 +60,7 @@ async def dry_call(loaded: LoadedReward, rewards: RewardSet) -> None:
         await call_reward(loaded, batch)
     except TimeoutError as error:
         raise RewardError(
-            f"reward {loaded.label!r}: the dry call on two {DRY_CALL_SIZE}x{DRY_CALL_SIZE} images took "
+            f"reward {loaded.label!r}: the dry call on two {rewards.width}x{rewards.height} images took "
             f"longer than timeout_s {loaded.spec.timeout_s}; speed it up or allow more time"
         ) from error
     except RewardError:

@@ -37,7 +37,7 @@ def preflight(config: RunConfig) -> Preflight:
         problems += found
         if part.task not in ("edit", "t2i"):
             continue
-        reward_set = _reward_set(part, prompts)
+        reward_set = _reward_set(part, prompts, config)
         problems += [p for p in check_rewards(reward_set) if p not in problems]
         reward_sets.append(reward_set)
     return Preflight(problems, reward_sets)
@@ -59,11 +59,19 @@ def reward_specs(rewards: list[RewardConfig]) -> list[RewardSpec]:
     ]  # fmt: skip
 
 
-def _reward_set(part: StageConfig | EvaluationTaskConfig, prompts: list[Prompt]) -> RewardSet:
-    name = stage_set_name(part.name) if isinstance(part, StageConfig) else evaluation_set_name(part.task)
-    if not prompts:
-        return RewardSet(name, part.task, reward_specs(part.rewards))
-    return RewardSet(name, part.task, reward_specs(part.rewards), prompts[0].prompt, prompts[0].metadata)
+def _reward_set(
+    part: StageConfig | EvaluationTaskConfig, prompts: list[Prompt], config: RunConfig
+) -> RewardSet:
+    """The part's rewards with its first real prompt, since a reward may read its metadata in the dry call."""
+    example = {"example_prompt": prompts[0].prompt, "example_metadata": prompts[0].metadata} if prompts else {}
+    return RewardSet(
+        stage_set_name(part.name) if isinstance(part, StageConfig) else evaluation_set_name(part.task),
+        part.task,
+        reward_specs(part.rewards),
+        height=config.model.height,
+        width=config.model.width,
+        **example,  # type: ignore[arg-type]
+    )
 
 
 def _check_paths(config: RunConfig) -> list[str]:
