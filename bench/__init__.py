@@ -1,0 +1,1 @@
+"""Benchmarks of the parts that cost time. Not part of the distribution; see bench/README.md."""
