@@ -1,0 +1,12 @@
+"""One tiny random model folder for all tests of the rollout; read it, never write into it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import make_tiny_folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("rollout"))

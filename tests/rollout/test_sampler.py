@@ -1,0 +1,232 @@
+"""Trajectories and their replay on a tiny transformer, in float32 on the CPU."""
+
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from models.lora import adapter_parameters, attach_lora
+from rollout.sampler import (
+    Conditioning,
+    ConditioningBatch,
+    SamplingSpec,
+    guided_velocity,
+    replay_step,
+    sample_trajectories,
+    sigma_table,
+)
+from tests.tiny_models import make_tiny_transformer
+
+LATENTS = (4, 8, 8)
+SIGMAS = sigma_table(FlowMatchEulerDiscreteScheduler(shift=3.0), 5)
+PLAIN = SamplingSpec(num_steps=5, noise_level=0.7, guidance_scale=1.0)
+GUIDED = SamplingSpec(num_steps=5, noise_level=0.7, guidance_scale=4.5)
+
+
+def conditioning(seed: int, *, reference: bool = False) -> Conditioning:
+    generator = torch.Generator().manual_seed(seed)
+    return Conditioning(
+        torch.randn((12, 48), generator=generator),
+        torch.randn((40,), generator=generator),
+        torch.randn(LATENTS, generator=generator) if reference else None,
+    )
+
+
+def stack(*items: Conditioning) -> ConditioningBatch:
+    return ConditioningBatch.stack(items, device="cpu", dtype=torch.float32)
+
+
+NEGATIVE = conditioning(99)
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    """Random base weights and an adapter that is no longer zero, so that gradients and outputs are generic."""
+    torch.manual_seed(0)
+    model = make_tiny_transformer()
+    attach_lora(model, rank=2, alpha=4.0)
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def sample(transformer, spec, batch, seeds, steps=None, negative=NEGATIVE):
+    steps = spec.stochastic_steps(0) if steps is None else steps
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return sample_trajectories(transformer, batch, negative, spec, SIGMAS, LATENTS, generators, steps)
+
+
+def replay(transformer, spec, batch, trajectory, position, **settings):
+    index = torch.full((len(trajectory.latents),), trajectory.steps[position])
+    return replay_step(
+        transformer, trajectory.latents[:, position], trajectory.latents[:, position + 1], index,
+        trajectory.sigmas, batch, NEGATIVE, spec, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("steps", [(0, 1, 2, 3, 4), (1, 2), (3,)])
+@pytest.mark.parametrize(
+    "spec", [PLAIN, GUIDED, SamplingSpec(5, 0.7, 4.5, variant="cps")], ids=["plain", "guided", "cps"]
+)
+def test_replay_gives_the_rollouts_log_probs(transformer, spec, steps, reference):
+    batch = stack(conditioning(1, reference=reference), conditioning(2, reference=reference))
+    trajectory = sample(transformer, spec, batch, (10, 11), steps)
+    assert trajectory.steps == steps
+    assert trajectory.latents.shape == (2, len(steps) + 1, *LATENTS)
+    assert trajectory.log_probs.shape == (2, len(steps))
+    for position in range(len(steps)):
+        log_prob = replay(transformer, spec, batch, trajectory, position).log_prob
+        torch.testing.assert_close(log_prob, trajectory.log_probs[:, position], rtol=0, atol=1e-6)
+
+
+def test_samples_at_different_steps_can_share_a_replay(transformer):
+    """Groups with other windows meet in one micro-batch: the step index is per sample."""
+    batch = stack(conditioning(1), conditioning(2))
+    trajectory = sample(transformer, GUIDED, batch, (10, 11))
+    where = torch.tensor([0, 3])
+    rows = torch.arange(2)
+    step = replay_step(
+        transformer, trajectory.latents[rows, where], trajectory.latents[rows, where + 1], where,
+        SIGMAS, batch, NEGATIVE, GUIDED,
+    )  # fmt: skip
+    torch.testing.assert_close(step.log_prob, trajectory.log_probs[rows, where], rtol=0, atol=1e-6)
+
+
+def test_the_steps_outside_a_window_are_euler_steps(transformer):
+    batch = stack(conditioning(1))
+    trajectory = sample(transformer, PLAIN, batch, (10,), (1, 2))
+    x = torch.randn(LATENTS, generator=torch.Generator().manual_seed(10))[None]
+    for t in range(5):
+        if t == 1:
+            torch.testing.assert_close(trajectory.latents[:, 0], x)
+            x = trajectory.latents[:, 2]
+        if t in (1, 2):
+            continue
+        with torch.no_grad():
+            velocity = guided_velocity(transformer, x, SIGMAS[t].reshape(1), batch, None, 1.0)
+        x = x + (SIGMAS[t + 1] - SIGMAS[t]) * velocity
+    torch.testing.assert_close(trajectory.final_latents, x)
+
+
+def test_pure_ode_sampling_has_no_log_probs(transformer):
+    spec = SamplingSpec(5, 0.0, 1.0, variant="ode")
+    trajectory = sample(transformer, spec, stack(conditioning(1)), (10,), spec.stochastic_steps(3))
+    assert trajectory.steps == ()
+    assert trajectory.log_probs.shape == trajectory.latents.shape == (1, 0)
+    assert trajectory.final_latents.shape == (1, *LATENTS)
+
+
+def test_a_sample_depends_on_its_own_generator_alone(transformer):
+    """Float32 kernels may differ in the last bits between batch sizes; another noise would differ in the first."""
+    pair = sample(transformer, PLAIN, stack(conditioning(1), conditioning(1)), (10, 11))
+    alone = sample(transformer, PLAIN, stack(conditioning(1)), (11,))
+    torch.testing.assert_close(pair.final_latents[1:], alone.final_latents, rtol=1e-4, atol=1e-4)
+    again = sample(transformer, PLAIN, stack(conditioning(1), conditioning(1)), (10, 11))
+    assert torch.equal(pair.final_latents, again.final_latents)
+    assert torch.equal(pair.log_probs, again.log_probs)
+
+
+def test_guidance_is_u_plus_s_times_c_minus_u_and_keeps_the_reference(transformer):
+    item = conditioning(1, reference=True)
+    x, sigma = torch.randn(1, *LATENTS, generator=torch.Generator().manual_seed(1)), torch.full((1,), 0.6)
+    with torch.no_grad():
+        halves = [
+            transformer(
+                x, text.prompt_embeds[None], text.pooled_prompt_embeds[None], sigma * 1000,
+                item.reference_latents[None], return_dict=False,
+            )[0]
+            for text in (item, NEGATIVE)
+        ]  # fmt: skip
+        guided = guided_velocity(transformer, x, sigma, stack(item), NEGATIVE, 3.5)
+        plain = guided_velocity(transformer, x, sigma, stack(item), None, 1.0)
+    torch.testing.assert_close(guided, halves[1] + 3.5 * (halves[0] - halves[1]))
+    torch.testing.assert_close(plain, halves[0])
+
+
+def reference_log_prob(transformer, x, prev, t, item, scale, *, detach):
+    """The log-probability in ten lines, for autograd."""
+    sigma, sigma_next = SIGMAS[t], SIGMAS[t + 1]
+    c, u = (
+        transformer(x, e.prompt_embeds[None], e.pooled_prompt_embeds[None], sigma.reshape(1) * 1000)[0]
+        for e in (item, NEGATIVE)
+    )
+    u = u.detach() if detach else u
+    v = u + scale * (c - u)
+    g2 = 0.7**2 * sigma / (1 - (SIGMAS[1] if t == 0 else sigma))
+    dt = sigma_next - sigma
+    mean = x + (v + g2 / (2 * sigma) * (x + (1 - sigma) * v)) * dt
+    std = torch.sqrt(-g2 * dt)
+    return (-((prev - mean) ** 2) / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi))).mean()
+
+
+@pytest.mark.parametrize("t", [0, 2])
+@pytest.mark.parametrize("cfg_gradient", ["conditional", "both"])
+def test_the_gradient_is_that_of_a_short_reference(transformer, cfg_gradient, t):
+    item = conditioning(1)
+    batch = stack(item)
+    trajectory = sample(transformer, GUIDED, batch, (10,))
+    parameters = list(adapter_parameters(transformer).values())
+    replayed = replay(transformer, GUIDED, batch, trajectory, t, cfg_gradient=cfg_gradient).log_prob.sum()
+    x, prev = trajectory.latents[:, t], trajectory.latents[:, t + 1]
+    expected = reference_log_prob(transformer, x, prev, t, item, 4.5, detach=cfg_gradient == "conditional")
+    torch.testing.assert_close(replayed, expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(value, parameters) for value in (replayed, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max() + 1))
+
+
+def test_the_two_cfg_gradients_differ(transformer):
+    batch = stack(conditioning(1))
+    trajectory = sample(transformer, GUIDED, batch, (10,))
+    parameters = list(adapter_parameters(transformer).values())
+    grads = [
+        torch.cat([
+            g.flatten()
+            for g in torch.autograd.grad(
+                replay(transformer, GUIDED, batch, trajectory, 2, cfg_gradient=kind).log_prob.sum(), parameters
+            )
+        ])
+        for kind in ("conditional", "both")
+    ]  # fmt: skip
+    assert float((grads[0] - grads[1]).norm() / grads[1].norm()) > 0.1
+
+
+def test_mixtures_and_missing_parts_are_refused(transformer):
+    with pytest.raises(ValueError, match="with and without a reference image cannot share a batch"):
+        stack(conditioning(1), conditioning(2, reference=True))
+    with pytest.raises(ValueError, match="guidance_scale=4.5 needs the negative prompt"):
+        sample(transformer, GUIDED, stack(conditioning(1)), (10,), negative=None)
+    batch = stack(conditioning(1))
+    trajectory = sample(transformer, PLAIN, batch, (10,))
+    for spec in (SamplingSpec(5, 0.7, 1.0, variant="ode"), SamplingSpec(5, 0.0, 1.0)):
+        with pytest.raises(ValueError, match="ODE steps have no log-probability"):
+            replay(transformer, spec, batch, trajectory, 0)
+
+
+# ---- the window -------------------------------------------------------------------------------------------------
+
+
+def test_without_a_window_every_step_is_stochastic():
+    assert PLAIN.stochastic_steps(7) == (0, 1, 2, 3, 4)
+
+
+def test_a_window_is_consecutive_inside_its_bounds_and_reaches_both_ends():
+    spec = SamplingSpec(10, 0.7, 1.0, window_size=3, window_first=2, window_last=8)
+    windows = {spec.stochastic_steps(seed) for seed in range(200)}
+    assert windows == {(start, start + 1, start + 2) for start in range(2, 6)}
+
+
+def test_a_window_is_decided_by_its_seed():
+    spec = SamplingSpec(10, 0.7, 1.0, window_size=2, window_last=10)
+    assert all(spec.stochastic_steps(seed) == spec.stochastic_steps(seed) for seed in range(20))
+    assert len({spec.stochastic_steps(seed) for seed in range(50)}) > 1
+
+
+def test_deterministic_specs_have_no_stochastic_step():
+    for spec in (
+        SamplingSpec(10, 0.0, 1.0),
+        SamplingSpec(10, 0.7, 1.0, "ode", window_size=2, window_last=10),
+    ):
+        assert spec.stochastic_steps(0) == ()

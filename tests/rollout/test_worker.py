@@ -1,0 +1,133 @@
+"""What the actors do when called, without Ray: the plain classes that it wraps."""
+
+import base64
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from models.latents import encode_images, image_to_tensor
+from models.lora import Adapter, adapter_state, hash_state
+from rollout import worker
+from rollout.engine import ROLLOUT_ADAPTER, ReplicaSpec, SampleRequest
+from rollout.failures import DataFailure, InfrastructureFailure
+from rollout.prompts import Prompt
+from rollout.sampler import Conditioning, SamplingSpec
+from rollout.worker import Encoder, EncoderSpec, Policy, Replica
+
+SPEC = SamplingSpec(num_steps=2, noise_level=0.7, guidance_scale=1.0)
+REQUEST = SampleRequest(0, 0, (10,), (0,))
+
+
+@pytest.fixture(scope="module")
+def encoder(model_folder):
+    return Encoder(
+        EncoderSpec(
+            str(model_folder), "float32", "cpu", 32, 32, max_sequence_length=16, cache_bytes=2**20, threads=1
+        )
+    )
+
+
+@pytest.fixture
+def replica(model_folder):
+    return Replica(
+        ReplicaSpec(str(model_folder), "float32", "cpu", 32, 32, 2, 4.0, ("attn.to_q",), threads=1)
+    )
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Stands for the object store: references are the objects themselves; returns what was fetched."""
+    seen = []
+
+    def get(reference, timeout):
+        seen.append(reference)
+        return reference
+
+    monkeypatch.setattr(worker.ray, "get", get)
+    return seen
+
+
+def published(replica, version):
+    state = adapter_state(replica.engine.transformer, ROLLOUT_ADAPTER)
+    tensors = {name: torch.full_like(tensor, 0.1 * version) for name, tensor in state.items()}
+    adapter = Adapter(version, hash_state(tensors), tensors)
+    return adapter, Policy(version, adapter.sha256, (adapter,))
+
+
+def image_prompt(index=0, colour=(200, 30, 40)):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Prompt(index, "edit", "make it blue", uri)
+
+
+def text_conditioning():
+    return Conditioning(torch.ones(12, 48), torch.ones(40))
+
+
+def test_a_replica_fetches_the_policy_it_lacks_and_no_other(replica, fetched):
+    """So a restarted worker heals itself: a call names its policy, and nothing has to be remembered."""
+    first, policy = published(replica, 1)
+    info, *_ = replica.sample(REQUEST, SPEC, policy, None, text_conditioning())
+    assert info.policy_sha256 == first.sha256
+    replica.sample(REQUEST, SPEC, policy, None, text_conditioning())
+    assert fetched == [first]
+    second, policy = published(replica, 2)
+    replica.load_adapter(second)
+    info, *_ = replica.sample(REQUEST, SPEC, policy, None, text_conditioning())
+    assert (info.policy_version, info.policy_sha256) == (2, second.sha256)
+    assert fetched == [first]
+
+
+def test_a_policy_that_arrives_changed_is_refused(replica, fetched):
+    adapter, policy = published(replica, 1)
+    next(iter(adapter.tensors.values()))[0, 0] = 9.0
+    with pytest.raises(InfrastructureFailure, match="adapter 1 arrived as .*, expected"):
+        replica.sample(REQUEST, SPEC, policy, None, text_conditioning())
+
+
+def test_out_of_memory_is_the_machines_failure(replica, fetched, monkeypatch):
+    _, policy = published(replica, 1)
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(replica.engine, "sample", exhausted)
+    with pytest.raises(InfrastructureFailure, match="rollout.chunk_size"):
+        replica.sample(REQUEST, SPEC, policy, None, text_conditioning())
+
+
+def test_an_encoded_prompt_does_not_depend_on_its_neighbours(encoder):
+    prompts = [image_prompt(0), Prompt(1, "t2i", "a red circle"), image_prompt(2, (1, 2, 3))]
+    together = encoder.encode(prompts)
+    for prompt, conditioning in zip(prompts, together, strict=True):
+        alone = encoder.encode_one(prompt)
+        assert torch.equal(alone.prompt_embeds, conditioning.prompt_embeds)
+        assert torch.equal(alone.pooled_prompt_embeds, conditioning.pooled_prompt_embeds)
+        assert (alone.reference_latents is None) == (prompt.task == "t2i")
+    assert not torch.equal(together[0].reference_latents, together[2].reference_latents)
+    assert torch.equal(together[0].prompt_embeds, together[2].prompt_embeds)
+
+
+def test_reference_latents_are_the_vaes_mode(encoder):
+    pixels = image_to_tensor(Image.new("RGB", (32, 32), (200, 30, 40)), 32, 32)[None]
+    expected = encode_images(encoder.vae, pixels)[0]
+    assert torch.equal(encoder.encode_one(image_prompt()).reference_latents, expected)
+
+
+def test_text_alone(encoder):
+    negative = encoder.encode_text("")
+    assert negative.reference_latents is None
+    assert negative.prompt_embeds.shape == encoder.encode_text("a red circle").prompt_embeds.shape
+
+
+def test_an_unreadable_reference_is_this_prompts_failure(encoder):
+    with pytest.raises(DataFailure, match="reference image .* of prompt 4 is unreadable"):
+        encoder.encode([Prompt(4, "edit", "make it blue", "data:image/png;base64,AAAA")])
+
+
+def test_workers_answer_when_they_are_ready(encoder, replica):
+    assert encoder.ready().device == replica.ready().device == "cpu"
+    assert replica.ready().policy_version == -1
