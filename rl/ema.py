@@ -31,4 +31,4 @@ class AdapterEma:
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The average in the dtype that replicas hold."""
-        return {name: tensor.to(dtype) for name, tensor in self.average.items()}
+        return {name: tensor.to(dtype, copy=True) for name, tensor in self.average.items()}
