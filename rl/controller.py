@@ -66,10 +66,17 @@ class Controller:
         self.config, self.cluster, self.state = config, cluster, state
         self.collector = Collector(cluster.dispatcher, cluster.encoder, Progress())
         self.evaluator = Evaluator(config.evaluation, self.collector, run_dir, config.gallery.prompts)
-        self.journal = Journal(run_dir, config, resume_step=None if fresh else state.step if resumed else -1)
+        at_border = bool(state.stages) and state.stages[-1].steps == config.stages[state.stage].steps
+        self.journal = Journal(
+            run_dir,
+            config,
+            resume_step=None if fresh else state.step if resumed else -1,
+            redo_evaluation=at_border,
+        )
         self.results = RunResults(config, self.evaluator, run_dir)
         self.run_dir, self.resumed = run_dir, resumed
         self.policy: Policy | None = None
+        self._events = (0, 0)
         self._load_negative()
 
     def run(self) -> None:
@@ -110,7 +117,6 @@ class Controller:
         """One turn of the algorithm: rollout with streamed rewards, advantages, update, publish."""
         assert self.policy is not None
         config, clock = self.config, _Clock()
-        restarts, redispatched = self.cluster.dispatcher.restarts, self.cluster.dispatcher.redispatched
         landed = self.collector.scored_groups(
             groups,
             training_spec(config),
@@ -139,12 +145,17 @@ class Controller:
             "throughput/images_per_second": images / clock.laps["rollout"],
             "throughput/samples_per_second": batch.num_samples / clock.total(),
             "policy/version": self.policy.version,
-            "workers/restarts": self.cluster.dispatcher.restarts - restarts,
-            "workers/redispatched_chunks": self.cluster.dispatcher.redispatched - redispatched,
+            **self._worker_events(),
         }
         if not stats:
             log.warning("step %d: no group has spread in its rewards; nothing to learn", self.state.step + 1)
         return StepOutcome(scored, metrics)
+
+    def _worker_events(self) -> dict[str, int]:
+        """What the run survived since the last step's record, evaluations in between included."""
+        now = (self.cluster.dispatcher.restarts, self.cluster.dispatcher.redispatched)
+        before, self._events = self._events, now
+        return {"workers/restarts": now[0] - before[0], "workers/redispatched_chunks": now[1] - before[1]}
 
     def _publish(self) -> None:
         adapter = self.cluster.learner.adapter(self.state.version + 1, shipped=False)

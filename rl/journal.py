@@ -25,10 +25,14 @@ _CONTROLLER = "controller"
 class Journal:
     """All records of one run under `run_dir`; resuming drops what came after the resumed step."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, *, resume_step: int | None):
+    def __init__(
+        self, run_dir: Path, config: RunConfig, *, resume_step: int | None, redo_evaluation: bool = False
+    ):
         self.run_dir, self.config_yaml = run_dir, to_yaml(config)
         atomic_write_text(run_dir / "config.yaml", self.config_yaml)
-        self.metrics = MetricsWriter(run_dir, resume_step=resume_step)
+        self.metrics = MetricsWriter(
+            run_dir, resume_step=resume_step, redo_evaluation=redo_evaluation
+        )
         self.span_log = SpanLog(run_dir, resume_step=resume_step)
 
     def log(self, values: dict[str, Any], step: int, stage: str, stage_step: int) -> None:

@@ -7,7 +7,7 @@ leaves records of steps that will be done again. `keep_up_to` clears both.
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,16 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def keep_up_to(path: Path, step: int) -> int:
-    """Rewrite the file with the records of global steps <= `step` only; returns how many were dropped.
+def keep_up_to(path: Path, step: int, *, drop: Callable[[Record], bool] = lambda record: False) -> int:
+    """Rewrite the file with the records of global steps <= `step` only, less those that `drop` names; returns how
+    many were dropped.
 
     A file that does not exist has nothing to drop.
     """
     if not path.exists():
         return 0
     records = read_records(path)
-    kept = [record for record in records if record["step"] <= step]
+    kept = [record for record in records if record["step"] <= step and not drop(record)]
     atomic_write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
     dropped = len(records) - len(kept)
     if dropped:
@@ -66,14 +67,16 @@ def keep_up_to(path: Path, step: int) -> int:
     return dropped
 
 
-def open_records(path: Path, resume_step: int | None) -> None:
+def open_records(
+    path: Path, resume_step: int | None, *, drop: Callable[[Record], bool] = lambda record: False
+) -> None:
     """Prepare a record file for appending: fresh when `resume_step` is None, else cut after that step.
 
     Raises FileExistsError when a fresh run would append to the records of another one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if resume_step is not None:
-        keep_up_to(path, resume_step)
+        keep_up_to(path, resume_step, drop=drop)
     elif path.exists() and path.stat().st_size:
         raise FileExistsError(
             f"{path} holds the records of an earlier run; resume that run, or choose another output folder"

@@ -29,11 +29,14 @@ class MetricsWriter:
     """Writes `folder/metrics.jsonl` and `folder/tensorboard/<stage>/`.
 
     With `resume_step`, records after that global step are dropped, since those steps will be done again;
-    TensorBoard is told to hide them. Raises FileExistsError when `resume_step` is None and the folder holds
-    records already.
+    TensorBoard is told to hide them. With `redo_evaluation`, so are evaluations made at `resume_step` itself: a
+    run resumed at a stage border makes them again. Raises FileExistsError when `resume_step` is None and there
+    are records already.
     """
 
-    def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, resume_step: int | None = None, redo_evaluation: bool = False
+    ) -> None:
         # Imported here because it loads torch, which readers of records do without.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -41,7 +44,13 @@ class MetricsWriter:
         self._make_board = SummaryWriter
         self._boards: dict[str, Any] = {}
         self._purge_step = None if resume_step is None else resume_step + 1
-        open_records(self._folder / METRICS_FILE, resume_step)
+        open_records(
+            self._folder / METRICS_FILE,
+            resume_step,
+            drop=lambda record: (
+                redo_evaluation and record["step"] == resume_step and "time/evaluate" in record
+            ),
+        )
 
     def log(self, values: Mapping[str, Any], *, step: int, stage: str, stage_step: int) -> None:
         """Write one record of scalars; `step` counts from the start of the run, `stage_step` within the
