@@ -1,8 +1,9 @@
 """The resource plan: which roles need which CPUs and GPUs. Pure functions; nothing here touches Ray.
 
-`shared`: one bundle per learner rank holds the rank and its rollout workers, which take turns on one GPU.
+`shared`: one bundle per learner rank holds the rank and its rollout workers, which take turns on one GPU; an encode
+worker that wants a GPU joins the first of them.
 `separate`: one bundle per worker and per rank. `inprocess`: one bundle per rank, which also samples.
-Reward and encode workers have bundles of their own in all three.
+Otherwise reward and encode workers have bundles of their own.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ def make_plan(config: RunConfig) -> ResourcePlan:
         total = {"CPU": round(sum(m[2] for m in members), 4), "GPU": round(sum(m[3] for m in members), 4)}
         bundles.append({name: amount for name, amount in total.items() if amount})
 
+    encode = ("encode", 0, resources.encode_cpus)
+    encode_joins = resources.placement == "shared" and resources.encode_gpus > 0
     if resources.placement == "shared":
         for rank in range(ranks):
-            mine = [w for w in range(workers) if w % ranks == rank]
-            share = gpu / (len(mine) + 1)
-            add(
-                [("learner", rank, resources.learner_cpus, share)]
-                + [("rollout", w, resources.rollout_cpus, share) for w in mine]
-            )
+            mine: list[tuple[str, int, float]] = [("learner", rank, resources.learner_cpus)]
+            mine += [("rollout", w, resources.rollout_cpus) for w in range(workers) if w % ranks == rank]
+            mine += [encode] if encode_joins and rank == 0 else []
+            add([(*member, gpu / len(mine)) for member in mine])
     else:
         for rank in range(ranks):
             add([("learner", rank, resources.learner_cpus, gpu)])
@@ -72,7 +73,8 @@ def make_plan(config: RunConfig) -> ResourcePlan:
                 add([("rollout", worker, resources.rollout_cpus, gpu)])
     for worker in range(resources.reward_workers):
         add([("reward", worker, resources.reward_cpus, resources.reward_gpus)])
-    add([("encode", 0, resources.encode_cpus, resources.encode_gpus)])
+    if not encode_joins:
+        add([(*encode, resources.encode_gpus)])
     return ResourcePlan(tuple(bundles), tuple(actors))
 
 
