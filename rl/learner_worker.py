@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,6 +77,8 @@ class LearnerRank:
             # DeepSpeed compiles a small CPU collective once, with the ninja that stands beside this Python.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
+        # DeepSpeed calls collectives by names that torch deprecates, once per bucket: noise, not news.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         import deepspeed
 
         deepspeed.init_distributed(

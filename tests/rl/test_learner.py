@@ -225,3 +225,25 @@ def test_the_base_is_never_touched(folder):
     learner.update(updates(rollout(engine)))
     assert all(torch.equal(p, before[n]) for n, p in learner.transformer.named_parameters() if n in before)
     assert hash_state(adapter_state(learner.transformer, "policy")) != hash_state(moved)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_bfloat16_publishes_what_it_trains(folder, zero_stage):
+    spec = replica_spec(folder, dtype="bfloat16")
+    learner = Learner(
+        spec,
+        learner_config(zero_stage=zero_stage, updates_per_rollout=2),
+        sampling_spec(3.0),
+        seed=0,
+        inprocess=False,
+        gradient_checkpointing=True,
+    )
+    learner.negative = conditioning("negative")
+    engine = RolloutEngine(spec)
+    for first in (0, 2):
+        receipt = publish(learner, engine, version=first)
+        assert receipt.sha256 == hash_state(learner.adapter())
+        assert {t.dtype for t in learner.adapter().values()} == {torch.bfloat16}
+        stats = learner.update(updates(rollout(engine, guidance=3.0, first=first), num_updates=2))
+        assert stats[0].gaps.largest <= 2e-2 and stats[1].ratio_max != 1.0
+    assert receipt.probe_shift > 0

@@ -1,0 +1,169 @@
+"""`ray job submit` on a real Ray cluster: one node, then two nodes with the workers on the second, killed and resumed.
+
+Both jobs run the same short PDTR recipe; the killed and resumed one must end with the identical adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.accept.evidence import ROOT, write
+from models.adapter_files import read_adapter
+from models.lora import hash_state
+
+BIN = Path(sys.executable).parent
+GCS_PORT, DASHBOARD_PORT = 6399, 8299
+SHORT = ["stages[0].steps=4", "stages[1].steps=4", "checkpoint.every=2", "evaluation.tasks[0].num_prompts=128",
+         "evaluation.tasks[1].num_prompts=128", "resources.start_timeout_s=300"]  # fmt: skip
+
+
+def main() -> None:
+    """Run both jobs and write `docs/evidence/cluster.md`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        with cluster(head_cpus=2):
+            started = time.monotonic()
+            job = submit(out, "straight")
+            follow(job)
+            straight_s = time.monotonic() - started
+        with cluster(head_cpus=0, worker_cpus=2):
+            job = submit(out, "interrupted")
+            wait_for_step(out / "interrupted", 3)
+            ray_cli("job", "stop", job)
+            steps_before = len(train_records(out / "interrupted"))
+            job = submit(out, "interrupted", "--resume", "auto")
+            log = follow(job)
+        hashes = {
+            name: hash_state(read_adapter(out / name / "adapter")[0]) for name in ("straight", "interrupted")
+        }
+        equal = hashes["straight"] == hashes["interrupted"]
+        body = [
+            f"- `ray start --head` and `ray job submit --working-dir .`: both stages finished in {straight_s:.0f} s.",
+            "- A head without CPUs and a second `ray start` node that holds every worker: the job was stopped after "
+            f"{steps_before} steps, submitted again with `--resume auto`, and finished.",
+            f"- Adapter of the straight job: `{hashes['straight']}`",
+            f"- Adapter of the stopped and resumed job: `{hashes['interrupted']}`",
+            f"- Identical: **{'yes' if equal else 'no'}**",
+        ]
+        path = write(
+            "cluster", "ray job submit, on one node and on two", body, {"hashes": hashes, "identical": equal}
+        )
+        sys.stdout.write(path.read_text())
+        if not equal or "continuing from" not in log:
+            sys.exit(1)
+
+
+@contextmanager
+def cluster(*, head_cpus: int, worker_cpus: int | None = None) -> Iterator[None]:
+    """A head node, and a second node on this machine when `worker_cpus` is given. Other Ray clusters are left alone."""
+    head = ["--head", f"--port={GCS_PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--num-cpus={head_cpus}"]
+    nodes = [start_node(*head)]
+    try:
+        wait_until_up()
+        if worker_cpus is not None:
+            nodes.append(start_node(f"--address=127.0.0.1:{GCS_PORT}", f"--num-cpus={worker_cpus}"))
+        yield
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            node.wait(timeout=120)
+
+
+def start_node(*words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [str(BIN / "ray"), "start", "--block", *words], env=environment(), stdout=subprocess.DEVNULL, cwd=ROOT
+    )
+
+
+def wait_until_up() -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            ray_cli("job", "list")
+            return
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2)
+
+
+def environment() -> dict[str, str]:
+    """This environment's `python` and `ray` first on the path, so that the job's entry point is the same one."""
+    cleaned = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**cleaned, "PATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD_PORT}"}
+
+
+def ray_cli(*words: str) -> str:
+    """Run the `ray` command line of this environment; raises with its output when it fails."""
+    done = subprocess.run(
+        [str(BIN / "ray"), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        timeout=1800,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"ray {' '.join(words)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
+    return done.stdout + done.stderr
+
+
+def submit(out: Path, name: str, *more: str) -> str:
+    """Submit the short recipe without waiting; returns the job's id."""
+    job = f"{name}-{time.time_ns()}"
+    command = ["python", "-m", "rl.train", "recipes/shapes/pdtr.yaml", f"output_dir={out}", f"name={name}"]
+    ray_cli(
+        "job",
+        "submit",
+        "--no-wait",
+        f"--submission-id={job}",
+        "--working-dir=.",
+        "--",
+        *command,
+        *SHORT,
+        *more,
+    )
+    return job
+
+
+def follow(job: str) -> str:
+    """Wait until a job has ended; raises with its log unless it succeeded."""
+    deadline = time.monotonic() + 1500
+    while time.monotonic() < deadline:
+        status = ray_cli("job", "status", job)
+        if "SUCCEEDED" in status:
+            return ray_cli("job", "logs", job)
+        if "FAILED" in status or "STOPPED" in status:
+            break
+        time.sleep(3)
+    raise RuntimeError(f"job {job} did not succeed:\n{ray_cli('job', 'logs', job)[-6000:]}")
+
+
+def train_records(run: Path) -> list[dict[str, object]]:
+    """Records of finished training steps."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if "optimizer/updates" in record]
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 900
+    while len(train_records(run)) < step:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{run} did not reach step {step} in time")
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main()

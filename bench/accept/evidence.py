@@ -1,0 +1,41 @@
+"""Where proofs are written, and what makes a figure traceable: commit, cores, versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs" / "evidence"
+
+
+def commit() -> str:
+    """The checkout's commit, marked `+changes` when tracked files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    return git("rev-parse", "HEAD") + (
+        "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
+
+
+def write(name: str, title: str, body: list[str], data: dict[str, Any]) -> Path:
+    """`docs/evidence/<name>.md` for people and `<name>.json` for programs; returns the first."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    hardware = f"{os.cpu_count()} CPU cores, no GPU, Python {platform.python_version()}"
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "ray", "deepspeed", "diffusers"))
+    head = [f"# {title}", "", f"Commit {commit()}; {hardware}; {packages}.", ""]
+    path = FOLDER / f"{name}.md"
+    path.write_text("\n".join([*head, *body]) + "\n")
+    (FOLDER / f"{name}.json").write_text(
+        json.dumps({"commit": commit(), "hardware": hardware, **data}, indent=2) + "\n"
+    )
+    return path
