@@ -1,0 +1,48 @@
+# make setup   .venv with pinned versions (a few minutes, about 8 GB; again only when its inputs change)
+# make demo    both PDTR stages on the shapes world, on CPU; results in runs/demo/
+# make test    lint, types, all tests
+# make accept  the long checks: demo, submitted job, kill and resume
+# make bench   the two engines at tiny size
+# make clean   build leftovers and caches; never .venv or runs
+
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+export PYTHONUNBUFFERED := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test accept lint bench clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt scripts/venv.sh
+	@scripts/venv.sh $(VENV)
+
+demo: setup
+	@if [ -e runs/demo ]; then n=1; while [ -e runs/demo.$$n ]; do n=$$((n + 1)); done; \
+	mv runs/demo runs/demo.$$n && echo "the earlier run is kept as runs/demo.$$n"; fi
+	$(PY) -m rl.train recipes/shapes/pdtr.yaml output_dir="$(CURDIR)/runs" name=demo
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
+test: export RAY_DEDUP_LOGS := 0
+test: lint
+	$(PY) -m pytest
+
+accept: setup
+	$(PY) -m recipes.shapes.accept
+
+bench: setup
+	$(PY) -m bench engine
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find bench models pretrain recipes rewards rl rollout tests -name __pycache__ -type d -prune -exec rm -rf {} +
