@@ -83,6 +83,14 @@ def test_sde_matches_the_score_form(sigmas, t):
     np.testing.assert_allclose(step.log_prob.numpy(), log_prob, atol=2e-4 if t == 9 else 1e-5)
 
 
+def test_sigma_clip_acts_at_sigma_one_alone():
+    """A sigma between the clip and 1 keeps its own denominator: g = a sqrt(.98 / .02) = 4.9."""
+    v, x = noise(6, 7)
+    at = torch.tensor([1.0, 0.98, 0.98])
+    step = flow_sde_step(v, x, at, 0.9, sigma_clip=0.96, noise_level=0.7)
+    assert step.diffusion.tolist() == pytest.approx([0.7 * 5, 4.9, 4.9], rel=1e-5)
+
+
 def test_replaying_a_sampled_step_gives_its_log_prob(sigmas):
     v, x = noise(6, 7)
     for variant in ("sde", "cps"):
