@@ -100,6 +100,11 @@ class Replica:
                 f"{self.engine.worker}: out of GPU memory sampling {len(request.seeds)} images; "
                 "lower rollout.chunk_size"
             ) from error
+        except torch.AcceleratorError:
+            # A device error leaves every later call of this process failing, so make room for a fresh one: Ray
+            # restarts the actor, and the controller hands the chunk to another worker.
+            log.exception("%s: the device failed; this worker leaves to be restarted", self.engine.worker)
+            os._exit(1)
 
 
 class Encoder:
