@@ -40,6 +40,9 @@ class Recipe:
     output_dir: str = MISSING
     seed: int = 0
     steps: int = MISSING
+    """Length of the learning-rate schedule."""
+    stop_step: int = 0
+    """Export and end after this many steps, part-way through the schedule; 0 = after `steps`."""
     batch_size: int = 32
     threads: int = 1
     optimization: Optimization = field(default_factory=Optimization)
@@ -190,6 +193,8 @@ def _bad_values(recipe: Recipe) -> list[str]:
     ]
     if recipe.export_dtype not in ("bfloat16", "float16", "float32"):
         problems.append(f"export_dtype={recipe.export_dtype} is not bfloat16, float16 or float32")
+    if not 0 <= recipe.stop_step <= recipe.steps:
+        problems.append(f"stop_step={recipe.stop_step} must be in [0, steps={recipe.steps}]")
     if not 0 <= recipe.optimization.ema_decay < 1:
         problems.append(f"optimization.ema_decay={recipe.optimization.ema_decay} must be in [0, 1)")
     if isinstance(recipe, KontextRecipe):

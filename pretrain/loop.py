@@ -20,11 +20,19 @@ from pretrain.stage import Stage
 log = logging.getLogger(__name__)
 
 # Keys that may differ between a run and its resumption: they leave the numbers alone.
-_FREE_KEYS = {"output_dir", "threads", "log_every", "sample_every", "save_every", "keep_checkpoints"}
+_FREE_KEYS = {
+    "output_dir",
+    "stop_step",
+    "threads",
+    "log_every",
+    "sample_every",
+    "save_every",
+    "keep_checkpoints",
+}
 
 
 class TrainingLoop:
-    """Runs `stage` for `recipe.steps` steps under `recipe.output_dir`.
+    """Runs `stage` to `recipe.stop_step` or `recipe.steps` under `recipe.output_dir`.
 
     Writes metrics.jsonl, samples/step-*.png, checkpoints/step-*, and model/ (averaged weights, released layout).
     """
@@ -70,11 +78,12 @@ class TrainingLoop:
         log.info("resumed %s at step %d", path, self.step)
 
     def run(self) -> None:
-        """Train to the last step, then export the averaged weights to `output_dir/model`."""
+        """Train to the last step of this run, then export the averaged weights to `output_dir/model`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         recipe, started = self.recipe, time.perf_counter()
-        bar = tqdm(total=recipe.steps, initial=self.step, desc=recipe.stage, mininterval=2)
-        while self.step < recipe.steps:
+        end = recipe.stop_step or recipe.steps
+        bar = tqdm(total=end, initial=self.step, desc=recipe.stage, mininterval=2)
+        while self.step < end:
             figures = self._train_step()
             for name, value in figures.items():
                 entry = self._sums[name]
@@ -82,7 +91,7 @@ class TrainingLoop:
                 entry[1] += 1
             self.step += 1
             bar.update()
-            last = self.step == recipe.steps
+            last = self.step == end
             if self.step % recipe.log_every == 0 or last:
                 self._write_metrics(time.perf_counter() - started)
                 started = time.perf_counter()

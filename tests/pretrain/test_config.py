@@ -38,6 +38,7 @@ def test_every_unknown_key_is_named_with_the_nearest_known_one():
         ("optimization.ema_decay=1", "optimization.ema_decay"),
         ("prompt_dropout=2", "prompt_dropout=2"),
         ("edit_share=-1", "edit_share=-1"),
+        ("stop_step=9000000", "stop_step=9000000"),
         ("stage=rl", "not one of vae, text, kontext"),
     ],
 )
