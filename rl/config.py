@@ -287,9 +287,9 @@ def _check_node(node: Any, schema: type, prefix: str, problems: list[str]) -> No
     if not isinstance(node, DictConfig):
         problems.append(f"key '{prefix.rstrip('.')}' must be a mapping with keys {', '.join(fields)}")
         return
-    for key in node:
+    for key in map(str, node):
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here: {', '.join(fields)}"
             problems.append(f"unknown key '{prefix}{key}': {hint}")
     for key, definition in fields.items():

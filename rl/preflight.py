@@ -32,7 +32,8 @@ def preflight(config: RunConfig) -> Preflight:
     problems += _check_paths(config)
     problems += _check_model(config)
     reward_sets = []
-    for part in [*config.stages, *config.evaluation.tasks]:
+    parts: list[StageConfig | EvaluationTaskConfig] = [*config.stages, *config.evaluation.tasks]
+    for part in parts:
         found, prompts = _check_prompts(part)
         problems += found
         if part.task not in ("edit", "t2i"):

@@ -65,6 +65,17 @@ def test_separate_gives_each_its_own_gpu():
     assert len({actor.bundle for actor in plan.actors}) == len(plan.actors) == len(plan.bundles)
 
 
+def test_an_encode_worker_on_a_gpu_shares_the_first_ranks():
+    plan = make_plan(config("shared", ranks=2, workers=2, encode_gpus=0.2))
+    (encode,) = plan.of("encode")
+    assert (encode.bundle, encode.gpus) == (0, pytest.approx(1 / 3))
+    assert [actor.gpus for actor in plan.of("learner")] == [pytest.approx(1 / 3), 0.5]
+    assert plan.gpus == 2.0
+    alone = make_plan(config("separate", ranks=2, workers=2, encode_gpus=1.0))
+    assert alone.bundles[-1] == {"CPU": 2.0, "GPU": 1.0}
+    assert alone.gpus == 5.0
+
+
 def test_inprocess_has_no_rollout_workers():
     plan = make_plan(config("inprocess", ranks=4, workers=4))
     assert plan.gpus == 4.0
