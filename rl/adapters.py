@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import ray
@@ -53,6 +54,11 @@ def check_receipt(receipt: AdapterReceipt, adapter: Adapter, previous: Policy | 
         raise PublishError(
             f"replica {receipt.worker} holds version {receipt.version} ({receipt.sha256[:12]}) after the publish "
             f"of version {adapter.version} ({adapter.sha256[:12]}): the adapter did not arrive whole"
+        )
+    if not math.isfinite(receipt.probe_shift):
+        raise PublishError(
+            f"replica {receipt.worker}: under version {adapter.version} the outputs are not finite, so the update "
+            "diverged; start a run under another name with a lower learner.learning_rate"
         )
     changed = previous is not None and previous.sha256 != adapter.sha256
     if changed and receipt.probe_shift == 0.0:

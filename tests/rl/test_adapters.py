@@ -42,6 +42,12 @@ def test_new_weights_that_change_no_output_are_refused():
         check_receipt(receipt(shift=0.0), ADAPTER, BEFORE)
 
 
+@pytest.mark.parametrize("previous", [None, BEFORE])
+def test_a_policy_that_diverged_is_refused_before_it_reaches_a_checkpoint(previous):
+    with pytest.raises(PublishError, match="outputs are not finite.*lower learner.learning_rate"):
+        check_receipt(receipt(shift=float("nan")), ADAPTER, previous)
+
+
 def test_unchanged_weights_need_not_move_anything():
     """The first publish (B is zero) and a publish of the same adapter again."""
     check_receipt(receipt(shift=0.0), ADAPTER, None)
