@@ -15,7 +15,9 @@ def test_the_shapes_recipes_load(stage):
 
 
 def test_overrides_reach_nested_keys():
-    recipe = load_recipe(SHAPES / "kontext.yaml", ["optimization.lr=0.5", "model.layers=2", "steps=7"])
+    recipe = load_recipe(
+        SHAPES / "kontext.yaml", ["optimization.lr=0.5", "model.layers=2", "steps=7", "stop_step=5"]
+    )
     assert isinstance(recipe, KontextRecipe)
     assert (recipe.optimization.lr, recipe.model.layers, recipe.steps) == (0.5, 2, 7)
 

@@ -13,7 +13,7 @@ from pretrain.train import build_stage, main
 
 SHAPES = Path(__file__).parents[2] / "recipes" / "shapes"
 STEPS, CUT = 6, 4
-COMMON = [f"steps={STEPS}", "save_every=2", "log_every=2", "sample_every=0", "threads=1"]
+COMMON = [f"steps={STEPS}", "stop_step=0", "save_every=2", "log_every=2", "sample_every=0", "threads=1"]
 VAE = ["batch_size=4", "model.block_out_channels=[8,8,8,8]", "statistics_images=8"]
 TEXT = [
     "batch_size=8", "vocabulary_captions=400", "probe_captions=64", "vision_width=8", "model.clip_widths=[32,32]",
