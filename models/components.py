@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     from models.kontext import KontextTransformer
 
@@ -55,7 +56,7 @@ def load_vae(
     transformer. Raises FileNotFoundError naming what is missing.
     """
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     part = _require(folder, "vae")
     vae = AutoencoderKL.from_pretrained(part, torch_dtype=dtype or torch.float32, local_files_only=True)
@@ -82,7 +83,7 @@ def load_tokenizer(folder: str | Path, name: str) -> Any:
 
 def load_scheduler(folder: str | Path) -> "FlowMatchEulerDiscreteScheduler":
     """Load `folder/scheduler`; its static shift sets the sigma table."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler.from_pretrained(
         _require(folder, "scheduler"), local_files_only=True

@@ -81,10 +81,10 @@ def training_spec(config: RunConfig) -> SamplingSpec:
         r.num_steps,
         r.noise_level,
         r.guidance_scale,
-        r.variant,
+        r.variant,  # type: ignore[arg-type]
         r.window_size,
         r.window_first,
-        r.window_last,  # type: ignore[arg-type]
+        r.window_last,
     )
 
 

@@ -177,7 +177,7 @@ class Collector:
                 self.dispatcher.submit(Call("rollout", start, "sample", args, num_returns=3))
             while self.dispatcher.outstanding():
                 done = self.dispatcher.wait()
-                start = done.call.key
+                start = done.call.key  # type: ignore[assignment]
                 part = list(prompts[start : start + batch_size])
                 if done.failure is not None:
                     log.error(

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +160,8 @@ class RolloutEngine:
     @torch.no_grad()
     def _probe(self) -> torch.Tensor:
         """One fixed forward [C, H, W]; a new adapter that leaves it unchanged bound to nothing."""
-        config, dtype = self.transformer.config, torch_dtype(self.spec.dtype)
+        config: Any = self.transformer.config
+        dtype = torch_dtype(self.spec.dtype)
         generator = torch.Generator().manual_seed(derive_seed("adapter-probe"))
         latents = torch.randn((1, *self.latent_shape), generator=generator)
         text = Conditioning(
