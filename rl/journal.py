@@ -30,9 +30,7 @@ class Journal:
     ):
         self.run_dir, self.config_yaml = run_dir, to_yaml(config)
         atomic_write_text(run_dir / "config.yaml", self.config_yaml)
-        self.metrics = MetricsWriter(
-            run_dir, resume_step=resume_step, redo_evaluation=redo_evaluation
-        )
+        self.metrics = MetricsWriter(run_dir, resume_step=resume_step, redo_evaluation=redo_evaluation)
         self.span_log = SpanLog(run_dir, resume_step=resume_step)
 
     def log(self, values: dict[str, Any], step: int, stage: str, stage_step: int) -> None:

@@ -64,7 +64,9 @@ def _reward_set(
     part: StageConfig | EvaluationTaskConfig, prompts: list[Prompt], config: RunConfig
 ) -> RewardSet:
     """The part's rewards with its first real prompt, since a reward may read its metadata in the dry call."""
-    example = {"example_prompt": prompts[0].prompt, "example_metadata": prompts[0].metadata} if prompts else {}
+    example = (
+        {"example_prompt": prompts[0].prompt, "example_metadata": prompts[0].metadata} if prompts else {}
+    )
     return RewardSet(
         stage_set_name(part.name) if isinstance(part, StageConfig) else evaluation_set_name(part.task),
         part.task,

@@ -72,7 +72,9 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
     checkpoint = find_checkpoint(run_dir, resume) if resume else None
     if checkpoint is not None:
         if checkpoint.absolute().parent.parent != run_dir:
-            raise ConfigError([f"checkpoint {checkpoint} belongs to another run than {run_dir}; set output_dir and name"])
+            raise ConfigError(
+                [f"checkpoint {checkpoint} belongs to another run than {run_dir}; set output_dir and name"]
+            )
         check_same_recipe((checkpoint / "config.yaml").read_text(), to_yaml(config))
         log.info("continuing from %s", checkpoint)
     elif resume is None and (run_dir / "metrics.jsonl").exists():

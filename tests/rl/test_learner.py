@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from models.components import load_transformer
-from models.lora import Adapter, adapter_parameters, adapter_state, attach_lora, hash_state, load_adapter_state
+from models.lora import (
+    Adapter,
+    adapter_parameters,
+    adapter_state,
+    attach_lora,
+    hash_state,
+    load_adapter_state,
+)
 from rl.batching import make_train_batch
 from rl.gate import LogProbMismatch
 from rl.learner import Learner
@@ -67,7 +74,8 @@ def publish(learner, engine, version=1):
 def rollout(engine, *, guidance=1.0, groups=2, size=4, first=0):
     spec = sampling_spec(guidance)
     return [
-        (g, *sample_group(engine, spec, g, size, conditioning("negative"))) for g in range(first, first + groups)
+        (g, *sample_group(engine, spec, g, size, conditioning("negative")))
+        for g in range(first, first + groups)
     ]
 
 
@@ -105,7 +113,9 @@ def test_replay_agrees_with_the_rollout_and_a_stale_replica_trips_the_gate(folde
 @pytest.mark.parametrize("cfg_gradient", ["conditional", "both"])
 def test_gradient_equals_autograd_of_a_plain_reference(folder, cfg_gradient):
     guidance, beta, clip = 3.0, 0.04, 1e-3
-    learner = make_learner(folder, guidance=guidance, cfg_gradient=cfg_gradient, kl_beta=beta, clip_range=clip)
+    learner = make_learner(
+        folder, guidance=guidance, cfg_gradient=cfg_gradient, kl_beta=beta, clip_range=clip
+    )
     randomise(learner)
     engine = RolloutEngine(replica_spec(folder))
     publish(learner, engine)
@@ -133,7 +143,13 @@ def test_gradient_equals_autograd_of_a_plain_reference(folder, cfg_gradient):
                 u = u.detach() if cfg_gradient == "conditional" else u
                 v = u + guidance * (velocity(model, x, sigma, s.conditioning) - u)
                 step = flow_sde_step(
-                    v, x, float(sigma), float(after), sigma_clip=float(s.sigmas[1]), noise_level=0.7, prev_sample=prev
+                    v,
+                    x,
+                    float(sigma),
+                    float(after),
+                    sigma_clip=float(s.sigmas[1]),
+                    noise_level=0.7,
+                    prev_sample=prev,
                 )
                 means.append((step.mean, step.log_prob))
             ratio = torch.exp(means[0][1] - s.log_probs[i])
@@ -211,7 +227,9 @@ def test_padding_samples_change_nothing(folder):
         (samples, count), *_ = updates(groups, micro=micro)
         assert len(samples) == (3 if micro == 1 else 4) and count == 3
         learner.accumulate(samples, count, None, None)
-        gradients.append({n: p.grad.clone() for n, p in adapter_parameters(learner.transformer, "policy").items()})
+        gradients.append(
+            {n: p.grad.clone() for n, p in adapter_parameters(learner.transformer, "policy").items()}
+        )
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-9)
 

@@ -8,12 +8,18 @@ from rl.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = ["recipes/shapes/pdtr.yaml", "recipes/examples/custom_reward.yaml"]
-FULL_SIZE = ["recipes/pdtr_sd35m_kontext.yaml", "recipes/edit_sd35m_kontext.yaml", "recipes/t2i_sd35m_kontext.yaml"]
+FULL_SIZE = [
+    "recipes/pdtr_sd35m_kontext.yaml",
+    "recipes/edit_sd35m_kontext.yaml",
+    "recipes/t2i_sd35m_kontext.yaml",
+]
 
 
 def rl_recipes():
     """All packaged recipes of `rl.train`: those with stages."""
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.yaml") if "\nstages:" in p.read_text())
+    return sorted(
+        str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.yaml") if "\nstages:" in p.read_text()
+    )
 
 
 def test_no_recipe_is_left_out():

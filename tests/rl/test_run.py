@@ -78,7 +78,10 @@ def test_a_run_leaves_everything_it_promises(straight):
     folder, _ = straight
     out = folder / "runs" / "tiny"
     summary = json.loads((out / "summary.json").read_text())
-    assert [(s["name"], s["task"], s["steps"]) for s in summary["stages"]] == [("edit", "edit", 2), ("t2i", "t2i", 2)]
+    assert [(s["name"], s["task"], s["steps"]) for s in summary["stages"]] == [
+        ("edit", "edit", 2),
+        ("t2i", "t2i", 2),
+    ]
     for stage in summary["stages"]:
         assert set(stage["evaluations"]) == {"edit", "t2i"}
         for result in stage["evaluations"].values():
@@ -88,7 +91,8 @@ def test_a_run_leaves_everything_it_promises(straight):
     for name in ("config.yaml", "trace.json", "spans.jsonl", "tensorboard", "samples/before_after_edit.png",
                  "samples/t2i/step_000000.png", "evaluations/after_t2i/edit.json"):  # fmt: skip
         assert (out / name).exists(), name
-    merged = load_transformer(out, dtype=load_file(next((out / "transformer").glob("*.safetensors"))).popitem()[1].dtype)
+    weights = load_file(next((out / "transformer").glob("*.safetensors")))
+    merged = load_transformer(out, dtype=weights.popitem()[1].dtype)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     steps = [r for r in records(folder) if "loss/total" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4]
