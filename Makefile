@@ -1,7 +1,7 @@
 # make setup   .venv with pinned versions (a few minutes, about 8 GB; again only when its inputs change)
 # make demo    both PDTR stages on the shapes world, on CPU; results in runs/demo/
 # make test    lint, types, all tests
-# make accept  the long checks: demo, submitted job, kill and resume
+# make accept  the long proofs, which write docs/evidence/
 # make bench   the two engines at tiny size
 # make clean   build leftovers and caches; never .venv or runs
 
@@ -38,7 +38,7 @@ test: lint
 	$(PY) -m pytest
 
 accept: setup
-	$(PY) -m recipes.shapes.accept
+	$(PY) -m bench.accept.cluster
 
 bench: setup
 	$(PY) -m bench engine
