@@ -16,6 +16,6 @@ def ray_session():
     """A local Ray with 16 logical CPUs (and no GPU), shut down at the end of the session."""
     import ray
 
-    ray.init(num_cpus=16, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=16, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
