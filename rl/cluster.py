@@ -48,14 +48,16 @@ class Cluster:
 
 
 def connect() -> None:
-    """Join the cluster named by RAY_ADDRESS (as under `ray job submit`), or start Ray on this machine."""
+    """Join the cluster that RAY_ADDRESS names (as under `ray job submit`) or that runs on this machine; where there is
+    none, start one on this machine alone."""
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, log_to_driver=True)
-    else:
-        ray.init(include_dashboard=False, log_to_driver=True)
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True)
+    except ConnectionError:
+        if "RAY_ADDRESS" in os.environ:
+            raise
+        ray.init(address="local", include_dashboard=False, log_to_driver=True)
 
 
 def replica_spec(config: RunConfig) -> ReplicaSpec:

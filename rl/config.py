@@ -209,7 +209,7 @@ class CheckpointConfig:
 
 @dataclass
 class GalleryConfig:
-    """`prompts` fixed held-out prompts per task, drawn again every `every` steps with the same seeds."""
+    """`prompts` fixed held-out prompts per task, drawn (and scored) again every `every` steps with the same seeds."""
 
     prompts: int = 8
     every: int = 10
@@ -248,6 +248,11 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> RunCo
     if not isinstance(merged, DictConfig):
         raise ConfigError([f"{recipe}: a recipe is a mapping of keys, found a {type(merged).__name__}"])
     problems: list[str] = []
+    if "oc.env" in OmegaConf.to_yaml(merged):
+        problems.append(
+            "a recipe must not read the environment (${oc.env:...}): its values are written beside the run; a reward "
+            "reads its secrets from the environment itself, where it uses them"
+        )
     _check_node(merged, RunConfig, "", problems)
     if problems:
         raise ConfigError(problems)

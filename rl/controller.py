@@ -81,9 +81,10 @@ class Controller:
 
     def run(self) -> None:
         """All remaining stages, with evaluation of every task before, between and after them."""
+        self.cluster.learner.check_sees(self.run_dir)
         if self.resumed:
             self.cluster.learner.load(self.resumed / "learner")
-        self._publish()
+        self._publish(max(self.state.version, 1))
         self._evaluate_base()
         for index, stage in enumerate(self.config.stages):
             if index < self.state.stage:
@@ -134,7 +135,7 @@ class Controller:
         self.journal.update_spans(spans, self.state.step + 1)
         clock.lap("update")
         if stats:
-            self._publish()
+            self._publish(self.state.version + 1)
         clock.lap("publish")
         metrics = reward_metrics(scored, advantages, config.learner.advantage_clip)
         metrics |= update_metrics(stats, config.learner.learning_rate, batch.num_samples)
@@ -157,20 +158,16 @@ class Controller:
         before, self._events = self._events, now
         return {"workers/restarts": now[0] - before[0], "workers/redispatched_chunks": now[1] - before[1]}
 
-    def _publish(self) -> None:
-        adapter = self.cluster.learner.adapter(self.state.version + 1, shipped=False)
+    def _publish(self, version: int) -> None:
+        adapter = self.cluster.learner.adapter(version, shipped=False)
         if self.policy is not None and adapter.sha256 == self.policy.sha256:
             raise RuntimeError(
                 f"the update after version {self.state.version} left every adapter tensor unchanged: the optimizer "
                 "does not reach the adapter"
             )
-        self.policy = publish(
-            adapter,
-            self.cluster.dispatcher,
-            previous=self.policy,
-            timeout_s=self.config.resources.call_timeout_s,
-        )
-        self.state.version += 1
+        timeout_s = self.config.resources.call_timeout_s
+        self.policy = publish(adapter, self.cluster.dispatcher, previous=self.policy, timeout_s=timeout_s)
+        self.state.version = version
 
     def _close_step(
         self, index: int, stage: StageConfig, progress: StageProgress, outcome: StepOutcome

@@ -154,7 +154,8 @@ class Dispatcher:
             getattr(worker.handle, call.method).options(num_returns=call.num_returns).remote(*call.args)
         )
         refs = tuple(returned) if call.num_returns > 1 else (returned,)
-        self._flights[refs[0]] = _Flight(call, worker, refs, time.monotonic() + self._call_timeout_s)
+        limit = self._call_timeout_s * worker.in_flight  # it may have to wait for the worker's other calls
+        self._flights[refs[0]] = _Flight(call, worker, refs, time.monotonic() + limit)
 
     def _land(self, ref: Any) -> Done | None:
         if ref in self._probes:

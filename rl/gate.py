@@ -30,10 +30,10 @@ class LogProbGaps:
 class LogProbGate:
     """Collects |rollout log-prob - replay log-prob| per timestep and stops above `tolerance` (per-step mean)."""
 
-    def __init__(self, tolerance: float | None, dtype: str, max_steps: int = 256):
+    def __init__(self, tolerance: float | None, dtype: str, num_steps: int):
         self.tolerance = _DEFAULT_TOLERANCE[dtype] if tolerance is None else tolerance
-        self._sum = torch.zeros(max_steps, dtype=torch.float64)
-        self._count = torch.zeros(max_steps, dtype=torch.float64)
+        self._sum = torch.zeros(num_steps, dtype=torch.float64)
+        self._count = torch.zeros(num_steps, dtype=torch.float64)
         self._largest = torch.zeros(1, dtype=torch.float64)
 
     def add(self, step_index: Tensor, replayed: Tensor, rolled_out: Tensor, weights: Tensor) -> None:

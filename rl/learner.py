@@ -143,7 +143,7 @@ class Learner:
         old = self._old_log_probs(updates)
         stats = []
         for u, (samples, count) in enumerate(updates):
-            gate = LogProbGate(self.config.log_prob_tolerance, self.replica.dtype) if u == 0 else None
+            gate = self._gate() if u == 0 else None
             accumulated = self.accumulate(samples, count, old[u], gate)
             gaps = gate.check() if gate else None
             self.engine.step()
@@ -151,6 +151,9 @@ class Learner:
                 self.ema.update(self.adapter())
             stats.append(accumulated.result(self.engine.get_global_grad_norm(), gaps))
         return stats
+
+    def _gate(self) -> LogProbGate:
+        return LogProbGate(self.config.log_prob_tolerance, self.replica.dtype, self.sampling.num_steps)
 
     def accumulate(
         self, samples: Sequence[TrainSample], count: int, old: Tensor | None, gate: LogProbGate | None

@@ -97,6 +97,10 @@ class LearnerRank:
             self.replica = Replica(self.spec.replica, self.learner.transformer)
         return self.ready()
 
+    def sees(self, folder: str) -> bool:
+        """Whether this node has the run's folder: every rank writes its part of a checkpoint there."""
+        return Path(folder).is_dir()
+
     def ready(self) -> WorkerInfo:
         """Who answers."""
         return WorkerInfo(f"{os.uname().nodename}:{os.getpid()}", self.spec.replica.device, -1)
@@ -185,6 +189,14 @@ class LearnerGroup:
         self._timeout_s = call_timeout_s
         address, port = ray.get(self.actors[0].address.remote(), timeout=start_timeout_s)
         self._all("setup", address, port, timeout_s=start_timeout_s)
+
+    def check_sees(self, folder: Path) -> None:
+        """Raise LearnerLost naming the ranks whose node does not share the run's folder."""
+        blind = [rank for rank, sees in enumerate(self._all("sees", str(folder))) if not sees]
+        if blind:
+            raise LearnerLost(
+                f"learner ranks {blind} do not see {folder}: output_dir must lie on a file system that all nodes share"
+            )
 
     def begin_stage(self) -> None:
         self._all("begin_stage")

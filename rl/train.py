@@ -77,6 +77,8 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
             )
         check_same_recipe((checkpoint / "config.yaml").read_text(), to_yaml(config))
         log.info("continuing from %s", checkpoint)
+    elif resume and (run_dir / "config.yaml").is_file():
+        check_same_recipe((run_dir / "config.yaml").read_text(), to_yaml(config))
     elif resume is None and (run_dir / "metrics.jsonl").exists():
         raise ConfigError([f"{run_dir} holds an earlier run; add --resume auto, or set another name="])
     state = read_state(checkpoint) if checkpoint else RunState()

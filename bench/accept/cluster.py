@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray.job_submission import JobStatus, JobSubmissionClient
+
 from bench.accept.evidence import ROOT, write
 from models.adapter_files import read_adapter
 from models.lora import hash_state
@@ -27,6 +29,8 @@ SHORT = ["stages[0].steps=4", "stages[1].steps=4", "checkpoint.every=2", "evalua
 
 def main() -> None:
     """Run both jobs and write `docs/evidence/cluster.md`."""
+    os.environ["RAY_AUTH_MODE"] = "token"  # Ray asks for its token as soon as this machine has one
+    ray_cli("get-auth-token", "--generate")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         with cluster(head_cpus=2):
@@ -37,7 +41,8 @@ def main() -> None:
         with cluster(head_cpus=0, worker_cpus=2):
             job = submit(out, "interrupted")
             wait_for_step(out / "interrupted", 3)
-            ray_cli("job", "stop", job)
+            client().stop_job(job)
+            wait_until_stopped(job)
             steps_before = len(train_records(out / "interrupted"))
             job = submit(out, "interrupted", "--resume", "auto")
             log = follow(job)
@@ -88,9 +93,9 @@ def wait_until_up() -> None:
     deadline = time.monotonic() + 120
     while True:
         try:
-            ray_cli("job", "list")
+            client().list_jobs()
             return
-        except RuntimeError:
+        except (RuntimeError, ConnectionError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(2)
@@ -100,7 +105,11 @@ def environment() -> dict[str, str]:
     """This environment's `python` and `ray` first on the path, so that the job's entry point is the same one."""
     cleaned = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return {**cleaned, "PATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD_PORT}"}
+    return {
+        **cleaned,
+        "PATH": path,
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD_PORT}",
+    }
 
 
 def ray_cli(*words: str) -> str:
@@ -137,17 +146,29 @@ def submit(out: Path, name: str, *more: str) -> str:
     return job
 
 
+def client() -> JobSubmissionClient:
+    return JobSubmissionClient(f"http://127.0.0.1:{DASHBOARD_PORT}")
+
+
 def follow(job: str) -> str:
-    """Wait until a job has ended; raises with its log unless it succeeded."""
+    """Wait until a job has ended; returns its log, raises with it unless the job succeeded."""
     deadline = time.monotonic() + 1500
-    while time.monotonic() < deadline:
-        status = ray_cli("job", "status", job)
-        if "SUCCEEDED" in status:
-            return ray_cli("job", "logs", job)
-        if "FAILED" in status or "STOPPED" in status:
-            break
-        time.sleep(3)
-    raise RuntimeError(f"job {job} did not succeed:\n{ray_cli('job', 'logs', job)[-6000:]}")
+    while (status := client().get_job_status(job)) in (JobStatus.PENDING, JobStatus.RUNNING):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"job {job} did not end in time")
+        time.sleep(2)
+    log = client().get_job_logs(job)
+    if status != JobStatus.SUCCEEDED:
+        raise RuntimeError(f"job {job} ended as {status}:\n{log[-6000:]}")
+    return log
+
+
+def wait_until_stopped(job: str) -> None:
+    deadline = time.monotonic() + 120
+    while client().get_job_status(job) != JobStatus.STOPPED:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"job {job} did not stop")
+        time.sleep(1)
 
 
 def train_records(run: Path) -> list[dict[str, object]]:

@@ -180,3 +180,12 @@ def test_the_written_config_reads_back_the_same(recipe, tmp_path):
     written = tmp_path / "written.yaml"
     written.write_text(to_yaml(config))
     assert load_config(written) == config
+
+
+def test_a_recipe_does_not_read_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret-value")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x\nmodel: {path: m}\nrollout: {negative_prompt: '${oc.env:JUDGE_KEY}'}\n")
+    with pytest.raises(ConfigError, match="must not read the environment") as found:
+        load_config(recipe)
+    assert "secret-value" not in str(found.value)

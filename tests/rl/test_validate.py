@@ -67,6 +67,9 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         "train_steps=4: there are 3 stochastic steps",
     ),
     "negative kl": ({"learner__kl_beta": -0.1}, "kl_beta=-0.1 must not be negative"),
+    "ema never takes in": (
+        {"learner__ema__every": 11}, "its 10 updates are fewer than learner.ema.every=11",
+    ),
     "ema decay": ({"learner__ema__decay": 1.0}, r"ema.decay=1 must lie in \[0, 1\)"),
     "no stages": ({"stages": []}, "stages: name at least one"),
     "same stage name": ({"stages__1__name": "edit"}, "the name 'edit' is used more than once"),
