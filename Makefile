@@ -39,6 +39,7 @@ test: lint
 
 accept: setup
 	$(PY) -m bench.accept.cluster
+	$(PY) -m bench.accept.demo
 
 bench: setup
 	$(PY) -m bench engine
