@@ -132,8 +132,9 @@ def _stages(config: RunConfig) -> Iterator[str]:
         ema, updates = config.learner.ema, stage.steps * config.learner.updates_per_rollout
         if ema.enabled and updates < ema.every:
             yield (
-                f"stage {stage.name!r}: its {updates} updates are fewer than learner.ema.every={ema.every}, so the shipped "
-                "average would be the adapter it started from; lower learner.ema.every or set learner.ema.enabled=false"
+                f"stage {stage.name!r}: its {updates} updates are fewer than learner.ema.every={ema.every}, so the "
+                "shipped average would be the adapter it started from; lower learner.ema.every or set "
+                "learner.ema.enabled=false"
             )
         yield from _rewards(f"stage {stage.name!r}", stage.rewards)
 
