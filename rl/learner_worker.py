@@ -6,12 +6,9 @@ import json
 import logging
 import os
 import socket
-import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from rl.batching import RankShare, TrainBatch, TrainSample
 from rl.config import LearnerConfig
 from rl.learner import Learner
 from rl.learner_stats import UpdateStats
+from rl.process_group import join_process_group
 from rollout.engine import AdapterReceipt, ReplicaSpec, SampleInfo, SampleRequest
 from rollout.sampler import Conditioning, SamplingSpec, Trajectory
 from rollout.worker import Policy, Replica, WorkerInfo
@@ -66,24 +64,13 @@ class LearnerRank:
 
     def setup(self, master_address: str, master_port: int) -> WorkerInfo:
         """Join the process group and build the model. Raises after `collective_timeout_s` without the others."""
-        device = self.spec.replica.device
-        os.environ |= {
-            "MASTER_ADDR": master_address,
-            "MASTER_PORT": str(master_port),
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": "0",  # Ray shows each actor its own GPU alone
-            "DS_ACCELERATOR": "cpu" if device == "cpu" else "cuda",
-            # DeepSpeed compiles a small CPU collective once, with the ninja that stands beside this Python.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
-        # DeepSpeed calls collectives by names that torch deprecates, once per bucket: noise, not news.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-        import deepspeed
-
-        deepspeed.init_distributed(
-            dist_backend="gloo" if device == "cpu" else "nccl",
-            timeout=timedelta(seconds=self.spec.collective_timeout_s),
+        join_process_group(
+            rank=self.rank,
+            world_size=self.world_size,
+            address=master_address,
+            port=master_port,
+            device=self.spec.replica.device,
+            timeout_s=self.spec.collective_timeout_s,
         )
         self.learner = Learner(
             self.spec.replica,

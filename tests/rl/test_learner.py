@@ -1,6 +1,5 @@
 """The learner in one process: gradients against autograd, the gate, the KL reference, the clip, the stages."""
 
-import os
 import socket
 
 import pytest
@@ -18,6 +17,7 @@ from models.lora import (
 from rl.batching import make_train_batch
 from rl.gate import LogProbMismatch
 from rl.learner import Learner
+from rl.process_group import join_process_group
 from rollout.engine import RolloutEngine
 from rollout.flow_sde import flow_sde_step
 from tests.rl.learner_fixtures import (
@@ -42,13 +42,7 @@ def process_group():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-        "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo")
+    join_process_group(rank=0, world_size=1, address="127.0.0.1", port=port, device="cpu", timeout_s=60)
     yield
     torch.distributed.destroy_process_group()
 
