@@ -48,15 +48,15 @@ class Cluster:
 
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names (as under `ray job submit`) or that runs on this machine; where there is
-    none, start one on this machine alone."""
+    """Join the cluster that RAY_ADDRESS names (set under `ray job submit`; `auto` for one on this machine), else start
+    Ray on this machine alone. Never joined by guess: the address file of a cluster that died stalls for minutes."""
     if ray.is_initialized():
         return
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True)
-    except ConnectionError:
-        if "RAY_ADDRESS" in os.environ:
-            raise
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=True)
+    else:
+        log.info("RAY_ADDRESS is not set: starting Ray on this machine alone")
         ray.init(address="local", include_dashboard=False, log_to_driver=True)
 
 
