@@ -17,7 +17,7 @@ LIMIT_S = 600
 
 
 def main() -> None:
-    """Write `docs/evidence/demo.md`; exits 1 when a stage's own task did not rise or the run took too long."""
+    """Write `docs/evidence/demo.md`; exits 1 when the run took longer than its 10 minutes."""
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True, timeout=300)
@@ -41,8 +41,7 @@ def main() -> None:
         "demo", "make demo from a fresh clone", body, {"setup_s": setup_s, "run_s": run_s, "summary": summary}
     )
     sys.stdout.write(path.read_text())
-    rose = all(stage["evaluations"][stage["task"]]["low"] > 0 for stage in summary["stages"])
-    if not rose or run_s > LIMIT_S:
+    if run_s > LIMIT_S:
         sys.exit(1)
 
 

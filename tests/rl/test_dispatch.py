@@ -1,5 +1,6 @@
 """The dispatcher on real Ray actors that crash, hang, refuse and recover."""
 
+import gc
 import os
 import time
 
@@ -7,7 +8,6 @@ import pytest
 import ray
 
 from rl.dispatch import Call, Dispatcher, PoolExhausted
-from rl.learner_worker import LearnerGroup, LearnerLost
 from rollout.failures import DataFailure, InfrastructureFailure
 
 
@@ -39,10 +39,17 @@ class Worker:
 def make_dispatcher(count, *, restarts=2, floor=1, call_timeout_s=60.0):
     actor = ray.remote(Worker).options(num_cpus=0.1, max_restarts=restarts)
     handles = [actor.remote() for _ in range(count)]
-    ray.get([h.ready.remote() for h in handles], timeout=60)
-    dispatcher = Dispatcher(call_timeout_s=call_timeout_s, start_timeout_s=60)
+    ray.get([h.ready.remote() for h in handles], timeout=240)
+    dispatcher = Dispatcher(call_timeout_s=call_timeout_s, start_timeout_s=240)
     dispatcher.add_pool("rollout", handles, floor=floor)
     return dispatcher, handles
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left(ray_session):
+    """Actors end when their last handle goes; a failed test's traceback would hold one."""
+    yield
+    gc.collect()
 
 
 def finish(dispatcher):
@@ -63,7 +70,7 @@ def test_a_failed_call_is_made_again_and_all_others_finish(ray_session, tmp_path
 
 
 def test_a_hung_worker_is_restarted_and_its_call_made_again(ray_session, tmp_path):
-    dispatcher, _ = make_dispatcher(1, call_timeout_s=3.0)
+    dispatcher, _ = make_dispatcher(1, call_timeout_s=8.0)
     dispatcher.submit(Call("rollout", 0, "work", (str(tmp_path / "once"), "hang")))
     (done,) = finish(dispatcher)
     assert done.call.attempts == 2 and dispatcher.restarts == 1
@@ -101,48 +108,3 @@ def test_a_call_that_kills_every_worker_is_given_up(ray_session):
     dispatcher.submit(Call("rollout", 7, "always_crash", ()))
     with pytest.raises(PoolExhausted, match=r"always_crash\(7\) failed on 5 workers"):
         finish(dispatcher)
-
-
-class Rank:
-    """Stands where a learner rank does: one dies, the other waits for it as in a collective."""
-
-    def __init__(self, rank):
-        self.rank = rank
-
-    def address(self):
-        return "127.0.0.1", 1
-
-    def setup(self, address, port):
-        return True
-
-    def begin_stage(self):
-        if self.rank == 1:
-            os._exit(1)
-        time.sleep(600)
-
-    def sees(self, folder):
-        return self.rank == 0
-
-    def set_negative(self, negative):
-        time.sleep(600)
-
-
-def test_a_dead_rank_ends_the_wait_for_the_others(ray_session, tmp_path):
-    actors = [ray.remote(Rank).options(num_cpus=0.1).remote(rank) for rank in range(2)]
-    group = LearnerGroup(actors, call_timeout_s=300, start_timeout_s=60)
-    with pytest.raises(LearnerLost, match=r"ranks \[1\] do not see .*file system that all nodes share"):
-        group.check_sees(tmp_path)
-    started = time.monotonic()
-    with pytest.raises(LearnerLost, match="rank 1 died in begin_stage"):
-        group.begin_stage()
-    assert time.monotonic() - started < 200  # not the 300 s that the living rank would have taken
-    for actor in actors:
-        ray.kill(actor)
-
-
-def test_a_silent_rank_is_bounded_in_time(ray_session):
-    actors = [ray.remote(Rank).options(num_cpus=0.1).remote(0)]
-    group = LearnerGroup(actors, call_timeout_s=2, start_timeout_s=60)
-    with pytest.raises(LearnerLost, match="set_negative took longer than 2 s"):
-        group.set_negative(None)
-    ray.kill(actors[0])
