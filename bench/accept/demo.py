@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.accept.evidence import ROOT, write
+from bench.accept.evidence import FOLDER, ROOT, write
 
 IMAGES = ROOT / "docs" / "images"
 LIMIT_S = 600
@@ -25,10 +25,11 @@ def main() -> None:
         run_s = timed(clone, "demo")
         run = clone / "runs" / "demo"
         summary = json.loads((run / "summary.json").read_text())
-        IMAGES.mkdir(parents=True, exist_ok=True)
+        for kept in (IMAGES, FOLDER):
+            kept.mkdir(parents=True, exist_ok=True)
         for task in ("edit", "t2i"):
             shutil.copy(run / "samples" / f"before_after_{task}.png", IMAGES / f"demo_{task}.png")
-        shutil.copy(run / "metrics.jsonl", ROOT / "docs" / "evidence" / "demo_metrics.jsonl")
+        shutil.copy(run / "metrics.jsonl", FOLDER / "demo_metrics.jsonl")
     body = [
         f"`git clone`, then `make setup` ({setup_s:.0f} s), then `make demo` ({run_s:.0f} s, the start of Ray and the",
         "final exports included; two rollout workers, two learner ranks, one reward worker, one encode worker).",
