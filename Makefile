@@ -38,7 +38,7 @@ test: lint
 	$(PY) -m pytest
 
 accept: setup
-	$(PY) -m bench.accept.cluster
+	RAY_AUTH_MODE=token $(PY) -m bench.accept.cluster
 	$(PY) -m bench.accept.demo
 
 bench: setup

@@ -23,13 +23,19 @@ from models.lora import hash_state
 
 BIN = Path(sys.executable).parent
 GCS_PORT, DASHBOARD_PORT = 6399, 8299
+AGENT_PORTS = (
+    52399,
+    52398,
+)  # one a node: both run on this machine, and a job is started by the head node's agent
 SHORT = ["stages[0].steps=4", "stages[1].steps=4", "checkpoint.every=2", "evaluation.tasks[0].num_prompts=128",
          "evaluation.tasks[1].num_prompts=128", "resources.start_timeout_s=300"]  # fmt: skip
 
 
 def main() -> None:
     """Run both jobs and write `docs/evidence/cluster.md`."""
-    os.environ["RAY_AUTH_MODE"] = "token"  # Ray asks for its token as soon as this machine has one
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        # Ray asks for its token as soon as this machine has one, and reads the mode once, when it is imported.
+        sys.exit("set RAY_AUTH_MODE=token (make accept does)")
     ray_cli("get-auth-token", "--generate")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -70,11 +76,12 @@ def main() -> None:
 def cluster(*, head_cpus: int, worker_cpus: int | None = None) -> Iterator[None]:
     """A head node, and a second node on this machine when `worker_cpus` is given. Other Ray clusters are left alone."""
     head = ["--head", f"--port={GCS_PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--num-cpus={head_cpus}"]
-    nodes = [start_node(*head)]
+    nodes = [start_node(*head, f"--dashboard-agent-listen-port={AGENT_PORTS[0]}")]
     try:
         wait_until_up()
         if worker_cpus is not None:
-            nodes.append(start_node(f"--address=127.0.0.1:{GCS_PORT}", f"--num-cpus={worker_cpus}"))
+            worker = [f"--address=127.0.0.1:{GCS_PORT}", f"--num-cpus={worker_cpus}"]
+            nodes.append(start_node(*worker, f"--dashboard-agent-listen-port={AGENT_PORTS[1]}"))
         yield
     finally:
         for node in reversed(nodes):
@@ -132,18 +139,16 @@ def submit(out: Path, name: str, *more: str) -> str:
     """Submit the short recipe without waiting; returns the job's id."""
     job = f"{name}-{time.time_ns()}"
     command = ["python", "-m", "rl.train", "recipes/shapes/pdtr.yaml", f"output_dir={out}", f"name={name}"]
-    ray_cli(
-        "job",
-        "submit",
-        "--no-wait",
-        f"--submission-id={job}",
-        "--working-dir=.",
-        "--",
-        *command,
-        *SHORT,
-        *more,
-    )
-    return job
+    deadline = time.monotonic() + 180
+    words = ["--no-wait", f"--submission-id={job}", "--working-dir=.", "--", *command, *SHORT, *more]
+    while True:
+        try:
+            ray_cli("job", "submit", *words)
+            return job
+        except RuntimeError as error:  # the node's agent starts some seconds after the dashboard answers
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(3)
 
 
 def client() -> JobSubmissionClient:
