@@ -1,0 +1,83 @@
+"""What passes between the protocols, which know templates and scores, and the client, which knows the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+from PIL import Image
+
+
+class Outcome(StrEnum):
+    """How one question to the judge ended. Only OK carries an answer that may become a score.
+
+    OK: a complete answer. REFUSED: the model declined. FILTERED: a content filter cut in. TRUNCATED: the token
+    limit ended it. MALFORMED: it does not say what was asked. RATE_LIMITED: 429 to the last attempt. TIMEOUT:
+    no answer in time. UNAVAILABLE: 5xx or a lost connection to the last attempt. FATAL: no later call can succeed
+    (401, 403, 404, exhausted quota, a request the endpoint rejects); it stops the run.
+    """
+
+    OK = "ok"
+    REFUSED = "refused"
+    FILTERED = "filtered"
+    TRUNCATED = "truncated"
+    MALFORMED = "malformed"
+    RATE_LIMITED = "rate_limited"
+    TIMEOUT = "timeout"
+    UNAVAILABLE = "unavailable"
+    FATAL = "fatal"
+
+
+Part: TypeAlias = "str | Image.Image"
+"""A piece of the user turn: text, or an RGB image."""
+
+
+@dataclass(frozen=True)
+class JudgeRequest:
+    """One chat completion to ask for.
+
+    system: system turn, "" for none. parts: the user turn in order. template, template_sha256: name with
+    version, and hash of the template's text, stored with every answer. instruction: the prompt or edit
+    instruction being judged (part of the cache key). response_schema: JSON schema the answer must follow, or
+    None for free text. top_logprobs: how many alternatives to return for each answer token, 0 for none.
+    ask: 0 for the first time, 1, 2, ... when a malformed answer is asked for again.
+    """
+
+    template: str
+    template_sha256: str
+    system: str
+    parts: tuple[Part, ...]
+    instruction: str
+    max_tokens: int
+    response_schema: Mapping[str, Any] | None = None
+    top_logprobs: int = 0
+    ask: int = 0
+
+
+@dataclass(frozen=True)
+class TokenChoices:
+    """One answer token: its text and the alternatives with their natural-log probabilities, best first."""
+
+    token: str
+    alternatives: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class JudgeReply:
+    """What came back. `text` is "" unless the outcome is OK; `detail` says why it is not, without secrets.
+
+    model: the snapshot the endpoint says it used. tokens: what was billed for all attempts, as the endpoint
+    reports it. attempts: HTTP requests made; 0 with `cached`.
+    """
+
+    outcome: Outcome
+    text: str = ""
+    detail: str = ""
+    choices: tuple[TokenChoices, ...] = field(default=())
+    model: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    attempts: int = 0
+    cached: bool = False
