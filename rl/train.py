@@ -44,12 +44,13 @@ def dry_run(config: RunConfig) -> int:
     """Print the plan and what is missing. 0 when the recipe is ready to run."""
     from rl.plan import describe_run
     from rl.preflight import preflight
+    from rl.reward_plan import reward_lines
     from rl.validate import find_problems
 
     problems = preflight(config).problems
     try:
         # The plan's formulas divide by the recipe's values, so they must be sound first.
-        for line in [] if find_problems(config) else describe_run(config):
+        for line in [] if find_problems(config) else [*describe_run(config), *reward_lines(config)]:
             sys.stdout.write(line + "\n")
     except ValueError as error:
         problems += [p for p in [f"model.lora: {error}"] if p not in problems]
@@ -63,11 +64,14 @@ def dry_run(config: RunConfig) -> int:
 def train(config: RunConfig, *, resume: str | None = None) -> int:
     """Check everything, then run (or continue) the recipe on the Ray cluster."""
     from rl.preflight import preflight
+    from rl.reward_plan import reward_lines
     from rl.state import RunState
 
     checked = preflight(config)
     if checked.problems:
         raise ConfigError(checked.problems)
+    for line in reward_lines(config):
+        log.info(line)
     run_dir = Path(config.output_dir).expanduser().absolute() / config.name
     checkpoint = find_checkpoint(run_dir, resume) if resume else None
     if checkpoint is not None:
