@@ -3,4 +3,6 @@
 BUILTIN_REWARDS: dict[str, str] = {
     "geneval_shapes": "rewards.shapes.rewards:GenEvalShapes",
     "edit_shapes": "rewards.shapes.rewards:EditShapes",
+    "geneval_shapes_template": "rewards.shapes.template:TemplateGenEval",
+    "edit_shapes_template": "rewards.shapes.template:TemplateEdit",
 }

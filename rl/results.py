@@ -12,10 +12,12 @@ import recipes
 from models.adapter_files import save_adapter, save_merged_transformer
 from models.components import load_transformer
 from models.lora import Adapter
+from rewards.base import reward_label
 from rl import __version__
 from rl.config import RunConfig
 from rl.evaluation import Evaluator, TaskScores
 from rl.gallery import before_after_sheet
+from rl.preflight import reward_specs
 from rl.state import RunState
 from rl.statistics import Difference, paired_bootstrap
 from rl.summary import GuidancePoint, RunSummary, StageSummary
@@ -41,8 +43,20 @@ class RunResults:
 
     def stage_changes(self, index: int) -> dict[str, Difference]:
         """Paired change of every task over stage `index`."""
-        before, after = (self._scores(i) for i in (index - 1, index))
-        return {task: paired_bootstrap(before[task].rewards, after[task].rewards) for task in after}
+        return _changes(self._scores(index - 1), self._scores(index))
+
+    def second_opinions(self, first: int, last: int) -> dict[str, Difference]:
+        """Paired changes from after stage `first` to after `last` (-1: before any) by the evaluation's rewards of
+        weight 0, named `task/label`: another scorer's view of a gain that training's own reward shows.
+        """
+        before, after = self._scores(first), self._scores(last)
+        return {
+            f"{task.task}/{label}": paired_bootstrap(
+                before[task.task].components[label], after[task.task].components[label]
+            )
+            for task in self.config.evaluation.tasks
+            for label in (reward_label(s) for s in reward_specs(task.rewards) if s.weight == 0)
+        }
 
     def cross_task_alarms(self, index: int) -> list[str]:
         """One line per task that the stage did not train and that dropped by more than the margin."""
@@ -63,13 +77,13 @@ class RunResults:
                 self.config.stages[i].task,
                 progress.steps,
                 progress.seconds,
-                self.stage_changes(i),
+                self.stage_changes(i) | self.second_opinions(i - 1, i),
                 progress.reward_mean,
                 progress.missing / progress.samples if progress.samples else 0.0,
             )
             for i, progress in enumerate(state.stages)
         )
-        first, last = self._scores(-1), self._scores(len(stages) - 1)
+        end = len(stages) - 1
         self._sheets()
         return RunSummary(
             name=self.config.name,
@@ -78,7 +92,7 @@ class RunResults:
             seconds=state.seconds,
             version=__version__,
             commit=_commit(),
-            total={task: paired_bootstrap(first[task].rewards, last[task].rewards) for task in last},
+            total=_changes(self._scores(-1), self._scores(end)) | self.second_opinions(-1, end),
             base_guidance=self._guidance(),
             restarts=state.restarts,
         )
@@ -125,6 +139,10 @@ class RunResults:
             }
             if len(kept) > 1:
                 before_after_sheet(kept, self.run_dir / "samples" / f"before_after_{task}.png")
+
+
+def _changes(before: dict[str, TaskScores], after: dict[str, TaskScores]) -> dict[str, Difference]:
+    return {task: paired_bootstrap(before[task].rewards, after[task].rewards) for task in after}
 
 
 def _point(scores: TaskScores) -> GuidancePoint:

@@ -20,7 +20,8 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage. `evaluations` maps task ("edit", "t2i") to the change over this stage, paired by prompt.
+    """One stage. `evaluations` maps task ("edit", "t2i") to the change over this stage, paired by prompt; a reward of
+    weight 0 has its own entry `task/label`.
 
     `reward_mean` is the mean training reward of the last step, None when nothing was scored in it;
     `missing_share` is the share of the stage's samples that no reward scored.

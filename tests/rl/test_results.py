@@ -51,3 +51,14 @@ def test_guidance_of_the_base_is_listed_in_order(results):
     points = results._guidance()["edit"]
     assert [(p.guidance_scale, p.num_prompts) for p in points] == [(1.0, 3), (2.0, 1), (4.5, 1)]
     assert "t2i" not in results._guidance()
+
+
+def test_a_reward_of_weight_0_is_a_second_opinion_on_every_change(results):
+    second = RewardConfig("edit_shapes_template", weight=0)
+    results.config.evaluation.tasks[0].rewards = [RewardConfig("shapes"), second]
+    for moment, values in (("before", [0.5, 0.5]), ("after_edit", [0.5, 0.7]), ("after_t2i", [0.4, None])):
+        results.moments[moment]["edit"].components["edit_shapes_template"] = values
+    assert list(results.second_opinions(-1, 0)) == ["edit/edit_shapes_template"]
+    assert results.second_opinions(-1, 0)["edit/edit_shapes_template"].mean == pytest.approx(0.1)
+    over_all = results.second_opinions(-1, 1)["edit/edit_shapes_template"]
+    assert over_all.mean == pytest.approx(-0.1) and over_all.missing == 1

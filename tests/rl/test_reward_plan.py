@@ -5,7 +5,7 @@ from pathlib import Path
 from rl.config import EvaluationTaskConfig, ModelConfig, RewardConfig, RunConfig, StageConfig
 from rl.reward_plan import reward_lines
 
-PAID = '''
+PAID = """
 class Paid:
     def __init__(self, price: float) -> None:
         self.price = price
@@ -18,7 +18,7 @@ class Paid:
 
     def score(self, *, images, prompts, references, metadata):
         raise AssertionError("a paid reward is not called for an estimate")
-'''
+"""
 
 
 def _config(reward: RewardConfig) -> RunConfig:
