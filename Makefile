@@ -47,6 +47,7 @@ test: lint
 accept: extras
 	RAY_AUTH_MODE=token $(PY) -m bench.accept.cluster
 	$(PY) -m bench.accept.demo
+	$(PY) -m bench.accept.base
 
 bench: extras
 	$(PY) -m bench engine
