@@ -1,0 +1,93 @@
+"""A continuous grade: the expectation over the judge's probabilities for the digits 0 to 9 (DESIGN 5).
+
+The scale ends at 9 because every tokenizer in use writes one digit as one token, while a 10 is one token here
+and two there: after a "1" one could not tell whether a "0" was to follow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from rewards.judge.messages import JudgeReply, TokenChoices
+from rewards.judge.parsing import MalformedAnswer
+from rewards.judge.protocols import Question, Sample
+from rewards.judge.template_files import Template
+
+HIGH = 9
+TOP_LOGPROBS = 20
+"""The most that OpenAI and vLLM give by default: room for ten digits with and without a space before them."""
+
+LEAST_MASS = 0.5
+"""Below it the judge was more likely to say something else than a grade, so its digits say little."""
+
+_DIGIT = re.compile(r"\s*[0-9]\s*", re.ASCII)
+_MORE_NUMBER = re.compile(r"[.,]?[0-9]", re.ASCII)
+
+
+class ExpectedScore:
+    """One request per sample, of a few tokens."""
+
+    max_tokens = 8
+
+    def roles(self, task: str) -> tuple[str, ...]:
+        return (f"expected_score_{task}",)
+
+    def questions(self, sample: Sample, templates: Mapping[str, Template], max_tokens: int) -> list[Question]:
+        (role,) = self.roles(sample.task)
+        return [Question(templates[role], sample, max_tokens, read_expectation, top_logprobs=TOP_LOGPROBS)]
+
+    def combine(self, values: Sequence[Mapping[str, float]]) -> tuple[float, dict[str, float]]:
+        """The expected digit over 9; parts are the digit said, the spread in digits, and the digits' mass."""
+        (found,) = values
+        return found["expected"] / HIGH, dict(found)
+
+
+def read_expectation(reply: JudgeReply) -> dict[str, float]:
+    """Mean and standard deviation over the digits at the first token that is not white space.
+
+    expected, spread: in digits, over the probabilities of the digits alone, renormalised. digit_mass: their
+    share of all probability. digit: the one that was said. Raises MalformedAnswer when that token is no single
+    digit, when more number follows it, when there are no log-probs, and below `LEAST_MASS`.
+    """
+    first = _first_number(reply)
+    mass = dict.fromkeys(range(HIGH + 1), 0.0)
+    for text, logprob in first.alternatives:
+        if not logprob <= 1e-6:  # also NaN
+            raise MalformedAnswer(f"has the log-probability {logprob} for the token {text!r}")
+        if _DIGIT.fullmatch(text):
+            mass[int(text)] += math.exp(logprob)
+    total = math.fsum(mass.values())
+    if total > 1.001:
+        raise MalformedAnswer(f"has digit probabilities that sum to {total:.4f}")
+    if total < LEAST_MASS:
+        raise MalformedAnswer(
+            f"puts only {total:.3f} of its probability on digits; {LEAST_MASS} is the least"
+        )
+    mean = math.fsum(digit * share for digit, share in mass.items()) / total
+    variance = math.fsum((digit - mean) ** 2 * share for digit, share in mass.items()) / total
+    return {
+        "expected": mean,
+        "spread": math.sqrt(variance),
+        "digit_mass": min(total, 1.0),
+        "digit": float(int(first.token)),
+    }
+
+
+def _first_number(reply: JudgeReply) -> TokenChoices:
+    if not reply.choices:
+        raise MalformedAnswer(
+            f"{reply.text[:40]!r} came without log-probs; if this endpoint or model gives none, choose the "
+            "protocol viescore or structured"
+        )
+    spoken = itertools.dropwhile(lambda choice: not choice.token.strip(), reply.choices)
+    first = next(spoken, None)
+    rest = "".join(choice.token for choice in spoken)
+    if first is None or not _DIGIT.fullmatch(first.token):
+        said = "".join(choice.token for choice in reply.choices)
+        raise MalformedAnswer(f"{said[:40]!r} does not begin with one digit")
+    if not first.token[-1].isspace() and _MORE_NUMBER.match(rest):
+        raise MalformedAnswer(f"{first.token + rest[:10]!r} is not one digit")
+    return first
