@@ -58,16 +58,29 @@ def pairs_in_relation(relation: str, group: Sequence[Detection], targets: Sequen
     return [relation in relations(item.box, target.box) for item in group for target in targets]
 
 
-def check_clause(clause: Mapping[str, Any], name: str, earlier: int) -> None:
-    """Raises ValueError, naming the key, for a clause that the rules cannot read.
+def check_clauses(clauses: Any, name: str, *, placed: bool = True) -> None:
+    """Raises ValueError, naming the key, for include or exclude clauses that the rules cannot read.
 
-    earlier: how many include clauses precede this one, and so may be the target of its position.
+    placed: whether a clause may have a position, whose target is then a clause before it.
     """
+    if not isinstance(clauses, Sequence) or isinstance(clauses, str):
+        raise ValueError(f"{name}: {clauses!r} is not a list of clauses")
+    for index, clause in enumerate(clauses):
+        _check_clause(clause, f"{name}[{index}]", index if placed else 0)
+
+
+def _check_clause(clause: Any, name: str, earlier: int) -> None:
+    """earlier: how many clauses precede this one, and so may be the target of its position."""
+    if not isinstance(clause, Mapping):
+        raise ValueError(f"{name}: {clause!r} is not a clause; it needs keys class and count")
     if not isinstance(clause.get("class"), str):
         raise ValueError(f"{name}.class: {clause.get('class')!r} is not a class name")
     count = clause.get("count")
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"{name}.count: {count!r} is not a whole number of at least 1")
+    color = clause.get("color")
+    if color is not None and not isinstance(color, str):
+        raise ValueError(f"{name}.color: {color!r} is not a colour name")
     position = clause.get("position")
     if position is None:
         return

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeAlias
 
-from rewards.geneval.clauses import ClassifyColor, Found, check_clause, look_up, pairs_in_relation
+from rewards.geneval.clauses import ClassifyColor, Found, check_clauses, look_up, pairs_in_relation
 from rewards.geneval.detection import Detection
 from rewards.geneval.flow_grpo import flow_grpo_score
 
@@ -107,13 +107,11 @@ def _read(metadata: Mapping[str, Any]) -> tuple[str, _Clauses, _Clauses]:
     tag = metadata.get("tag")
     if not isinstance(tag, str):
         raise ValueError(f"metadata.tag: {tag!r} is not a GenEval tag; expected one of {', '.join(TAGS)}")
-    include, exclude = metadata.get("include", ()), metadata.get("exclude", ())
+    include, exclude = metadata.get("include") or (), metadata.get("exclude") or ()
     if not include and not exclude:
         raise ValueError(f"metadata: neither include nor exclude clauses in {dict(metadata)!r}")
-    for index, clause in enumerate(include):
-        check_clause(clause, f"metadata.include[{index}]", index)
-    for index, clause in enumerate(exclude):
-        check_clause(clause, f"metadata.exclude[{index}]", 0)
+    check_clauses(include, "metadata.include")
+    check_clauses(exclude, "metadata.exclude", placed=False)
     return tag, include, exclude
 
 
