@@ -13,20 +13,24 @@ MODES = ("live", "record", "replay")
 IMAGE_FORMATS = ("png", "jpeg")
 IMAGE_DETAILS = ("low", "high", "auto")
 
-NUMBERS: tuple[tuple[str, type | tuple[type, ...], float], ...] = (
-    ("concurrency", int, 1),
-    ("attempts", int, 1),
-    ("requests_per_minute", int, 1),
-    ("tokens_per_minute", int, 1),
-    ("max_total_tokens", int, 1),
-    ("seed", int, 0),
-    ("timeout_s", (int, float), 0),
-    ("longest_wait_s", (int, float), 0),
-    ("queue_timeout_s", (int, float), 0),
-    ("max_cost_usd", (int, float), 0),
-    ("temperature", (int, float), 0),
-    ("price_per_million_input", (int, float), 0),
-    ("price_per_million_output", (int, float), 0),
+WHOLE = {
+    "concurrency": 1,
+    "attempts": 1,
+    "requests_per_minute": 1,
+    "tokens_per_minute": 1,
+    "max_total_tokens": 1,
+    "seed": 0,
+}
+"""Whole numbers with the least they may be."""
+
+REAL = (
+    "timeout_s",
+    "longest_wait_s",
+    "queue_timeout_s",
+    "max_cost_usd",
+    "temperature",
+    "price_per_million_input",
+    "price_per_million_output",
 )
 ABOVE_ZERO = ("timeout_s", "longest_wait_s", "queue_timeout_s", "max_cost_usd")
 OPTIONAL = (
@@ -129,13 +133,15 @@ def _choice_problems(settings: JudgeSettings) -> Iterator[str]:
 
 
 def _number_problems(settings: JudgeSettings) -> Iterator[str]:
-    for key, kind, least in NUMBERS:
+    for key in (*WHOLE, *REAL):
         value = getattr(settings, key)
         if value is None and key in OPTIONAL:
             continue
-        fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        least = WHOLE.get(key, 0)
+        kinds = (int,) if key in WHOLE else (int, float)
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
         if not fits or value < least or (value == 0 and key in ABOVE_ZERO):
-            number = "a whole number" if kind is int else "a number"
+            number = "a whole number" if key in WHOLE else "a number"
             bound = "above 0" if key in ABOVE_ZERO else f"of {least} or more"
             yield f"{key} is {value!r}; give {number} {bound}" + (", or null" if key in OPTIONAL else "")
 

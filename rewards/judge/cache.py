@@ -1,0 +1,211 @@
+"""Answers kept by what was asked: in a file that all workers share and a later run replays, or in memory.
+
+The key is a hash over all that shapes an answer: model, template and its hash, every word and picture in order,
+the instruction, the sampling, and how often it was asked. The endpoint is not part of it: the same model behind
+another address answers for it, so give other weights another model name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+from rewards.judge.encoding import sampling
+from rewards.judge.messages import JudgeReply, JudgeRequest, Outcome, TokenChoices
+from rewards.judge.settings import JudgeSettings
+from rewards.judge.store import Store, StoreError
+
+KIND = 0x6A756463
+VERSION = 1
+SCHEMA = """CREATE TABLE answers (
+    key TEXT PRIMARY KEY, outcome TEXT NOT NULL, text TEXT NOT NULL, detail TEXT NOT NULL, choices TEXT NOT NULL,
+    model TEXT NOT NULL, snapshot TEXT NOT NULL, template TEXT NOT NULL, template_sha256 TEXT NOT NULL,
+    instruction TEXT NOT NULL, images TEXT NOT NULL, sampling TEXT NOT NULL, ask INTEGER NOT NULL,
+    answered INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    attempts INTEGER NOT NULL, answered_at REAL NOT NULL
+) WITHOUT ROWID"""
+KEPT_IN_MEMORY = 512
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request as the cache knows it. images: sha256 of each picture's mode, size and pixels, in order."""
+
+    key: str
+    model: str
+    template: str
+    template_sha256: str
+    instruction: str
+    images: tuple[str, ...]
+    sampling: Mapping[str, Any]
+    ask: int
+
+    def describe(self) -> str:
+        """What was asked, in one line, for an error."""
+        images = ", ".join(digest[:12] for digest in self.images) or "none"
+        return (
+            f"model {self.model!r}, template {self.template} ({self.template_sha256[:12]}), instruction "
+            f"{self.instruction[:80]!r}, images {images}, ask {self.ask}, key {self.key[:12]}"
+        )
+
+
+def identify(settings: JudgeSettings, request: JudgeRequest) -> Question:
+    """Hash a request. Reads every pixel: about a millisecond for a megapixel, so keep it off the event loop."""
+    parts: list[list[str]] = [
+        ["text", part] if isinstance(part, str) else ["image", image_sha256(part)] for part in request.parts
+    ]
+    chosen = sampling(settings, request)
+    asked = {
+        "model": settings.model,
+        "template": [request.template, request.template_sha256],
+        "system": request.system,
+        "parts": parts,
+        "instruction": request.instruction,
+        "sampling": chosen,
+        "ask": request.ask,
+    }
+    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return Question(
+        key=hashlib.sha256(canonical.encode()).hexdigest(),
+        model=settings.model,
+        template=request.template,
+        template_sha256=request.template_sha256,
+        instruction=request.instruction,
+        images=tuple(value for kind, value in parts if kind == "image"),
+        sampling=chosen,
+        ask=request.ask,
+    )
+
+
+def image_sha256(image: Image.Image) -> str:
+    """Hash of what the picture shows, however it came here: mode, size and pixels."""
+    digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\n".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+class Answers(Protocol):
+    """A place where replies are kept."""
+
+    def get(self, question: Question) -> JudgeReply | None:
+        """The stored reply as it was given. Raises StoreError."""
+
+    def put(self, question: Question, reply: JudgeReply) -> None:
+        """Keep a reply, unless there is an answer already. Raises StoreError."""
+
+    def check(self) -> None:
+        """Raises StoreError when the place cannot be used."""
+
+    def close(self) -> None: ...
+
+
+class MemoryAnswers:
+    """The last few hundred answers, so that a group that is scored again is not paid again."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, JudgeReply] = OrderedDict()
+
+    def get(self, question: Question) -> JudgeReply | None:
+        reply = self._kept.get(question.key)
+        if reply is not None:
+            self._kept.move_to_end(question.key)
+        return reply
+
+    def put(self, question: Question, reply: JudgeReply) -> None:
+        self._kept[question.key] = reply
+        while len(self._kept) > KEPT_IN_MEMORY:
+            self._kept.popitem(last=False)
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FileAnswers:
+    """Answers in an SQLite file with JSON columns. Every method blocks: see `store.py`."""
+
+    def __init__(self, path: str, *, read_only: bool) -> None:
+        self._store = Store(
+            path, name="a cache of the judge", kind=KIND, version=VERSION, schema=SCHEMA, read_only=read_only
+        )
+
+    def get(self, question: Question) -> JudgeReply | None:
+        with self._store.transaction(write=False) as connection:
+            row = connection.execute(
+                "SELECT outcome, text, detail, choices, snapshot, prompt_tokens, completion_tokens, attempts "
+                "FROM answers WHERE key = ?",
+                (question.key,),
+            ).fetchone()
+        if row is None:
+            return None
+        try:
+            return _reply(row)
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"{self._store.path}: the answer of key {question.key[:12]} cannot be read ({error}); delete that row"
+            ) from error
+
+    def put(self, question: Question, reply: JudgeReply) -> None:
+        values = {
+            "key": question.key,
+            "outcome": reply.outcome.value,
+            "text": reply.text,
+            "detail": reply.detail,
+            "choices": json.dumps([[choice.token, choice.alternatives] for choice in reply.choices]),
+            "model": question.model,
+            "snapshot": reply.model,
+            "template": question.template,
+            "template_sha256": question.template_sha256,
+            "instruction": question.instruction,
+            "images": json.dumps(question.images),
+            "sampling": json.dumps(question.sampling, sort_keys=True),
+            "ask": question.ask,
+            "answered": int(is_answer(reply)),
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "attempts": reply.attempts,
+            "answered_at": time.time(),
+        }
+        names = ", ".join(values)
+        updates = ", ".join(f"{name} = excluded.{name}" for name in values)
+        with self._store.transaction(write=True) as connection:
+            connection.execute(
+                f"INSERT INTO answers ({names}) VALUES ({', '.join('?' * len(values))}) "
+                f"ON CONFLICT (key) DO UPDATE SET {updates} WHERE NOT answers.answered",
+                tuple(values.values()),
+            )
+
+    def check(self) -> None:
+        self._store.check()
+
+    def close(self) -> None:
+        self._store.close()
+
+
+def _reply(row: tuple[Any, ...]) -> JudgeReply:
+    outcome, text, detail, choices, snapshot, prompt_tokens, completion_tokens, attempts = row
+    tokens = tuple(
+        TokenChoices(token, tuple((other, float(logprob)) for other, logprob in alternatives))
+        for token, alternatives in json.loads(choices)
+    )
+    return JudgeReply(
+        Outcome(outcome), text, detail, tokens, snapshot, prompt_tokens, completion_tokens, attempts
+    )
+
+
+def is_answer(reply: JudgeReply) -> bool:
+    """Whether a score may come of it: an OK one, or one cut off after tokens whose log-probabilities came."""
+    return reply.outcome is Outcome.OK or (reply.outcome is Outcome.TRUNCATED and bool(reply.choices))
+
+
+def as_cached(reply: JudgeReply) -> JudgeReply:
+    """The reply as it costs now: no request, no tokens."""
+    return dataclasses.replace(reply, prompt_tokens=0, completion_tokens=0, attempts=0, cached=True)

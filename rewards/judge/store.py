@@ -1,0 +1,134 @@
+"""An SQLite file that several worker processes share: opened with its kind and version checked.
+
+The journal is SQLite's default (rollback): WAL needs shared memory and breaks on network file systems. Locks are
+POSIX file locks, so a file that workers of several nodes share must lie on a file system that has them.
+Calls block for up to BUSY_S; make them away from the event loop.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BUSY_S = 30.0
+
+
+class StoreError(Exception):
+    """The file cannot be used: missing, damaged, of another kind or version, or not writable."""
+
+
+class StoreBusyError(StoreError):
+    """Another process held the file's lock for longer than BUSY_S."""
+
+
+class Store:
+    """One file, opened at the first use and safe to use from several threads.
+
+    name, kind: what the file is, in words for errors and as a number that marks it (SQLite's application_id).
+    version: of its table, which `schema` makes. read_only: never make or change the file.
+    """
+
+    def __init__(
+        self, path: str, *, name: str, kind: int, version: int, schema: str, read_only: bool = False
+    ) -> None:
+        self.path = path
+        self._name, self._kind, self._version, self._schema = name, kind, version, schema
+        self._read_only = read_only
+        self._connection: sqlite3.Connection | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def transaction(self, *, write: bool) -> Iterator[sqlite3.Connection]:
+        """All inside happens at once or not at all; with `write`, alone among writers. Raises StoreError."""
+        with self._lock, self._named_errors():
+            if self._connection is None:
+                self._connection = self._open()
+            with _transaction(self._connection, write=write):
+                yield self._connection
+
+    def check(self) -> None:
+        """Open the file, if it is not open yet. Raises StoreError."""
+        with self.transaction(write=False):
+            pass
+
+    def close(self) -> None:
+        """It opens again at the next use."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+
+    def _open(self) -> sqlite3.Connection:
+        path = Path(self.path).absolute()
+        if self._read_only and not path.is_file():
+            raise StoreError(f"{self.path}: no such file; make it with mode record, or give the right path")
+        if not self._read_only:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # Also for reading alone the file is opened for writing if it can be: a crash may have left a journal to
+        # roll back.
+        connection = sqlite3.connect(
+            f"{path.as_uri()}?mode={'rw' if self._read_only else 'rwc'}",
+            uri=True,
+            timeout=BUSY_S,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            with _transaction(connection, write=not self._read_only):
+                self._prepare(connection)
+            connection.execute(f"PRAGMA query_only = {int(self._read_only)}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """Make the table of an empty file; refuse a damaged or foreign one."""
+        kind, version = (
+            connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+        )
+        tables = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        if not (kind or version or tables or self._read_only):
+            connection.execute(self._schema)
+            connection.execute(f"PRAGMA application_id = {self._kind}")
+            connection.execute(f"PRAGMA user_version = {self._version}")
+        elif kind != self._kind:
+            raise StoreError(f"{self.path} is not {self._name}; give another path")
+        elif version != self._version:
+            raise StoreError(
+                f"{self.path} is {self._name} of version {version}, and this code reads version {self._version}; "
+                "give another path, or use the release that wrote it"
+            )
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise StoreError(
+                f"{self.path} is damaged ({found}); put a copy in its place or give another path"
+            )
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise StoreBusyError(f"{self.path} was locked for {BUSY_S:g} s by another process") from error
+            raise StoreError(
+                f"{self.path} cannot be used ({error}); put a copy in its place or give another path"
+            ) from error
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be made: {error.strerror}; give another path") from error
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection, *, write: bool) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
