@@ -80,6 +80,9 @@ class Judge:
         self.max_tokens = max_tokens or self.protocol.max_tokens
         self.template_paths = templates
         self.give_up_after_s = give_up_after_s
+        # A malformed address stays out of every message: somebody may have put a key into it.
+        sound = not self.settings.problems()
+        self.where = f"{self.settings.model} at {', '.join(self.settings.base_urls)}" if sound else "unusable"
         self._client = JudgeClient(self.settings)
         self._silence = Silence(self._client, INFRASTRUCTURE)
         self._snapshots: set[str] = set()
@@ -95,11 +98,6 @@ class Judge:
         for template in found.values():
             logger.info("judge %s: template %s sha256=%s", self.where, template.name, template.sha256)
         return found
-
-    @property
-    def where(self) -> str:
-        """Model and endpoint, as errors and the log name them."""
-        return f"{self.settings.model} at {', '.join(self.settings.base_urls)}"
 
     def check(self) -> list[str]:
         """Problems of templates, key, cache and budget; asks the endpoint nothing."""
@@ -124,10 +122,8 @@ class Judge:
         if edit.outcome is not Outcome.OK and t2i.outcome is Outcome.OK:
             logger.warning(
                 "judge %s: can judge text-to-image only; a trial edit ended %s: %s",
-                self.where,
-                edit.outcome,
-                edit.detail,
-            )
+                self.where, edit.outcome, edit.detail,
+            )  # fmt: skip
         failed = t2i.outcome is not Outcome.OK
         return [f"judge {self.where}: a trial question ended {t2i.outcome}: {t2i.detail}"] * failed
 
@@ -200,12 +196,11 @@ class Judge:
         new = frozenset().union(*(judgement.models for judgement in judged)) - self._snapshots
         for model in sorted(new):
             if self._snapshots:
+                earlier = ", ".join(sorted(self._snapshots))
                 logger.warning(
-                    "judge %s: now answered by the snapshot %s, before by %s; their scores may not compare",
-                    self.where,
-                    model,
-                    ", ".join(sorted(self._snapshots)),
-                )
+                    "judge %s: also answered by the snapshot %s, before by %s; their scores may not compare",
+                    self.where, model, earlier,
+                )  # fmt: skip
             else:
                 logger.info("judge %s: answered by the snapshot %s", self.where, model)
             self._snapshots.add(model)
@@ -214,14 +209,11 @@ class Judge:
         failed = [judgement for judgement in judged if judgement.outcome is not Outcome.OK]
         if failed:
             counts = Counter(judgement.outcome for judgement in failed)
+            listed = ", ".join(f"{outcome} {number}" for outcome, number in counts.items())
             logger.warning(
                 "judge %s: %d of %d samples not scored (%s); the first: %s",
-                self.where,
-                len(failed),
-                len(judged),
-                ", ".join(f"{outcome} {number}" for outcome, number in counts.items()),
-                failed[0].detail,
-            )
+                self.where, len(failed), len(judged), listed, failed[0].detail,
+            )  # fmt: skip
 
 
 _SETTINGS = tuple(field.name for field in dataclasses.fields(JudgeSettings))
