@@ -36,6 +36,11 @@ COUNT = {
     "include": [{"class": "cat", "count": 2}],
     "exclude": [{"class": "cat", "count": 3}],
 }
+COUNT_ONE = {
+    "tag": "counting",
+    "include": [{"class": "cat", "count": 1}],
+    "exclude": [{"class": "cat", "count": 2}],
+}
 LEFT = {
     "tag": "position",
     "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
@@ -64,8 +69,13 @@ ATTRIBUTES = {
         # Three for two: half the count, and the violated exclude clause is one more part of 0.
         (COUNT, {"cat": [at(5 * i, 5) for i in range(3)]}, None, (False, False, 0.25, 0.5)),
         (COUNT, {"cat": [at(5 * i, 5) for i in range(5)]}, None, (False, False, 0, -0.5)),
+        # 16 where the tag counts one: the exclude clause makes it wrong, and both of our parts are 0.
+        (COUNT_ONE, {"cat": [at(5 * i, 5) for i in range(16)]}, None, (False, False, 0, -14)),
         # Only the counting tag asks for more than .9.
         (COUNT, {"cat": [at(5, 5), at(50, 5, 0.9)]}, None, (False, False, 0.5, 0.5)),
+        # So a third cat at .9 is no surplus either, and one just above is.
+        (COUNT, {"cat": [at(5, 5), at(50, 5), at(90, 5, 0.9)]}, None, (True, True, 1, 1)),
+        (COUNT, {"cat": [at(5, 5), at(50, 5), at(90, 5, 0.91)]}, None, (False, False, 0.25, 0.5)),
         (RED, {"cat": [at(5, 5)]}, {"cat": ["red"]}, (True, True, 1, 1)),
         (RED, {"cat": [at(5, 5)]}, {"cat": ["blue"]}, (False, False, 0.5, 0.5)),
         (RED, {}, {}, (False, False, 0, 0)),
@@ -239,6 +249,23 @@ def test_relations(box, target, expected):
         (
             {"tag": "counting", "include": ONE["include"], "exclude": [{"class": "cat"}]},
             r"exclude\[0\].count",
+        ),
+        ({"tag": "colors", "include": ["cat"]}, r"include\[0\]: 'cat' is not a clause"),
+        ({"tag": "colors", "include": "cat"}, "include: 'cat' is not a list of clauses"),
+        (
+            {"tag": "colors", "include": {"class": "cat", "count": 1}},
+            "include: {.*} is not a list of clauses",
+        ),
+        (
+            {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": ["red"]}]},
+            r"\[0\].color: \['red'\]",
+        ),
+        (
+            {
+                "tag": "counting",
+                "exclude": [ONE["include"][0], {**ONE["include"][0], "position": ["above", 0]}],
+            },
+            r"exclude\[1\].position",
         ),
     ],
 )
