@@ -19,9 +19,10 @@ import itertools
 import json
 import logging
 import random
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -148,7 +149,7 @@ def _tag_records(
     size = 1
     for axis in axes:
         size *= len(axis)
-    held = unseen_classes(config)
+    in_split = _split_test(config, split)
     for turn in itertools.count() if config.repeats else range(1):
         rng = random.Random(derive_seed("geneval prompts", seed, split, tag, turn))
         used: set[str] = set()
@@ -159,7 +160,7 @@ def _tag_records(
                 values.append(axis[place])
             record = _record(tag, values, config)
             text = normalized(record["prompt"])
-            if text in used or not _in_split(record, held, split) or excluded.holds(record):
+            if text in used or not in_split(record) or excluded.holds(record):
                 continue
             if owners.setdefault(text, tag) == tag:
                 used.add(text)
@@ -204,13 +205,22 @@ def _record(tag: str, values: Sequence[Any], config: TrainPromptConfig) -> Recor
     return record
 
 
-def _in_split(record: Record, held: Sequence[str], split: str) -> bool:
-    names = [clause["class"] for clause in record["include"]]
+def _split_test(config: TrainPromptConfig, split: str) -> Callable[[Record], bool]:
+    """Whether a record belongs to the split."""
+    held = unseen_classes(config)
     if split == "unseen":
-        return any(name in held for name in names)
-    # A plural may hide the name, so the class names are looked at beside the text.
-    texts = [f" {normalized(text)} " for text in (record["prompt"], *names)] if held else []
-    return not any(f" {normalized(name)} " in text for name in held for text in texts)
+        return lambda record: any(clause["class"] in held for clause in record["include"])
+    if not held:
+        return lambda record: True
+    words = re.compile(rf"\b(?:{'|'.join(re.escape(normalized(name)) for name in held)})\b")
+    # A plural may hide a name from the text, so the class names are looked at too.
+    barred = {name for name in config.classes if words.search(normalized(name))}
+    return lambda record: (
+        not (
+            any(clause["class"] in barred for clause in record["include"])
+            or words.search(normalized(record["prompt"]))
+        )
+    )
 
 
 def _shuffled(size: int, rng: random.Random) -> Iterator[int]:
