@@ -119,8 +119,21 @@ class LearnerConfig:
 
 
 @dataclass
+class ServiceConfig:
+    """Where a reward is served over HTTP; see rewards/service/README.md. `token_env` names an environment variable."""
+
+    urls: list[str] = field(default_factory=list)
+    token_env: str | None = None
+    codec: str = "png"
+    unavailable_s: float = 120.0
+
+
+@dataclass
 class RewardConfig:
-    """One reward of a stage or an evaluation; see rewards/README.md for the protocol and the failure policy."""
+    """One reward of a stage or an evaluation; see rewards/README.md for the protocol and the failure policy.
+
+    With `service` the reward is not loaded here: `python -m rewards.serve RECIPE` scores for this run.
+    """
 
     name: str = MISSING
     label: str | None = None
@@ -131,6 +144,7 @@ class RewardConfig:
     on_missing: str = "mask"
     max_missing_share: float = 0.2
     constant_steps: int = 10
+    service: ServiceConfig | None = None
 
 
 @dataclass
@@ -177,8 +191,9 @@ class EvaluationConfig:
 class ResourcesConfig:
     """Who gets what. CPUs are Ray's logical CPUs; `threads` is what each process really uses.
 
-    `shared`: a rollout worker and a learner rank on each GPU. `separate`: GPUs of their own. `inprocess`: the
-    learner's ranks sample too, so there is nothing to publish over the network.
+    `shared`: a rollout worker and a learner rank on each GPU, and reward workers whose `reward_gpus` is a part of one
+    (1 or more: cards of their own). `separate`: GPUs of their own. `inprocess`: the learner's ranks sample too, so
+    there is nothing to publish over the network.
     """
 
     device: str = "cuda"
@@ -233,12 +248,16 @@ class RunConfig:
 
 
 def load_config(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a recipe and its overrides. Raises ConfigError with every unknown key, bad type and missing value."""
+    """Read a recipe and its overrides. Raises ConfigError with every unknown key, bad type and missing value.
+
+    A recipe may name another one beside it as `base: other.yaml`; its own keys come over that one's. Lists (stages,
+    rewards) are replaced whole.
+    """
     path = recipes.resolve(recipe)
     if not path.is_file():
         raise ConfigError([f"recipe {recipe} does not exist (looked for {path.absolute()})"])
     try:
-        merged = OmegaConf.load(path)
+        merged = _read_over_bases(path)
         if isinstance(merged, DictConfig):
             _apply_overrides(merged, overrides or [])
     except ConfigError:
@@ -263,6 +282,19 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> RunCo
         raise ConfigError([f"{key}{str(error).splitlines()[0]}"]) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+def _read_over_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig | ListConfig:
+    """The recipe in `path` merged over its `base`, if it names one; `above`: the recipes that led here."""
+    node = OmegaConf.load(path)
+    if not isinstance(node, DictConfig) or "base" not in node:
+        return node
+    base = (path.parent / str(node.pop("base"))).resolve()
+    if base in (*above, path.resolve()):
+        raise ConfigError([f"{path}: base leads back to {base}; a recipe cannot stand on itself"])
+    if not base.is_file():
+        raise ConfigError([f"{path}: base {base} does not exist; name a recipe relative to this one's folder"])
+    return OmegaConf.merge(_read_over_bases(base, (*above, path.resolve())), node)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -338,6 +370,7 @@ _NESTED: dict[tuple[type, str], type] = {
     (ModelConfig, "lora"): LoraConfig,
     (LearnerConfig, "ema"): EmaConfig,
     (StageConfig, "rewards"): RewardConfig,
+    (RewardConfig, "service"): ServiceConfig,
     (EvaluationConfig, "tasks"): EvaluationTaskConfig,
     (EvaluationTaskConfig, "rewards"): RewardConfig,
 }

@@ -189,3 +189,24 @@ def test_a_recipe_does_not_read_the_environment(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="must not read the environment") as found:
         load_config(recipe)
     assert "secret-value" not in str(found.value)
+
+
+def test_a_recipe_over_another_one_changes_keys_and_replaces_lists(recipe, tmp_path):
+    recipe(RECIPE | {"learner": {"kl_beta": 0.5, "ranks": 3}})
+    (tmp_path / "more").mkdir()
+    middle = tmp_path / "more" / "middle.yaml"
+    middle.write_text("base: ../recipe.yaml\nlearner: {kl_beta: 0.25}\n")
+    top = tmp_path / "more" / "top.yaml"
+    top.write_text("base: middle.yaml\nname: top\nstages:\n" + yaml.safe_dump(RECIPE["stages"][1:]))
+    config = load_config(top, ["learner.ranks=5"])
+    assert (config.name, config.learner.kl_beta, config.learner.ranks) == ("top", 0.25, 5)
+    assert [stage.name for stage in config.stages] == ["t2i"]
+    assert "base" not in yaml.safe_load(to_yaml(config))
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"), [("absent.yaml", "absent.yaml does not exist"), ("recipe.yaml", "leads back")]
+)
+def test_a_base_that_cannot_be_is_named(recipe, base, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load_config(recipe(RECIPE | {"base": base}))

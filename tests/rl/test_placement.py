@@ -51,6 +51,15 @@ def test_shared_puts_a_rank_and_its_workers_on_one_gpu():
     assert plan.gpus == 2.0
 
 
+def test_a_part_of_a_gpu_puts_reward_workers_beside_the_learners():
+    plan = make_plan(config("shared", ranks=2, workers=2, reward_gpus=0.2, reward_workers=3))
+    assert sorted((a.index, a.bundle) for a in plan.of("reward")) == [(0, 0), (1, 1), (2, 0)]
+    assert plan.gpus == 2.0
+    assert plan.bundles[0] == {"CPU": 4.0 + 2.0 + 2 * 2.0, "GPU": 1.0}
+    own = make_plan(config("shared", ranks=2, workers=2, reward_gpus=1.0, reward_workers=3))
+    assert own.gpus == 5.0
+
+
 def test_eight_gpus_of_the_paper_recipe():
     plan = make_plan(RunConfig(name="x"))
     assert plan.gpus == 8.0
