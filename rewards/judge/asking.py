@@ -62,7 +62,8 @@ class Asker:
         self._settings, self._window, self._budget, self._clock = settings, window, budget, clock
         self._price = price_of(settings)
         self._turnstile = Turnstile(settings.concurrency, window, clock)
-        self._endpoint = Endpoint(settings)
+        self._opening = asyncio.Lock()
+        self._endpoint: Endpoint | None = None
 
     async def ask(self, request: JudgeRequest, errand: Errand) -> JudgeReply:
         """HTTP requests until one settles the question, `attempts` at most, with waits in between.
@@ -91,7 +92,14 @@ class Asker:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._endpoint.close()
+        if self._endpoint is not None:
+            await self._endpoint.close()
+
+    async def _connected(self) -> Endpoint:
+        async with self._opening:
+            if self._endpoint is None:
+                self._endpoint = await asyncio.to_thread(Endpoint, self._settings)
+            return self._endpoint
 
     def _last_one(self, state: tenacity.RetryCallState, errand: Errand) -> bool:
         too_long = _attempt(state).retry_after_s > self._settings.longest_wait_s
@@ -124,6 +132,7 @@ class Asker:
         self, arguments: dict[str, Any], most: tuple[int, int], top_logprobs: int, errand: Errand
     ) -> Attempt:
         """Hold, send, settle. Whatever goes wrong in between, the whole hold counts as spent."""
+        endpoint = await self._connected()
         held = used = bill(self._price, *most)
         if self._budget is not None:
             try:
@@ -132,7 +141,7 @@ class Asker:
                 return Attempt(Outcome.FATAL, detail=str(error))
         try:
             errand.attempts += 1
-            attempt = await self._endpoint.send(arguments, top_logprobs=top_logprobs)
+            attempt = await endpoint.send(arguments, top_logprobs=top_logprobs)
             if attempt.usage is not None:
                 used = bill(self._price, *attempt.usage)
                 errand.prompt_tokens += attempt.usage[0]

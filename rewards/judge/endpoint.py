@@ -23,7 +23,9 @@ class Endpoint:
     """The connections of one event loop. Replicas take turns, so a second attempt goes to another one."""
 
     def __init__(self, settings: JudgeSettings) -> None:
+        """Takes about a second the first time, since it imports `openai`; call it away from the event loop."""
         import openai
+        import openai.resources.chat  # noqa: F401  (else the first request would wait for it)
 
         self._settings = settings
         self._turn = 0

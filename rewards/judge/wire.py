@@ -60,7 +60,13 @@ def read_completion(completion: Any, *, top_logprobs: int) -> Attempt:
     answered = outcome in (Outcome.OK, Outcome.TRUNCATED)
     choices = _token_choices(choice) if answered and top_logprobs else ()
     if outcome is Outcome.OK and top_logprobs and not choices:
-        outcome, detail = Outcome.MALFORMED, "log-probabilities were asked for and none came"
+        outcome, detail = (
+            Outcome.MALFORMED,
+            (
+                "log-probabilities were asked for and none came; if this endpoint or model gives none, choose the "
+                "protocol viescore or structured"
+            ),
+        )
     text = choice.message.content if outcome is Outcome.OK else ""
     return Attempt(outcome, text, detail, choices, model, usage)
 
@@ -77,7 +83,7 @@ def read_error(error: Exception) -> Attempt:
     if isinstance(error, openai.APIConnectionError):
         usage = NOT_BILLED if _never_sent(error) else None
         cause = error.__cause__ or error
-        detail = f"{type(cause).__name__}: {cause}"
+        detail = f"{type(cause).__name__}: {cause}".removesuffix(": ")
         return Attempt(Outcome.UNAVAILABLE, detail=detail, usage=usage, again=True)
     if isinstance(error, openai.APIResponseValidationError | json.JSONDecodeError | UnicodeDecodeError):
         detail = "status 200 with a body that is no JSON"
