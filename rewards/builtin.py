@@ -1,6 +1,10 @@
 """Names of the built-in rewards and where each is found. The module behind a name loads when it is used."""
 
 BUILTIN_REWARDS: dict[str, str] = {
+    "geneval": "rewards.geneval.rewards:GenEval",
+    "geneval_strict": "rewards.geneval.rewards:GenEvalStrict",
+    "geneval_official": "rewards.geneval.rewards:GenEvalOfficial",
+    "judge": "rewards.judge.judge:Judge",
     "geneval_shapes": "rewards.shapes.rewards:GenEvalShapes",
     "edit_shapes": "rewards.shapes.rewards:EditShapes",
     "geneval_shapes_template": "rewards.shapes.template:TemplateGenEval",

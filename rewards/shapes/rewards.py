@@ -8,28 +8,13 @@ from typing import Any
 from PIL import Image
 
 from rewards.base import RewardOutput
-from rewards.geneval import GenEvalResult, evaluate
+from rewards.geneval import evaluate
+from rewards.geneval.credits import check_credit, geneval_output
 from rewards.shapes.components import analyse
 from rewards.shapes.detector import detect
 from rewards.shapes.edits import Edit
 from rewards.shapes.pictures import stack
 from rewards.shapes.verifier import verify
-
-CREDITS = ("dense", "strict", "correct", "flow_grpo_compat")
-
-
-def geneval_output(results: Sequence[GenEvalResult], credit: str) -> RewardOutput:
-    """Verdicts as scores of the chosen credit, with the other verdicts as components."""
-    columns = {name: [float(getattr(result, name)) for result in results] for name in CREDITS}
-    parts = {name: columns[name] for name in ("dense", "strict", "correct")}
-    return RewardOutput(scores=columns[credit], components=parts)
-
-
-def check_credit(credit: str) -> str:
-    """The credit itself. Raises ValueError when there is none of that name."""
-    if credit not in CREDITS:
-        raise ValueError(f"credit: {credit!r} is not one of {', '.join(CREDITS)}")
-    return credit
 
 
 class GenEvalShapes:

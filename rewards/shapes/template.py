@@ -20,10 +20,10 @@ from scipy import ndimage
 
 from rewards.base import RewardOutput
 from rewards.geneval import Detection, evaluate
+from rewards.geneval.credits import check_credit, geneval_output
 from rewards.shapes.edits import Edit
 from rewards.shapes.pictures import stack
 from rewards.shapes.render import HALF_EXTENT, SPRITE_RADIUS, sprite
-from rewards.shapes.rewards import check_credit, geneval_output
 from rewards.shapes.world import BACKGROUNDS, COLORS, SHAPES, SIZE, Scene, Shape
 
 FIRST, LAST = 4, 28
