@@ -28,7 +28,11 @@ _MORE_NUMBER = re.compile(r"[.,]?[0-9]", re.ASCII)
 
 
 class ExpectedScore:
-    """One request per sample, of a few tokens."""
+    """One request per sample, of a few tokens: they show whether more number follows the digit.
+
+    With a `max_tokens` of 1 nothing after the digit is seen, so a judge that means 10 would be read as 1; use it
+    for models that do not end their answer after the digit.
+    """
 
     max_tokens = 8
 

@@ -172,10 +172,7 @@ async def judge_sample(
 
 
 async def ask_question(asker: Asker, question: Question, max_asks: int) -> Answer:
-    """One question, asked again while its answer is malformed; every other failure ends it at once.
-
-    A truncated answer that carries token log-probs is read all the same: it was asked for its first token.
-    """
+    """One question, asked again while its answer is malformed; every other failure ends it at once."""
     replies: list[JudgeReply] = []
     answer = Answer(Outcome.MALFORMED)
     for ask in range(max_asks):
@@ -187,6 +184,7 @@ async def ask_question(asker: Asker, question: Question, max_asks: int) -> Answe
 
 
 def _read(question: Question, reply: JudgeReply) -> Answer:
+    """A truncated answer with token log-probs is read like a whole one: only its first token counts."""
     readable = reply.outcome is Outcome.OK or (reply.outcome is Outcome.TRUNCATED and bool(reply.choices))
     if not readable:
         return Answer(reply.outcome, detail=f"{question.template.name}: {reply.detail}")
