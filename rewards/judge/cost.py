@@ -13,6 +13,9 @@ from rewards.judge.pricing import PRICES_AS_OF
 from rewards.judge.protocols import Question
 from rewards.judge.settings import JudgeSettings
 
+PROMPT_BYTES = 200
+"""Assumed length of an instruction: the prompts of a run are not known to a reward beforehand."""
+
 
 def cost_lines(
     settings: JudgeSettings, questions: Sequence[Question], *, images: int, max_asks: int
@@ -40,7 +43,7 @@ def cost_lines(
     ]
     return [
         f"judge {settings.model}: {calls:,} calls ({len(questions)} per image); at most {prompt:,} prompt and "
-        f"{completion:,} completion tokens, {money}",
+        f"{completion:,} completion tokens, {money}; each prompt taken as {PROMPT_BYTES} bytes",
         f"each malformed answer is asked for again, up to {max_asks} asks in all; answers in the cache are free; "
         f"the budget is {' and '.join(limits) or 'unlimited'}",
         f"one question ends within {settings.longest_ask_s:,.0f} s; give the reward a timeout_s that covers a group",

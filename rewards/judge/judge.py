@@ -15,7 +15,7 @@ from PIL import Image
 
 from rewards.base import FatalRewardError, RetryableRewardError, RewardOutput
 from rewards.judge.client import JudgeClient
-from rewards.judge.cost import cost_lines
+from rewards.judge.cost import PROMPT_BYTES, cost_lines
 from rewards.judge.expected_score import ExpectedScore
 from rewards.judge.messages import Outcome
 from rewards.judge.protocols import TASKS, Asker, Judgement, JudgeProtocol, Sample, judge_sample
@@ -262,7 +262,7 @@ def _samples(
 
 def _blank(task: str, size: tuple[int, int]) -> Sample:
     source = Image.new("RGB", size) if task == "edit" else None
-    return Sample(task, "x" * 200, Image.new("RGB", size), source)
+    return Sample(task, "x" * PROMPT_BYTES, Image.new("RGB", size), source)
 
 
 def _probes() -> tuple[Sample, Sample]:
