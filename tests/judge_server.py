@@ -1,16 +1,13 @@
 """An OpenAI-compatible endpoint on a real port that judges pictures by their pixels, and misbehaves on demand.
 
-In a test, in a thread of its own:
-
+In a test, in a thread:
     with JudgeServer(plays=[Play("rate_limited", headers={"retry-after": "0.1"}), Play("ok")]) as server:
         ... server.base_url, server.records, server.high_water
-
-As a process that can be killed and started again on the same port:
-
+As a process, to be killed and started again on the same port:
     python tests/judge_server.py --port 8123 --script plays.json --grade my_grades.py:grade
 
-A request gets the first play left whose `when` occurs in its text, and a good answer when there is none. A good
-answer grades every name the text asks for, or one digit, by `grade(images, text)` in [0, 1].
+A request gets the first play left whose `when` occurs in its text, and a good answer when there is none: a grade
+for every name the text asks for, or one digit, by `grade(images, text)` in [0, 1].
 """
 
 from __future__ import annotations
@@ -355,8 +352,8 @@ PLAYS: dict[str, Callable[[Asked], Response]] = {
     "error_200": lambda asked: JSONResponse({"error": {"message": "upstream failed", "code": 502}}),
     "not_json": lambda asked: Response("{half", media_type="application/json"),
     "web_page": lambda asked: Response("<html>busy</html>", media_type="text/html"),
-    "filtered_400": _fails(400, "content_filter", innererror={"code": "ResponsibleAIPolicyViolation"}),
-    "policy_400": _fails(400, "content_policy_violation"),
+    "filtered_400": _fails(400, "content_filter"),
+    "azure_400": _fails(400, None, innererror={"code": "ResponsibleAIPolicyViolation"}),
     "bad_request": _fails(400, "unsupported_parameter"),
     "unauthorized": _fails(401, "invalid_api_key"),
     "forbidden": _fails(403),
