@@ -115,10 +115,11 @@ class Judge:
         """
         if self.settings.mode == "replay":
             return []
+        client = JudgeClient(self.settings)  # closing it leaves what is being scored alone
         try:
-            edit, t2i = [await self._judge(self._client, sample) for sample in _probes()]
+            edit, t2i = [await self._judge(client, sample) for sample in _probes()]
         finally:
-            await self._client.close()
+            await client.close()
         if edit.outcome is not Outcome.OK and t2i.outcome is Outcome.OK:
             logger.warning(
                 "judge %s: can judge text-to-image only; a trial edit ended %s: %s",

@@ -25,9 +25,11 @@ class Client:
 
     plan: dict = {}
     found: list = []
+    made: list = []
 
     def __init__(self, settings):
         self.settings, self.requests, self.closed = settings, [], 0
+        self.made.append(self)
 
     def problems(self):
         return self.found
@@ -61,6 +63,7 @@ def client(monkeypatch):
     monkeypatch.setattr(judge_module, "JudgeClient", Client)
     monkeypatch.setattr(Client, "plan", {})
     monkeypatch.setattr(Client, "found", [])
+    monkeypatch.setattr(Client, "made", [])
     return Client
 
 
@@ -285,10 +288,11 @@ def probe(judge):
     return asyncio.run(judge.readiness())
 
 
-def test_readiness_asks_once_about_drawn_pictures_and_closes(client):
-    judge = Judge(**PARAMS)
-    assert probe(judge) == []
-    assert len(judge._client.requests) == 4 and judge._client.closed == 1
+def test_readiness_asks_once_about_drawn_pictures_and_leaves_what_is_being_scored_alone(client):
+    assert probe(Judge(**PARAMS)) == []
+    scoring, probing = client.made
+    assert (len(scoring.requests), scoring.closed) == (0, 0)
+    assert (len(probing.requests), probing.closed) == (4, 1)
 
 
 def test_readiness_names_endpoint_and_cause(client):
@@ -309,7 +313,7 @@ def test_a_judge_that_takes_one_picture_is_ready_for_text_to_image(client, caplo
 
 def test_replay_is_ready_without_asking(client):
     judge = Judge(**PARAMS, mode="replay", cache="answers.sqlite")
-    assert probe(judge) == [] and judge._client.requests == []
+    assert probe(judge) == [] and len(client.made) == 1
 
 
 def test_estimate_counts_calls_tokens_and_money():
