@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+from ray.exceptions import RayError
 
 import recipes
 from rewards.monitor import RewardMonitor
@@ -26,6 +28,7 @@ from rl.cluster import Cluster, training_spec
 from rl.collect import Collector, SampledGroup
 from rl.config import RunConfig, StageConfig
 from rl.evaluation import Evaluator
+from rl.groups import GroupRecord, best_and_worst, group_record, group_samples
 from rl.journal import Journal
 from rl.preflight import reward_specs, stage_set_name
 from rl.progress import Progress
@@ -135,7 +138,8 @@ class Controller:
         self.journal.update_spans(spans, self.state.step + 1)
         clock.lap("update")
         if stats:
-            self._publish(self.state.version + 1)
+            with self.journal.timed("publish", self.state.step + 1):
+                self._publish(self.state.version + 1)
         clock.lap("publish")
         metrics = reward_metrics(scored, advantages, config.learner.advantage_clip)
         metrics |= update_metrics(stats, config.learner.learning_rate, batch.num_samples)
@@ -175,12 +179,16 @@ class Controller:
         """Journal, gallery, checkpoint. The checkpoint comes last, so that what it promises is on disk."""
         step, config = self.state.step, self.config
         self.journal.spans(self.collector.spans)
+        records = [group_record(group, step, stage.name) for group in outcome.groups]
+        self.journal.groups(records)
         self.journal.log(outcome.metrics, step, stage.name, progress.steps)
         ends = progress.steps == stage.steps
         if config.evaluation.every and progress.steps % config.evaluation.every == 0 and not ends:
             self._evaluate(f"step_{step:06d}", tasks=[stage.task])
-        if config.gallery.prompts and progress.steps % config.gallery.every == 0 and not ends:
-            self._gallery(stage, step)
+        if config.gallery.prompts and progress.steps % config.gallery.every == 0:
+            self._group_pictures(outcome.groups, records)
+            if not ends:
+                self._gallery(stage, step)
         if ends or progress.steps % config.checkpoint.every == 0:
             with self.journal.timed("checkpoint", step):
                 save_checkpoint(
@@ -225,14 +233,15 @@ class Controller:
         self._evaluate("before")
         for moment, scale in scales.items():
             assert self.policy is not None
-            self.results.add(
-                moment, self.evaluator.evaluate(moment, self.policy, self.state.step, guidance_scale=scale)
-            )
+            with self.journal.timed("evaluate", self.state.step):
+                scores = self.evaluator.evaluate(moment, self.policy, self.state.step, guidance_scale=scale)
+            self.results.add(moment, scores)
 
     def _evaluate(self, moment: str, *, tasks: list[str] | None = None) -> None:
         """Evaluate the shipped adapter on all tasks (or `tasks`) and record it."""
         began = time.monotonic()
-        scores = self.evaluator.evaluate(moment, self._shipped_policy(), self.state.step, tasks=tasks)
+        with self.journal.timed("evaluate", self.state.step):
+            scores = self.evaluator.evaluate(moment, self._shipped_policy(), self.state.step, tasks=tasks)
         self.results.add(moment, scores)
         seconds = time.monotonic() - began
         self.state.images += self.collector.take_images()
@@ -248,6 +257,21 @@ class Controller:
         samples = self.evaluator.sample_gallery(f"step_{step}", stage.task, self._shipped_policy(), step)
         self.state.images += self.collector.take_images()
         self.journal.grid(stage.task, stage.name, samples, step)
+
+    def _group_pictures(self, groups: list[SampledGroup], records: list[GroupRecord]) -> None:
+        """Pictures of the step's best and worst group; losing them with a node does not stop the run."""
+        by_id = {group.group.id: group for group in groups}
+        for record in best_and_worst(records):
+            group = by_id[record.group]
+            try:
+                images = ray.get([chunk.images for chunk in group.chunks], timeout=120)
+            except RayError as error:
+                log.warning(
+                    "step %d: no pictures of group %d are kept (%s)", record.step, record.group, error
+                )
+                continue
+            samples = group_samples(group.group, np.concatenate(images), record.rewards)
+            self.journal.group_pictures(record, samples)
 
     def _shipped_policy(self) -> Policy:
         """The moving average where one is kept; replicas fetch it with their first call."""

@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics, spans, sample grids, evaluation records, alarms, the final summary."""
+"""What a run writes for people: metrics, spans, groups, sample grids, evaluations, alarms, the final summary."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rl.atomic import atomic_write_text
 from rl.config import RunConfig, to_yaml
 from rl.evaluation import TaskScores
 from rl.gallery import GallerySample, save_grid
+from rl.groups import GroupLog, GroupRecord, picture_path
 from rl.metrics import MetricsWriter
 from rl.spans import Span, SpanLog, timed
 from rl.state import RunState
@@ -32,6 +33,7 @@ class Journal:
         atomic_write_text(run_dir / "config.yaml", self.config_yaml)
         self.metrics = MetricsWriter(run_dir, resume_step=resume_step, redo_evaluation=redo_evaluation)
         self.span_log = SpanLog(run_dir, resume_step=resume_step)
+        self.group_log = GroupLog(run_dir, resume_step=resume_step)
 
     def log(self, values: dict[str, Any], step: int, stage: str, stage_step: int) -> None:
         """Metrics of one finished step."""
@@ -40,6 +42,15 @@ class Journal:
             "step %d (%s %d): reward %s, %.1f s",
             step, stage, stage_step, _short(values.get("reward/mean")), values["time/step"],
         )  # fmt: skip
+
+    def groups(self, records: Sequence[GroupRecord]) -> None:
+        """What each sample of one step earned."""
+        self.group_log.add(records)
+
+    def group_pictures(self, record: GroupRecord, samples: list[GallerySample]) -> None:
+        """All samples of one group."""
+        path = picture_path(self.run_dir, record.step, record.group)
+        save_grid(samples, path, step=record.step, stage=record.stage)
 
     def spans(self, spans: list[Span]) -> None:
         """Take over the spans gathered since the last call."""

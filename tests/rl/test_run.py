@@ -48,6 +48,10 @@ def records(folder, name="tiny"):
     return [json.loads(line) for line in lines]
 
 
+def groups(folder):
+    return (folder / "runs" / "tiny" / "groups.jsonl").read_text()
+
+
 def learned(folder, name="tiny"):
     """What must be equal between two runs: all but times, counts of workers and where it ran."""
     skipped = ("time", "throughput/", "workers/", "policy/version")
@@ -99,8 +103,23 @@ def test_a_run_leaves_everything_it_promises(straight):
     assert all(r["gate/log_prob_gap_max"] <= 1e-6 for r in steps)
     assert any(r["policy/clip_fraction_low"] + r["policy/clip_fraction_high"] > 0 for r in steps)
     assert {s["name"] for s in map(json.loads, (out / "spans.jsonl").read_text().splitlines())} >= {
-        "rollout", "reward", "update", "checkpoint"
+        "rollout", "reward", "update", "publish", "evaluate", "checkpoint"
     }  # fmt: skip
+
+
+def test_every_group_is_on_record_with_pictures_of_the_best_and_the_worst(straight):
+    folder, _ = straight
+    out = folder / "runs" / "tiny"
+    found = [json.loads(line) for line in groups(folder).splitlines()]
+    assert [record["step"] for record in found] == [1, 1, 2, 2, 3, 3, 4, 4]
+    by_step = {r["step"]: r["reward/mean"] for r in records(folder) if "loss/total" in r}
+    for step, mean in by_step.items():
+        rewards = [reward for r in found if r["step"] == step for reward in r["rewards"]]
+        assert len(rewards) == 8 and np.mean(rewards) == pytest.approx(mean)
+        assert all(r["components"]["redness"] == r["rewards"] for r in found if r["step"] == step)
+    for record in found:  # two groups a step are the best and the worst
+        index = out / "groups" / f"step_{record['step']:06d}_{record['group']}.json"
+        assert [s["reward"] for s in json.loads(index.read_text())["samples"]] == record["rewards"]
 
 
 def summary_gallery_images(out):
@@ -115,6 +134,7 @@ def test_resume_equals_the_straight_run(straight, tmp_path, keep):
     run(recipe, f"output_dir={tmp_path / 'runs'}", resume="auto")
     assert final_hash(tmp_path) == final_hash(folder)
     assert learned(tmp_path) == learned(folder)
+    assert groups(tmp_path) == groups(folder)
 
 
 def test_three_workers_equal_one(straight, tmp_path):
