@@ -28,11 +28,13 @@ class Errand:
     """One question on its way, as those who wait for it and the asker see it.
 
     waiters: how many want the answer. sending: a request is held for, sent or settled, so let it end.
+    turn: the replica it starts with; each further attempt goes to the next one.
     The rest counts over its attempts: HTTP requests, tokens billed, seconds in the queue.
     """
 
     waiters: int = 0
     sending: bool = False
+    turn: int = 0
     attempts: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -62,6 +64,7 @@ class Asker:
         self._settings, self._window, self._budget, self._clock = settings, window, budget, clock
         self._price = price_of(settings)
         self._turnstile = Turnstile(settings.concurrency, window, clock)
+        self._turn = 0
         self._opening = asyncio.Lock()
         self._endpoint: Endpoint | None = None
 
@@ -77,6 +80,7 @@ class Asker:
             read_key(settings)
         except MissingKeyError as error:
             return errand.reply(Attempt(Outcome.FATAL, detail=str(error)), settings)
+        errand.turn, self._turn = self._turn, self._turn + 1
         arguments = await asyncio.to_thread(chat_arguments, settings, request)
         retrying = tenacity.AsyncRetrying(
             stop=lambda state: self._last_one(state, errand),
@@ -140,8 +144,9 @@ class Asker:
             except BudgetExhausted as error:
                 return Attempt(Outcome.FATAL, detail=str(error))
         try:
+            turn = errand.turn + errand.attempts
             errand.attempts += 1
-            attempt = await endpoint.send(arguments, top_logprobs=top_logprobs)
+            attempt = await endpoint.send(arguments, turn=turn, top_logprobs=top_logprobs)
             if attempt.usage is not None:
                 used = bill(self._price, *attempt.usage)
                 errand.prompt_tokens += attempt.usage[0]

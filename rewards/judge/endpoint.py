@@ -20,7 +20,7 @@ class MissingKeyError(Exception):
 
 
 class Endpoint:
-    """The connections of one event loop. Replicas take turns, so a second attempt goes to another one."""
+    """The connections of one event loop, one client per replica."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         """Takes about a second the first time, since it imports `openai`; call it away from the event loop."""
@@ -28,7 +28,6 @@ class Endpoint:
         import openai.resources.chat  # noqa: F401  (else the first request would wait for it)
 
         self._settings = settings
-        self._turn = 0
         # Without a key the header is left out, also where an OPENAI_API_KEY happens to be set.
         self._headers: Any = None if settings.api_key_env else {"Authorization": openai.Omit()}
         self._clients = [
@@ -41,10 +40,12 @@ class Endpoint:
             for url in settings.base_urls
         ]
 
-    async def send(self, arguments: dict[str, Any], *, top_logprobs: int) -> Attempt:
-        """One HTTP request within `timeout_s`, body included. Raises nothing but cancellation."""
-        number = self._turn % len(self._clients)
-        self._turn += 1
+    async def send(self, arguments: dict[str, Any], *, turn: int, top_logprobs: int) -> Attempt:
+        """One HTTP request within `timeout_s`, body included, to the replica whose turn it is.
+
+        Raises nothing but cancellation.
+        """
+        number = turn % len(self._clients)
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 completion = await self._clients[number].chat.completions.create(

@@ -51,8 +51,8 @@ class JudgeSettings:
 
     model: name of the model at the endpoint; it identifies the judge in the cache, so give other weights
         another name.
-    base_url: an OpenAI-compatible endpoint up to and with its version path, or several replicas of one model,
-        which take turns.
+    base_url: an OpenAI-compatible endpoint up to and with its version path, or a list of replicas of one model,
+        which take turns; a second attempt goes to the next one.
     api_key_env: name of the environment variable that holds the key; None or "" where none is needed.
     mode: `live` asks and, with `cache`, keeps good answers; `record` also keeps what refusals and failures
         came to; `replay` answers from the cache alone, without network or key.
@@ -128,6 +128,10 @@ def _choice_problems(settings: JudgeSettings) -> Iterator[str]:
     for key, choices in (("mode", MODES), ("image_format", IMAGE_FORMATS), ("image_detail", IMAGE_DETAILS)):
         if getattr(settings, key) not in choices:
             yield f"{key} is {getattr(settings, key)!r}; choose one of {', '.join(choices)}"
+    for key in ("cache", "ledger", "api_key_env"):
+        value = getattr(settings, key)
+        if value is not None and not isinstance(value, str):
+            yield f"{key} is {value!r}; give text, or null"
     if settings.mode in ("record", "replay") and not settings.cache:
         yield f"mode is {settings.mode!r} and cache is not set; name the file of answers"
 
@@ -149,8 +153,9 @@ def _number_problems(settings: JudgeSettings) -> Iterator[str]:
 def _endpoint_problems(settings: JudgeSettings) -> Iterator[str]:
     if not isinstance(settings.model, str) or not settings.model:
         yield f"model is {settings.model!r}; give the name of the model at the endpoint"
-    if not settings.base_urls:
-        yield "base_url is an empty list; give an endpoint such as http://127.0.0.1:8000/v1"
+    if not settings.base_url or not isinstance(settings.base_url, str | Sequence):
+        yield f"base_url is {settings.base_url!r}; give an endpoint such as http://127.0.0.1:8000/v1, or a list of them"
+        return
     for number, url in enumerate(settings.base_urls):
         if not _is_endpoint(url):
             # The value stays out of the message: somebody may have put a key into it.

@@ -79,6 +79,8 @@ class Store:
         try:
             with _transaction(connection, write=not self._read_only):
                 self._prepare(connection)
+            with _transaction(connection, write=False):  # a second for some 100 MB, in which others may write
+                self._check_pages(connection)
             connection.execute(f"PRAGMA query_only = {int(self._read_only)}")
         except BaseException:
             connection.close()
@@ -86,7 +88,7 @@ class Store:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Make the table of an empty file; refuse a damaged or foreign one."""
+        """Make the table of an empty file; refuse a foreign one."""
         kind, version = (
             connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
         )
@@ -102,6 +104,9 @@ class Store:
                 f"{self.path} is {self._name} of version {version}, and this code reads version {self._version}; "
                 "give another path, or use the release that wrote it"
             )
+
+    def _check_pages(self, connection: sqlite3.Connection) -> None:
+        """Refuse a file with lost or garbled pages now, not at the first row that lies on one."""
         found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise StoreError(

@@ -100,7 +100,7 @@ def test_a_failure_has_its_outcome_and_no_text(server, play, kind) -> None:
 
 def test_a_slow_answer_is_a_timeout(server, play) -> None:
     records = play("slow", seconds=5.0)
-    (reply,) = ask(settings_for(server, attempts=2, timeout_s=0.2), question())
+    (reply,) = ask(settings_for(server, attempts=2, timeout_s=0.5), question())
     assert (reply.outcome, reply.text, reply.attempts) == (Outcome.TIMEOUT, "", 2)
     assert len(records) == 2
 
