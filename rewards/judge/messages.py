@@ -13,7 +13,7 @@ from PIL import Image
 class Outcome(StrEnum):
     """How one question to the judge ended. Only OK carries an answer that may become a score.
 
-    OK: a complete answer. REFUSED: the model declined. FILTERED: a content filter cut in. TRUNCATED: the token
+    OK: a complete answer, though perhaps one that cannot be read. REFUSED: the model declined. FILTERED: a content filter cut in. TRUNCATED: the token
     limit ended it. MALFORMED: it does not say what was asked. RATE_LIMITED: 429 to the last attempt. TIMEOUT:
     no answer in time. UNAVAILABLE: 5xx or a lost connection to the last attempt. FATAL: no later call can succeed
     (401, 403, 404, exhausted quota, a request the endpoint rejects); it stops the run.
@@ -66,7 +66,8 @@ class TokenChoices:
 
 @dataclass(frozen=True)
 class JudgeReply:
-    """What came back. `text` is "" unless the outcome is OK; `detail` says why it is not, without secrets.
+    """What came back. `text` is "" unless the outcome is OK; `detail` says why it is not, without secrets. `choices`
+    may also come with TRUNCATED: the first tokens are there, which is all that an expected score needs.
 
     model: the snapshot the endpoint says it used. tokens: what was billed for all attempts, as the endpoint
     reports it. attempts: HTTP requests made; 0 with `cached`.
