@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ON_MISSING = ("mask", "drop_group", "stop")
+LONGEST_QUEUE_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,27 @@ class RewardLoadError(RewardError):
 
 
 @dataclass(frozen=True)
+class ServiceSpec:
+    """Where a reward is served over HTTP (`python -m rewards.serve RECIPE`) instead of being loaded by the worker.
+
+    urls: `http://host:port` of equal services; calls are spread over them.
+    token_env: name of the environment variable that holds the bearer token; None sends none.
+    codec: `png` or `raw`, how pictures travel; both are lossless.
+    unavailable_s: seconds to wait for a service to come (back) before the run is stopped.
+    """
+
+    urls: tuple[str, ...]
+    token_env: str | None = None
+    codec: str = "png"
+    unavailable_s: float = 120.0
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Seconds that one call may spend on waiting: for a service to come back, and for its turn there."""
+        return self.unavailable_s + LONGEST_QUEUE_S
+
+
+@dataclass(frozen=True)
 class RewardSpec:
     """One reward as a recipe asks for it.
 
@@ -70,6 +92,7 @@ class RewardSpec:
     max_missing_share: the run stops when more than this share of recent samples is missing.
     constant_steps: the run stops when all scores of this many steps in a row are equal; 0 switches this off.
     label: name in the log; default the tail of `name`.
+    service: where to have it scored; None loads the reward in the worker.
     """
 
     name: str
@@ -81,6 +104,7 @@ class RewardSpec:
     max_missing_share: float = 0.2
     constant_steps: int = 10
     label: str | None = None
+    service: ServiceSpec | None = None
 
 
 @dataclass(frozen=True)

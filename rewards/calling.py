@@ -42,12 +42,14 @@ class RewardBatch:
 async def call_reward(loaded: LoadedReward, batch: RewardBatch) -> RewardOutput:
     """Call a reward once. Scores come back as floats or None, NaN and infinity untouched.
 
-    Raises what the reward raises, TimeoutError after `timeout_s`, and RewardContractError when the answer is
-    not one number or None per image.
+    Raises what the reward raises, TimeoutError after `timeout_s` (for a served reward, which has its own way
+    with `timeout_s`, after the longest waits on top), and RewardContractError when the answer is not one number
+    or None per image.
     """
     call = functools.partial(loaded.function, **batch.keywords(), **loaded.arguments)
     if _is_async(loaded):
-        async with asyncio.timeout(loaded.spec.timeout_s):
+        service = loaded.spec.service
+        async with asyncio.timeout(loaded.spec.timeout_s + (service.longest_wait_s if service else 0)):
             answer = await call()
     else:
         answer = await loaded.thread.run(call, loaded.spec.timeout_s)

@@ -38,7 +38,7 @@ async def try_reward(loaded: LoadedReward, rewards: RewardSet, *, probe: bool) -
             return []
         problems = list(loaded.owner.check()) if hasattr(loaded.owner, "check") else []
         if probe and not problems and hasattr(loaded.owner, "readiness"):
-            found = loaded.owner.readiness()
+            found = await asyncio.to_thread(loaded.owner.readiness)  # it may load a model for minutes
             problems = list(await found if inspect.isawaitable(found) else found)
         return [f"reward {loaded.label!r}: {problem}" for problem in problems]
     except RewardError as error:

@@ -54,12 +54,14 @@ class LoadedReward:
 def load_reward(spec: RewardSpec) -> LoadedReward:
     """Find the reward that `spec` names; a class is instantiated with `spec.params`.
 
-    Raises RewardLoadError when a value is out of range, the reference leads nowhere, or the signature cannot
-    take the protocol's keywords.
+    A served reward is not looked for here: its client is loaded in its place. Raises RewardLoadError when a
+    value is out of range, the reference leads nowhere, or the signature cannot take the protocol's keywords.
     """
     problems = spec_problems(spec)
     if problems:
         raise RewardLoadError("\n".join(problems))
+    if spec.service is not None:
+        return _load_served(spec)
     found, source = _resolve(spec.name)
     loaded = _bind(spec, found, source)
     logger.info("reward %s: %s path=%s sha256=%s", loaded.label, source.name, source.path, source.sha256)
@@ -75,6 +77,14 @@ def set_problems(specs: Sequence[RewardSpec]) -> list[str]:
         for label in sorted(set(labels))
         if labels.count(label) > 1
     ]
+
+
+def _load_served(spec: RewardSpec) -> LoadedReward:
+    from rewards.service.client import ServedReward  # httpx takes a while to import and few runs need it
+
+    owner = ServedReward(spec)
+    logger.info("reward %s: %s is served by %s", owner.label, spec.name, ", ".join(owner.urls))
+    return LoadedReward(spec, owner.label, RewardSource(spec.name), owner.score, {}, owner)
 
 
 def _resolve(name: str) -> tuple[Any, RewardSource]:

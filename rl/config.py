@@ -293,7 +293,9 @@ def _read_over_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig | L
     if base in (*above, path.resolve()):
         raise ConfigError([f"{path}: base leads back to {base}; a recipe cannot stand on itself"])
     if not base.is_file():
-        raise ConfigError([f"{path}: base {base} does not exist; name a recipe relative to this one's folder"])
+        raise ConfigError(
+            [f"{path}: base {base} does not exist; name a recipe relative to this one's folder"]
+        )
     return OmegaConf.merge(_read_over_bases(base, (*above, path.resolve())), node)
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import recipes
-from rewards.base import RewardSet, RewardSpec
+from rewards.base import RewardSet, RewardSpec, ServiceSpec
 from rewards.checks import check_rewards
-from rl.config import EvaluationTaskConfig, RewardConfig, RunConfig, StageConfig
+from rl.config import EvaluationTaskConfig, RewardConfig, RunConfig, ServiceConfig, StageConfig
 from rl.evaluation_sets import evaluation_set_name
 from rl.validate import find_problems
 from rollout.prompts import Prompt, PromptFileError, load_prompts, load_reference
@@ -38,7 +38,7 @@ def preflight(config: RunConfig) -> Preflight:
         problems += found
         if part.task not in ("edit", "t2i"):
             continue
-        reward_set = _reward_set(part, prompts, config)
+        reward_set = part_reward_set(part, prompts, config)
         problems += [p for p in check_rewards(reward_set) if p not in problems]
         reward_sets.append(reward_set)
     return Preflight(problems, reward_sets)
@@ -54,13 +54,19 @@ def reward_specs(rewards: list[RewardConfig]) -> list[RewardSpec]:
     return [
         RewardSpec(
             r.name, r.weight, dict(r.params), r.timeout_s, r.attempts, r.on_missing, r.max_missing_share,
-            r.constant_steps, r.label,
+            r.constant_steps, r.label, _service_spec(r.service),
         )
         for r in rewards
     ]  # fmt: skip
 
 
-def _reward_set(
+def _service_spec(service: ServiceConfig | None) -> ServiceSpec | None:
+    if service is None:
+        return None
+    return ServiceSpec(tuple(service.urls), service.token_env, service.codec, service.unavailable_s)
+
+
+def part_reward_set(
     part: StageConfig | EvaluationTaskConfig, prompts: list[Prompt], config: RunConfig
 ) -> RewardSet:
     """The part's rewards with its first real prompt, since a reward may read its metadata in the dry call."""

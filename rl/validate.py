@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rewards.base import RewardSpec, reward_label
 from rl.config import RewardConfig, RunConfig
 
 _CHOICES = {
@@ -33,7 +34,7 @@ _POSITIVE = (
 
 def find_problems(config: RunConfig) -> list[str]:
     """Every rule that the recipe breaks; empty when it is consistent."""
-    rules = (_values, _batches, _sampling, _objective, _stages, _evaluation, _resources)
+    rules = (_values, _batches, _sampling, _objective, _stages, _evaluation, _services, _resources)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -163,6 +164,30 @@ def _rewards(where: str, rewards: list[RewardConfig]) -> Iterator[str]:
         yield f"{where}: rewards is empty; name at least one"
     elif all(reward.weight == 0 for reward in rewards):
         yield f"{where}: every reward has weight 0, so nothing would be learned or compared"
+
+
+def _services(config: RunConfig) -> Iterator[str]:
+    known: dict[str, tuple[str, RewardConfig]] = {}
+    parts = [(f"stage {stage.name!r}", stage.rewards) for stage in config.stages]
+    parts += [(f"evaluation of {task.task}", task.rewards) for task in config.evaluation.tasks]
+    for where, reward in [(where, reward) for where, rewards in parts for reward in rewards]:
+        if reward.service is None:
+            continue
+        label = reward_label(RewardSpec(reward.name, label=reward.label))
+        for key in ("start_timeout_s", "call_timeout_s"):
+            waits, limit = reward.timeout_s + reward.service.unavailable_s, getattr(config.resources, key)
+            if waits >= limit:
+                yield (
+                    f"reward {label!r} of {where}: timeout_s + service.unavailable_s = {waits:g} s reach "
+                    f"resources.{key}={limit:g}, so a service that is away would be told as a reward worker that "
+                    f"hangs; raise resources.{key} or lower service.unavailable_s"
+                )
+        first, other = known.setdefault(label, (where, reward))
+        if (reward.name, reward.params) != (other.name, other.params):
+            yield (
+                f"reward label {label!r} means {other.name} {other.params} in {first} and {reward.name} "
+                f"{reward.params} in {where}; a service knows a reward by its label, so give each a label of its own"
+            )
 
 
 def _resources(config: RunConfig) -> Iterator[str]:

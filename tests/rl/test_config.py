@@ -107,6 +107,10 @@ def test_interpolations_see_defaults_and_overrides(recipe):
             "stages[0].rewards[0].wieght",
             "'stages[0].rewards[0].wieght': did you mean 'stages[0].rewards[0].weight'?",
         ),
+        (
+            "stages[0].rewards[0].service.url",
+            "'stages[0].rewards[0].service.url': did you mean 'stages[0].rewards[0].service.urls'?",
+        ),
         ("learner.ema.zzz", "unknown key 'learner.ema.zzz': known here: enabled, decay, every"),
     ],
 )
@@ -126,6 +130,15 @@ def test_an_unknown_key_offers_the_nearest_name(recipe, key, expected):
         ("stages[0].task=null", "key 'stages[0].task'"),
         ("rollout=5", "key 'rollout' must be a mapping with keys workers, num_steps"),
         ("stages=5", "key 'stages' must be a list of mappings"),
+        (
+            "stages[0].rewards[0].service=5",
+            "key 'stages[0].rewards[0].service' must be a mapping with keys urls",
+        ),
+        ("stages[0].rewards[0].service.urls=5", "key 'stages[0].rewards[0].service.urls': "),
+        (
+            "stages[0].rewards[0].service.unavailable_s=long",
+            "key 'stages[0].rewards[0].service.unavailable_s'",
+        ),
         ("stages[0]=5", "key 'stages[0]' must be a mapping with keys name, task"),
         ("evaluation.tasks=edit", "key 'evaluation.tasks' must be a list of mappings"),
         ("learner.kl_beta=[1", "override 'learner.kl_beta=[1': "),
@@ -175,7 +188,9 @@ def test_an_absent_recipe_is_named_with_the_place_looked_at(tmp_path):
 
 
 def test_the_written_config_reads_back_the_same(recipe, tmp_path):
-    config = load_config(recipe(), ["learner.learning_rate=6e-4", "stages[0].rewards[0].params.a=[1, x]"])
+    overrides = ["learner.learning_rate=6e-4", "stages[0].rewards[0].params.a=[1, x]"]
+    config = load_config(recipe(), [*overrides, "stages[1].rewards[0].service.urls=[http://host:8100]"])
+    assert config.stages[0].rewards[0].service is None and config.stages[1].rewards[0].service is not None
     assert isinstance(config, RunConfig)
     written = tmp_path / "written.yaml"
     written.write_text(to_yaml(config))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rewards.base import ServiceSpec
 from rl.config import load_config
 from rl.preflight import preflight, submitted_job
 from tests.tiny_run import tiny_recipe
@@ -56,6 +57,11 @@ def test_a_sound_recipe_passes_with_its_rewards(recipe):
         ("evaluation.tasks[0].num_prompts=7", "edit.jsonl holds 6 prompts, num_prompts=7 asks for more"),
         ("stages[1].rewards[0].name=geneval_shapez", "reward 'geneval_shapez' is not built in: did you mean"),
         ("stages[1].rewards[0].timeout_s=0", "timeout_s is 0"),
+        (
+            "stages[1].rewards[0].service.urls=[localhost:8100]",
+            "service.urls: localhost:8100: write it as http://",
+        ),
+        ("stages[1].rewards[0].service={codec: png}", "service.urls is empty"),
     ],
 )
 def test_one_thing_wrong_is_one_problem(recipe, override, expected):
@@ -67,6 +73,16 @@ def test_a_reward_file_without_the_function(recipe):
     path = recipe.parent / "reward.py"
     (problem,) = problems_of(recipe, f"stages[0].rewards[0].name={path}:rednes")
     assert problem == f"reward '{path}:rednes': {path} has no 'rednes'; it has redness"
+
+
+def test_a_served_reward_needs_to_exist_in_its_service_only(recipe):
+    reward = "stages[1].rewards[0]"
+    service = f"{reward}.service={{urls: [http://host:8100], token_env: HOME, codec: raw, unavailable_s: 60}}"
+    checked = preflight(load_config(recipe, [f"{reward}.name=elsewhere.rewards:judge", service]))
+    assert checked.problems == []
+    assert checked.reward_sets[1].rewards[0].service == ServiceSpec(
+        ("http://host:8100",), "HOME", "raw", 60.0
+    )
 
 
 def test_a_reward_that_returns_a_wrong_count(recipe, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rl import validate
-from rl.config import EvaluationTaskConfig, ModelConfig, RewardConfig, RunConfig, StageConfig
+from rl.config import EvaluationTaskConfig, ModelConfig, RewardConfig, RunConfig, ServiceConfig, StageConfig
 from rl.validate import find_problems
 
 
@@ -31,6 +31,12 @@ def sound_config(**changes: Any) -> RunConfig:
             node = node[int(part)] if part.isdigit() else getattr(node, part)
         setattr(node, last, value)
     return config
+
+
+def served(name: str, unavailable_s: float = 120.0, **settings: Any) -> list[RewardConfig]:
+    """A stage's rewards: one, served elsewhere."""
+    service = ServiceConfig(["http://host:8100"], unavailable_s=unavailable_s)
+    return [RewardConfig(name, service=service, **settings)]
 
 
 RULES: dict[str, tuple[dict[str, Any], str]] = {
@@ -84,6 +90,22 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "evaluation size": ({"evaluation__tasks__0__num_prompts": 1}, "num_prompts=1 must be at least 2"),
     "evaluation rewards": ({"evaluation__tasks__0__rewards": []}, "evaluation of edit: rewards is empty"),
     "nothing to draw in a stage": ({"evaluation__tasks": []}, "stage 'edit' trains edit, of which .* no prompts"),
+    "services under one label": (
+        {"stages__0__rewards": served("a:judge"), "evaluation__tasks__1__rewards": served("b:judge")},
+        r"label 'judge' means a:judge {} in stage 'edit' and b:judge {} in evaluation of t2i",
+    ),
+    "params under one label": (
+        {"stages__0__rewards": served("judge"), "stages__1__rewards": served("judge", params={"x": 1})},
+        r"means judge {} in stage 'edit' and judge {'x': 1} in stage 't2i'",
+    ),
+    "service waited for longer than a start": (
+        {"stages__0__rewards": served("judge", unavailable_s=850.0)},
+        "reward 'judge' of stage 'edit': .* = 910 s reach resources.start_timeout_s=900",
+    ),
+    "service waited for longer than a call": (
+        {"evaluation__tasks__0__rewards": served("judge", timeout_s=1700.0)},
+        "reward 'judge' of evaluation of edit: .* = 1820 s reach resources.call_timeout_s=1800",
+    ),
     "zero 3 in process": (
         {"resources__placement": "inprocess", "learner__zero_stage": 3}, "weights are spread over the others",
     ),
@@ -131,6 +153,8 @@ def test_numbers_that_must_be_above_zero(key, value):
         {"resources__placement": "inprocess"},
         {"rollout__workers": 16},
         {"evaluation__tasks": [], "gallery__prompts": 0},
+        {"stages__0__rewards": served("a:judge"), "stages__1__rewards": served("a:judge", weight=0.5)},
+        {"stages__0__rewards": served("a:judge"), "stages__1__rewards": [RewardConfig("b:judge")]},
     ],
 )
 def test_legitimate_variants_pass(changes):

@@ -1,0 +1,189 @@
+"""The HTTP face of a reward service: routes, token, size limit; what a request is worth is decided elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+
+from rewards.base import RetryableRewardError
+from rewards.service.faults import Fault, fault_of
+from rewards.service.hosting import HostedReward, get_ready
+from rewards.service.metrics import ServiceMetrics
+from rewards.service.request import decode_request
+from rewards.service.token import read_token
+from rewards.service.wire import MEDIA_TYPE, Cause, encode_scores
+
+BODY_S = 60.0
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """max_request_bytes: of a body, and of its pictures once decoded. token_env: variable with the token, or None."""
+
+    max_request_bytes: int
+    token_env: str | None = None
+
+
+def build_app(rewards: Sequence[HostedReward], settings: ServiceSettings) -> FastAPI:
+    """The application; its rewards are tried as soon as it runs."""
+    service = RewardService(rewards, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        trying = asyncio.create_task(get_ready(rewards))
+        yield
+        trying.cancel()
+
+    app = FastAPI(title="rewards", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    for path, method, handler in (
+        ("/healthz", "GET", service.healthz),
+        ("/readyz", "GET", service.readyz),
+        ("/metrics", "GET", service.metrics_text),
+        ("/v1/rewards", "GET", service.list_rewards),
+        ("/v1/score/{label}", "POST", service.score),
+    ):
+        app.add_api_route(path, handler, methods=[method], response_model=None)
+    return app
+
+
+class RewardService:
+    """The handlers. `/healthz` and `/readyz` are open, for probes carry no token; all else asks for it."""
+
+    def __init__(self, rewards: Sequence[HostedReward], settings: ServiceSettings) -> None:
+        self._rewards = {reward.label: reward for reward in rewards}
+        self._settings = settings
+        self._metrics = ServiceMetrics()
+
+    async def healthz(self) -> Response:
+        """The process lives and its event loop turns."""
+        return JSONResponse({"status": "alive"})
+
+    async def readyz(self, request: Request) -> Response:
+        """200 once every reward has passed its trial, else 503; the reasons are told to who has the token."""
+        reasons = {label: reward.problems for label, reward in self._rewards.items() if reward.problems}
+        if not reasons:
+            return JSONResponse({"ready": True})
+        told: Any = reasons if self._authorized(request) else sorted(reasons)
+        return JSONResponse({"ready": False, "not_ready": told}, 503)
+
+    async def metrics_text(self, request: Request) -> Response:
+        """Prometheus' text format."""
+        if not self._authorized(request):
+            return _unauthorized().response()
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def list_rewards(self, request: Request) -> Response:
+        """What is served, by label: its name, params and their hash, file and sha256, and whether it is ready."""
+        if not self._authorized(request):
+            return _unauthorized().response()
+        listed = {label: _describe(reward) for label, reward in self._rewards.items()}
+        return JSONResponse({"rewards": listed, "max_request_bytes": self._settings.max_request_bytes})
+
+    async def score(self, label: str, request: Request) -> Response:
+        """Score one batch: 200 with scores, or an error with its cause."""
+        known = label if label in self._rewards else ""
+        self._metrics.requests.labels(known).inc()
+        with self._metrics.in_flight.labels(known).track_inprogress():
+            try:
+                if not self._authorized(request):
+                    raise _unauthorized()
+                return JSONResponse(await self._score(label, request))
+            except (
+                asyncio.CancelledError
+            ):  # the grace period after SIGTERM is over; answering is the last thing
+                fault = Fault(Cause.UNAVAILABLE, "the service is stopping", 1.0)
+            except ClientDisconnect:
+                fault = Fault(Cause.INFRASTRUCTURE, "the caller hung up")
+            except Fault as error:
+                fault = error
+        self._metrics.failures.labels(known, fault.cause.value).inc()
+        return fault.response()
+
+    async def _score(self, label: str, request: Request) -> dict[str, Any]:
+        reward = self._rewards.get(label)
+        if reward is None:
+            raise Fault(
+                Cause.UNKNOWN_REWARD, f"reward {label!r} is not served here; served: {sorted(self._rewards)}"
+            )
+        if reward.problems:
+            raise Fault(Cause.UNAVAILABLE, f"not ready: {'; '.join(reward.problems)}", 1.0)
+        timeout_s = reward.loaded.spec.timeout_s
+        try:
+            async with reward.slot():
+                body = await _read_body(request, self._settings.max_request_bytes)
+                asked, batch = await asyncio.to_thread(decode_request, body, self._settings.max_request_bytes)
+                if asked.fingerprint != reward.fingerprint:
+                    raise Fault(Cause.OTHER_REWARD, f"the service scores with {_identity(reward)}")
+                timeout_s, start = asked.timeout_s, time.monotonic()
+                output = await reward.score(batch, timeout_s)
+        except ClientDisconnect:
+            raise
+        except Exception as error:  # a reward is foreign code and may raise anything
+            raise fault_of(error, timeout_s) from error
+        self._metrics.answered(label, output.scores, time.monotonic() - start)
+        return {
+            "scores": encode_scores(output.scores),
+            "components": {str(name): encode_scores(v) for name, v in output.components.items()},
+            "sha256": reward.loaded.source.sha256,
+        }
+
+    def _authorized(self, request: Request) -> bool:
+        if self._settings.token_env is None:
+            return True
+        expected = f"Bearer {read_token(self._settings.token_env)}"
+        given = request.headers.get("authorization", "")
+        return hmac.compare_digest(given.encode(), expected.encode())
+
+
+def _unauthorized() -> Fault:
+    return Fault(Cause.UNAUTHORIZED, "the bearer token is missing or wrong")
+
+
+def _describe(reward: HostedReward) -> dict[str, Any]:
+    spec, source = reward.loaded.spec, reward.loaded.source
+    return {
+        "name": spec.name,
+        "params": spec.params,
+        "fingerprint": reward.fingerprint,
+        "path": source.path,
+        "sha256": source.sha256,
+        "ready": not reward.problems,
+        "problems": reward.problems,
+    }
+
+
+def _identity(reward: HostedReward) -> str:
+    spec = reward.loaded.spec
+    return f"{spec.name} {spec.params} (hash {reward.fingerprint[:12]})"
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The body, counted while it streams. What is over the limit is read on but not kept, for a minute at most:
+    an answer sent into an upload would be lost with the connection. Raises Fault or RetryableRewardError."""
+    if request.headers.get("content-type") != MEDIA_TYPE:
+        raise Fault(Cause.MALFORMED, f"content-type must be {MEDIA_TYPE}")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size <= limit:
+                    parts.append(part)
+                else:
+                    parts.clear()
+    except TimeoutError as error:
+        if size <= limit:
+            raise RetryableRewardError(f"the request did not arrive within {BODY_S:g} s") from error
+    if size > limit:
+        raise Fault(Cause.TOO_LARGE, f"the request is larger than {limit} bytes (--max-request-mb)")
+    return b"".join(parts)

@@ -1,0 +1,246 @@
+"""The reward that a worker calls when a recipe has it served: sends the batch to a service and reads the answer.
+
+A service that is away (connection refused or lost, not ready, silent) is waited for, `service.unavailable_s` long,
+within one call: `rewards/scoring.py` sees neither a failure nor an attempt. After that the run stops, naming every
+URL. What the reward itself raised comes back as the same class of error that it would be in process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import httpx
+from PIL import Image
+
+from rewards.base import FatalRewardError, RewardOutput, RewardSpec, reward_label
+from rewards.service.answers import Away, error_of, read_json, read_output
+from rewards.service.endpoints import Endpoint, Endpoints
+from rewards.service.token import read_token
+from rewards.service.wire import CODECS, MEDIA_TYPE, Asked, encode_request, fingerprint
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S = 5.0
+ASK_S = 10.0  # for the list of rewards
+WATCH_S = 10.0  # after so long without an answer, and again and again, the service is asked whether it lives
+ALIVE_S = 30.0  # a service deep in work may be slow to say so
+
+
+class ServedReward:
+    """One reward behind one or more equal services. Usable from any event loop; each keeps its connections."""
+
+    def __init__(self, spec: RewardSpec) -> None:
+        assert spec.service is not None
+        self.label = reward_label(spec)
+        self.urls = tuple(url.rstrip("/") for url in spec.service.urls)
+        self._spec, self._service = spec, spec.service
+        self._endpoints = Endpoints(self.urls)
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._source: tuple[str, str | None] | None = (
+            None  # URL that told it first, sha256 of the reward's file
+        )
+
+    def check(self) -> list[str]:
+        """Problems of the `service` block; nothing is sent."""
+        service = self._service
+        problems = [] if self.urls else ["service.urls is empty; give at least one, like http://host:8100"]
+        problems += [f"service.urls: {problem}" for url in self.urls if (problem := _url_problem(url))]
+        if len(set(self.urls)) < len(self.urls):
+            problems.append(f"service.urls holds one URL twice: {', '.join(self.urls)}")
+        if service.codec not in CODECS:
+            problems.append(f"service.codec is {service.codec!r}; choose one of {', '.join(CODECS)}")
+        if not service.unavailable_s > 0:
+            problems.append(f"service.unavailable_s is {service.unavailable_s:g}; give seconds above 0")
+        try:
+            self._authorization()
+        except FatalRewardError as error:
+            problems.append(f"service.token_env: {error}")
+        try:
+            fingerprint(self._spec.name, self._spec.params)
+        except (TypeError, ValueError) as error:
+            problems.append(f"params of a served reward must be plain JSON: {error}")
+        return problems
+
+    async def readiness(self) -> list[str]:
+        """Wait, `unavailable_s` at most, until every URL serves this very reward; what is wrong with the others."""
+        problems = await asyncio.gather(*(self._wait_for(endpoint) for endpoint in self._endpoints.all))
+        return [problem for problem in problems if problem]
+
+    async def score(
+        self,
+        *,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        references: Sequence[Image.Image | None],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> RewardOutput:
+        """The answer of whichever service is free.
+
+        Raises RetryableRewardError, TimeoutError and ServedRewardFailure for what happened to the reward there,
+        FatalRewardError for what no other call can mend, or when no service was there for `unavailable_s`.
+        """
+        asked = Asked(fingerprint(self._spec.name, self._spec.params), self._spec.timeout_s)
+        body = await asyncio.to_thread(
+            encode_request,
+            asked,
+            images=images,
+            prompts=prompts,
+            references=references,
+            metadata=metadata,
+            codec=self._service.codec,
+        )
+        return await self._send(body)
+
+    async def _send(self, body: bytes) -> RewardOutput:
+        """Ask one endpoint after the other until one answers, or patience ends."""
+        patience = self._service.unavailable_s
+        away_since: float | None = None
+        while True:
+            with self._endpoints.borrow() as endpoint:
+                if endpoint is not None:
+                    try:
+                        return await self._ask(endpoint, body)
+                    except Away as error:
+                        if not endpoint.fault:
+                            logger.warning("reward %s: %s is away: %s", self.label, endpoint.url, error)
+                        self._endpoints.failed(endpoint, str(error))
+            now = time.monotonic()
+            away_since = now if away_since is None else away_since
+            left = away_since + patience - now
+            if left <= 0:
+                raise FatalRewardError(
+                    f"reward {self.label!r}: no service answered for service.unavailable_s={patience:g} s: "
+                    f"{self._endpoints.faults()}"
+                )
+            await asyncio.sleep(min(self._endpoints.wait_s(), left))
+
+    async def _ask(self, endpoint: Endpoint, body: bytes) -> RewardOutput:
+        """One request to one endpoint, which is looked at first if it was away: it may be another service now."""
+        if endpoint.fault:
+            await self._verify(endpoint)
+            self._endpoints.works(endpoint)
+        response = await self._post(endpoint, body)
+        answer = read_json(response)
+        if response.status_code != 200:
+            raise error_of(answer, response.status_code, endpoint.url)
+        output, sha256 = read_output(answer, endpoint.url)
+        self._same_source(endpoint.url, sha256)
+        return output
+
+    async def _post(self, endpoint: Endpoint, body: bytes) -> httpx.Response:
+        """The answer may take long: the call may wait in a queue. So the service is watched instead of the clock."""
+        url = f"{endpoint.url}/v1/score/{quote(self.label, safe='')}"
+        headers = {"content-type": MEDIA_TYPE, **self._authorization()}
+        sending = asyncio.ensure_future(self._client().post(url, content=body, headers=headers))
+        sending.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            while True:
+                done, _ = await asyncio.wait({sending}, timeout=WATCH_S)
+                if done:
+                    return sending.result()
+                await self._get(endpoint, "/healthz", ALIVE_S)
+        except httpx.TransportError as error:
+            raise Away(f"{type(error).__name__}: {error}") from error
+        finally:
+            sending.cancel()
+
+    async def _get(self, endpoint: Endpoint, path: str, limit_s: float) -> httpx.Response:
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._client().get(endpoint.url + path, headers=self._authorization())
+        except TimeoutError as error:
+            raise Away(f"no answer to {path} in {limit_s:g} s") from error
+        except httpx.TransportError as error:
+            raise Away(f"{type(error).__name__}: {error}") from error
+
+    async def _verify(self, endpoint: Endpoint) -> None:
+        """Raises Away while the reward is not ready there, FatalRewardError when something else is served."""
+        response = await self._get(endpoint, "/v1/rewards", ASK_S)
+        answer = read_json(response)
+        if response.status_code != 200:
+            raise error_of(answer, response.status_code, endpoint.url)
+        rewards = answer.get("rewards") if isinstance(answer, dict) else None
+        if not isinstance(rewards, dict) or not all(isinstance(entry, dict) for entry in rewards.values()):
+            raise FatalRewardError(f"{endpoint.url} is no reward service: its /v1/rewards lists none")
+        found = rewards.get(self.label)
+        if found is None:
+            raise FatalRewardError(
+                f"{endpoint.url} does not serve reward {self.label!r}; it serves {sorted(rewards)}"
+            )
+        mine = fingerprint(self._spec.name, self._spec.params)
+        if found.get("fingerprint") != mine:
+            raise FatalRewardError(
+                f"{endpoint.url} serves {self.label!r} as {found.get('name')} with params {found.get('params')} "
+                f"(hash {str(found.get('fingerprint'))[:12]}), this recipe means {self._spec.name} with params "
+                f"{self._spec.params} (hash {mine[:12]})"
+            )
+        self._same_source(endpoint.url, found.get("sha256"))
+        if not found.get("ready"):
+            raise Away(f"not ready: {'; '.join(map(str, found.get('problems') or []))}")
+        logger.info(
+            "reward %s: %s serves %s path=%s sha256=%s",
+            self.label, endpoint.url, found.get("name"), found.get("path"), found.get("sha256"),
+        )  # fmt: skip
+
+    def _same_source(self, url: str, sha256: str | None) -> None:
+        """The scores of a run must not depend on which service gave them, or on when it was restarted."""
+        first_url, first = self._source = self._source or (url, sha256)
+        if sha256 != first:
+            raise FatalRewardError(
+                f"reward {self.label!r} is another file at {url} (sha256 {sha256}) than it was at {first_url} "
+                f"(sha256 {first}); give every service the same file, and change it between runs only"
+            )
+
+    async def _wait_for(self, endpoint: Endpoint) -> str:
+        deadline = time.monotonic() + self._service.unavailable_s
+        while True:
+            try:
+                await self._verify(endpoint)
+                return ""
+            except FatalRewardError as error:
+                return str(error)
+            except Away as error:
+                if time.monotonic() >= deadline:
+                    waited = f"service.unavailable_s={self._service.unavailable_s:g} s"
+                    return f"{endpoint.url} was not ready within {waited}: {error}"
+            await asyncio.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+
+    def _authorization(self) -> dict[str, str]:
+        variable = self._service.token_env
+        return {} if variable is None else {"authorization": f"Bearer {read_token(variable)}"}
+
+    def _client(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            self._clients[loop] = httpx.AsyncClient(
+                timeout=httpx.Timeout(None, connect=CONNECT_S),  # `_post` and `_get` hold the other limits
+                limits=httpx.Limits(max_connections=None, keepalive_expiry=30),
+                trust_env=False,
+            )
+        return self._clients[loop]
+
+
+def _url_problem(url: str) -> str:
+    """Why `url` cannot be the root of a service, or an empty string."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # raises for a number out of range
+    except ValueError as error:
+        return f"{url}: {error}"
+    if parts.username is not None or parts.password is not None:
+        return (
+            f"http://...@{parts.hostname}: no user or password here; name the token's variable in token_env"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return f"{url}: write it as http://host:port"
+    if parts.query or parts.fragment:
+        return f"{url}: leave out what follows ? or #"
+    return ""
