@@ -8,8 +8,11 @@ ask -> hash -> the same question in flight? wait with it
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rewards.judge.asking import Asker, Errand
 from rewards.judge.budget import Budget
@@ -54,14 +57,14 @@ class JudgeClient:
     def __init__(self, settings: JudgeSettings, *, clock: Clock | None = None) -> None:
         self._settings = settings
         self._clock = clock or Clock()
-        self._wrong = settings.problems()
+        self._wrong = settings.problems() or _place_problems(settings)
         self._answers = _answers(settings)
         self._budget = None if self._wrong else _budget(settings)
         self._window = RateWindow(settings.requests_per_minute, settings.tokens_per_minute, self._clock)
         self._session: _Session | None = None
 
     def problems(self) -> list[str]:
-        """What is known without network: bad settings, a missing key, files that cannot be used. Blocks."""
+        """What is known without network: bad settings, a missing key or package, unusable files. Blocks."""
         if self._wrong:
             return list(self._wrong)
         checks: list[Callable[[], object]] = [self._answers.check]
@@ -172,6 +175,22 @@ def _budget(settings: JudgeSettings) -> Budget | None:
         return None
     money = None if settings.max_cost_usd is None else int(settings.max_cost_usd * NANO)
     return Budget(settings.ledger_path, max_nano_usd=money, max_tokens=settings.max_total_tokens)
+
+
+def _place_problems(settings: JudgeSettings) -> list[str]:
+    """What is wrong with running these settings here."""
+    problems = []
+    if settings.mode != "replay" and importlib.util.find_spec("openai") is None:
+        problems.append("the package openai is not installed; install unipic-rl[judge]")
+    # Ray unpacks a submitted job into a temporary folder, where paid answers and their count would be lost.
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        problems += [
+            f"{key} {path!r} is relative, and a submitted job runs in a temporary copy of the working directory; "
+            "give an absolute path that every node sees"
+            for key, path in (("cache", settings.cache), ("ledger", settings.ledger))
+            if path and not Path(path).is_absolute()
+        ]
+    return problems
 
 
 def _problems(check: Callable[[], object]) -> list[str]:

@@ -1,10 +1,17 @@
 """Asking under load, through outages, across event loops, after cancellation; and the key that stays secret."""
 
 import asyncio
+import dataclasses
 import gc
 import hashlib
+import importlib.util
+import json
 import logging
+import socket
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +21,7 @@ from rewards.judge.settings import JudgeSettings
 from tests.judge_questions import TurnedClock, ask, question, settings_for
 from tests.judge_server import COMPLETION_TOKENS, PROMPT_TOKENS, JudgeServer, Play
 
+ROOT = Path(__file__).resolve().parents[2]
 CANARY = "sk-canary-9f8e7d6c5b4a"
 LIMITED = Play("rate_limited", headers={"retry-after": "30"})
 
@@ -144,6 +152,41 @@ def test_an_outage_in_the_middle_is_survived_on_the_same_client() -> None:
         asyncio.run(go())
 
 
+def test_a_server_that_is_killed_and_started_again_is_found_by_the_same_client(tmp_path) -> None:
+    """As its own process, with scripted plays and a grade of its own."""
+    script, grade = tmp_path / "plays.json", tmp_path / "grades.py"
+    script.write_text(json.dumps(["error_500", {"kind": "slow", "when": "how a", "seconds": 0.01}]))
+    grade.write_text("def grade(images, text):\n    return images[0].getpixel((0, 0))[0] / 255\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = JudgeSettings("judge", f"http://127.0.0.1:{port}/v1", None, attempts=100, longest_wait_s=0.5)
+    words = [
+        "tests/judge_server.py",
+        "--port",
+        str(port),
+        "--script",
+        str(script),
+        "--grade",
+        f"{grade}:grade",
+    ]
+
+    async def go() -> None:
+        client = JudgeClient(settings)
+        for text in ("content - how a", "content - how b"):
+            server = subprocess.Popen([sys.executable, *words], cwd=ROOT)
+            try:
+                reply = await client.ask(question(text))
+            finally:
+                server.kill()
+                server.wait(timeout=10)
+            assert reply.outcome is Outcome.OK and reply.attempts >= 2, "the first answer is the scripted 500"
+            assert json.loads(reply.text)["content"] == 5, "128 of 255, in tenths"
+        await client.close()
+
+    asyncio.run(go())
+
+
 def test_one_event_loop_after_another_closed_or_not() -> None:
     with JudgeServer() as server, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
@@ -232,6 +275,23 @@ def test_bad_settings_are_told_all_at_once_and_ask_nothing() -> None:
     (reply,) = ask(settings, question())
     assert (reply.outcome, reply.attempts) == (Outcome.FATAL, 0)
     assert JudgeClient(settings).problems() == problems
+
+
+def test_a_submitted_job_keeps_its_answers_where_they_last(monkeypatch, tmp_path) -> None:
+    relative = JudgeSettings("judge", "http://127.0.0.1:9/v1", None, cache="a.sqlite", ledger="b.sqlite")
+    absolute = dataclasses.replace(relative, cache=str(tmp_path / "a"), ledger=str(tmp_path / "b"))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    cache, ledger = JudgeClient(relative).problems()
+    assert "cache 'a.sqlite' is relative" in cache and "ledger 'b.sqlite' is relative" in ledger
+    assert JudgeClient(absolute).problems() == []
+
+
+def test_a_missing_package_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    settings = JudgeSettings("judge", "http://127.0.0.1:9/v1", None)
+    (problem,) = JudgeClient(settings).problems()
+    assert "unipic-rl[judge]" in problem
+    assert ask(settings, question())[0].outcome is Outcome.FATAL
 
 
 def test_a_key_that_is_not_set_is_named(monkeypatch) -> None:
