@@ -40,13 +40,12 @@ def read_checkpoint(path: Path, *, trust: bool) -> tuple[dict[str, torch.Tensor]
     FatalRewardError.
     """
     import torch
+    from safetensors.torch import load_file
 
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path), {}
     try:
-        if trust:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        elif trust:
             logger.warning("%s: read with trust_checkpoint, which runs the code it holds", path)
             content = torch.load(path, map_location="cpu", weights_only=False)
         else:

@@ -128,7 +128,8 @@ def _colors(colors: ColorClassifier, name: str) -> tuple[bool, str]:
     answers = dict(zip(COLORS, colors.classify(questions), strict=True))
     wrong = [f"{color} is called {answer!r}" for color, answer in answers.items() if answer != color]
     right = answers["red"] == "red" and answers["blue"] == "blue"
-    return right, f"{len(COLORS) - len(wrong)} of {len(COLORS)} right; {', '.join(wrong) or 'no other'}"
+    seen = f"{len(COLORS) - len(wrong)} of {len(COLORS)} right{'; ' if wrong else ''}{', '.join(wrong)}"
+    return right, seen if right else f"{seen}: channels are swapped, or this model does not know colours"
 
 
 def _batching(detector: Detector, pictures: Sequence[Image.Image]) -> tuple[bool, str]:
