@@ -193,7 +193,13 @@ def test_a_failure_is_paid_where_the_endpoint_may_have_billed_it(tmp_path, kind,
 def test_an_endpoint_that_is_down_costs_nothing(tmp_path) -> None:
     ledger = str(tmp_path / "ledger")
     settings = JudgeSettings(
-        "judge", "http://127.0.0.1:9/v1", None, ledger=ledger, max_total_tokens=10**6, longest_wait_s=0.01
+        "judge",
+        "http://127.0.0.1:9/v1",
+        None,
+        ledger=ledger,
+        max_total_tokens=10**6,
+        attempts=4,
+        longest_wait_s=0.01,
     )
     (reply,) = ask(settings, question())
     assert (reply.outcome, reply.attempts) == (Outcome.UNAVAILABLE, 4)
