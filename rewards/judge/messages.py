@@ -14,9 +14,10 @@ class Outcome(StrEnum):
     """How one question to the judge ended. Only OK carries an answer that may become a score.
 
     OK: a complete answer, though perhaps one that cannot be read. REFUSED: the model declined. FILTERED: a content
-    filter cut in. TRUNCATED: the token limit ended it. MALFORMED: it does not say what was asked. RATE_LIMITED: 429 to the last attempt. TIMEOUT:
-    no answer in time. UNAVAILABLE: 5xx or a lost connection to the last attempt. FATAL: no later call can succeed
-    (401, 403, 404, exhausted quota, a request the endpoint rejects); it stops the run.
+    filter cut in. TRUNCATED: the token limit ended it. MALFORMED: it does not say what was asked. RATE_LIMITED:
+    429 to the last attempt. TIMEOUT: no answer in time. UNAVAILABLE: 5xx or a lost connection to the last
+    attempt. FATAL: no later call can succeed (401, 403, 404, exhausted quota, a request the endpoint rejects);
+    it stops the run.
     """
 
     OK = "ok"

@@ -81,7 +81,7 @@ class JudgeSettings:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     timeout_s: float = 60.0
-    attempts: int = 4
+    attempts: int = 8
     longest_wait_s: float = 60.0
     queue_timeout_s: float = 300.0
     temperature: float | None = 0.0
