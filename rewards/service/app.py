@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from rewards.service.metrics import ServiceMetrics
 from rewards.service.request import decode_request
 from rewards.service.token import read_token
 from rewards.service.wire import MEDIA_TYPE, Cause, encode_scores
+
+logger = logging.getLogger(__name__)
 
 BODY_S = 60.0
 
@@ -105,6 +108,7 @@ class RewardService:
                 fault = Fault(Cause.INFRASTRUCTURE, "the caller hung up")
             except Fault as error:
                 fault = error
+        logger.warning("reward %s: not scored (%s): %s", known or "unknown", fault.cause.value, fault)
         self._metrics.failures.labels(known, fault.cause.value).inc()
         return fault.response()
 

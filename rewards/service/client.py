@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -41,9 +40,7 @@ class ServedReward:
         self.urls = tuple(url.rstrip("/") for url in spec.service.urls)
         self._spec, self._service = spec, spec.service
         self._endpoints = Endpoints(self.urls)
-        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
         self._source: tuple[str, str | None] | None = (
             None  # URL that told it first, sha256 of the reward's file
         )
@@ -220,6 +217,8 @@ class ServedReward:
     def _client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
+            for ended in [other for other in list(self._clients) if other.is_closed()]:
+                self._clients.pop(ended, None)
             self._clients[loop] = httpx.AsyncClient(
                 timeout=httpx.Timeout(None, connect=CONNECT_S),  # `_post` and `_get` hold the other limits
                 limits=httpx.Limits(max_connections=None, keepalive_expiry=30),
