@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PUBLISHED_CONFIG = "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco.py"
+PUBLISHED_SHA256 = "c9d0c4f2"
+"""First digits of the sha256 of mmdet's weights for that config, which end the name of the published file."""
 
 
 class Mask2Former:
@@ -122,9 +124,10 @@ def describe(settings: DetectorSettings, device: torch.device, ops: str, sha256:
     import torch
 
     config = Path(settings.config or PUBLISHED_CONFIG).stem
+    whose = "the published ones" if sha256.startswith(PUBLISHED_SHA256) else "not the published ones"
     return (
         f"mmdet {mmdet.__version__}, {config}, scale {settings.scale[0]}x{settings.scale[1]}, {ops} operators, "
-        f"torch {torch.__version__} on {device.type}, weights sha256 {sha256}"
+        f"torch {torch.__version__} on {device.type}, weights sha256 {sha256} ({whose})"
     )
 
 

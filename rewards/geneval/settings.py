@@ -27,8 +27,8 @@ class DetectorSettings:
     config: mmdet config for mask2former; None is the published Swin-S config that mmdet brings. Configs are
         Python files and are run, so give only your own.
     device: `auto` is CUDA where torch sees one. batch_size: most images in one forward pass.
-    scale: (longest, shortest) edge in px for resizing. Any other than `PUBLISHED_SCALE` is another metric, which
-        the names of all components then say.
+    scale: (longest, shortest) edge in px for resizing, in place of the config's own. Any other than
+        `PUBLISHED_SCALE` is another metric, which the names of all components then say.
     trust_checkpoint: allow a file that cannot be read safely to run its code.
     """
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from rewards.base import FatalRewardError
 from rewards.geneval.batches import same_shape_batches
 from rewards.geneval.checkpoint import load_strictly, read_checkpoint
-from rewards.geneval.mask2former import Mask2Former, build_model, load
+from rewards.geneval.mask2former import Mask2Former, build_model, describe, load
 from rewards.geneval.mmcv_ops import has_compiled_ops, prepare_ops
 from rewards.geneval.names import CLASS_NAMES, class_order_problems
 from rewards.geneval.settings import DetectorSettings
@@ -88,6 +88,7 @@ def test_scores_boxes_and_masks_are_those_of_mmdet_s_own_inference(detector, pic
     from mmdet.utils import get_test_pipeline_cfg
 
     model, config, _ = build_model(DetectorSettings())
+    assert "http" not in str(config.model), "nothing is left that could be downloaded"
     model.load_state_dict(detector._model.state_dict())
     for step in get_test_pipeline_cfg(config):
         if step.type == "Resize":
@@ -138,6 +139,8 @@ def test_the_network_sees_red_first(detector):
 def test_the_label_says_what_scored(detector, checkpoint):
     assert detector.scoring == "mmdet-160x128"
     assert hashlib.sha256(checkpoint.read_bytes()).hexdigest() in detector.label
+    assert "(not the published ones)" in detector.label
+    assert "(the published ones)" in describe(DetectorSettings(), CPU, "pytorch", "c9d0c4f2" + 56 * "0")
     assert "mmdet 3.3.0" in detector.label and "swin-s" in detector.label
     assert DetectorSettings().scoring_suffix == ""
     assert DetectorSettings(config="x/own.py", scale=(400, 300)).scoring_suffix == "-own-400x300"
