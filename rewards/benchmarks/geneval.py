@@ -41,7 +41,7 @@ def figures(scored: Sequence[ScoredItem], *, compat: bool = False) -> list[Figur
     compat: as evaluation/summary_scores.py: the mean over the tags that occur, and a prompt correct if any
     picture found of it is.
     """
-    tags = by_group(scored, TAGS)
+    tags = by_group([_plain(item) for item in scored], TAGS)
     tags = only_scored(tags, "correct") if compat else tags
     everything = {"": [item for members in tags.values() for item in members]}
     return [
@@ -52,6 +52,15 @@ def figures(scored: Sequence[ScoredItem], *, compat: bool = False) -> list[Figur
         image_mean("overall, exact counts", "strict", tags),
         image_mean("overall, partial credit", "dense", tags),
     ]
+
+
+def _plain(item: ScoredItem) -> ScoredItem:
+    """Without the prefix that names detector and colour rule: `DETECTOR.COLOURS.correct` becomes `correct`."""
+    images = [
+        None if image is None else {name.rpartition(".")[2]: value for name, value in image.items()}
+        for image in item.images
+    ]
+    return ScoredItem(item.item, tuple(images))
 
 
 def _any_correct(item: ScoredItem, *, compat: bool) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import recipes
 from rewards.base import RewardSpec
 from rewards.benchmarks import dpg, gedit, geneval, imgedit, rewarded
+from rewards.benchmarks.dpg_questions import GET_DATA as GET_DPG_DATA
 from rewards.benchmarks.figures import Figure
-from rewards.benchmarks.items import DataError, Item, ScoredItem, subset
+from rewards.benchmarks.items import DataError, Item, subset
 from rewards.benchmarks.layouts import GRID, Grid, Keyed, Layout, Numbered
 
 SHAPES_PROMPTS = {task: f"recipes/shapes/prompts/{task}_heldout.jsonl" for task in ("t2i", "edit")}
@@ -82,7 +84,20 @@ class Benchmark:
         ]
         if problems:
             raise DataError(problems)
-        return self.parts(request)
+        parts = self.parts(request)
+        problems = _key_problems([item.key for part in parts for item in part.items])
+        if problems:
+            raise DataError(problems)
+        return parts
+
+
+def _key_problems(keys: Sequence[str]) -> list[str]:
+    """Keys become file names, so they must differ and stay inside the folder."""
+    unsafe = [key for key in keys if not key or Path(key).is_absolute() or ".." in Path(key).parts]
+    twice = sorted(key for key, number in Counter(keys).items() if number > 1)
+    return [f"key {key!r} cannot be a file name; mend the data" for key in unsafe] + [
+        f"key {key!r} is used more than once; mend the data" for key in twice
+    ]
 
 
 def _reward(request: Request, name: str, **params: Any) -> RewardSpec:
@@ -146,7 +161,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         Benchmark(
             "dpg", _dpg, Grid(), dpg.figures, frozenset({"data", "reward"}),
-            get_data=dpg.GET_DATA, images=GRID, counts=(1, GRID), decimals=2,
+            get_data=GET_DPG_DATA, images=GRID, counts=(1, GRID), decimals=2,
         ),
         Benchmark(
             "gedit", _gedit, Keyed("fullset"), gedit.figures,

@@ -1,0 +1,113 @@
+"""Which weights are evaluated: their hashes, and the adapter as rollout workers take it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.components import PARTS, check_model_folder
+from models.lora_targets import DEFAULT_TARGETS
+from rl.atomic import folder_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.kontext import KontextTransformer
+    from models.lora import Adapter, LoraSettings
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """What sizes a model can generate: each side a multiple of `multiple` px and at most `largest` px."""
+
+    multiple: int
+    largest: int
+
+
+def model_sha256(folder: Path) -> str:
+    """sha256 over the names and sha256 sums of all files of all parts, weights and configs alike."""
+    manifests = {name: folder_manifest(folder / name) for name in PARTS}
+    return hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()
+
+
+def model_problems(folder: Path, adapter: Path | None, sizes: set[tuple[int, int]]) -> list[str]:
+    """What keeps the model (with the adapter) from generating pictures of `sizes` (height, width in px)."""
+    problems = [f"--model: {problem}" for problem in check_model_folder(folder)]
+    if problems:
+        return problems
+    try:
+        load_adapter(folder, adapter, "float32")
+    except (ValueError, OSError, KeyError) as error:
+        problems.append(f"--adapter {adapter}: {error}")
+    found = geometry(folder)
+    return problems + [
+        f"--size: pictures of {height} x {width} px need sides that are multiples of {found.multiple} and at most "
+        f"{found.largest}"
+        for height, width in sorted(sizes)
+        if any(side % found.multiple or side > found.largest for side in (height, width))
+    ]
+
+
+def geometry(folder: Path) -> ModelGeometry:
+    """From the configs of VAE and transformer."""
+    from models.latents import vae_factor
+
+    shape = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    factor = vae_factor(json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8")))
+    multiple = factor * shape["patch_size"]
+    return ModelGeometry(multiple, multiple * shape["pos_embed_max_size"])
+
+
+def load_adapter(folder: Path, adapter: Path | None, dtype: str) -> tuple[LoraSettings, Adapter]:
+    """A PEFT folder in the dtype of the replicas, whose live hash is compared with its own; or none.
+
+    Without an adapter the base is evaluated: through an adapter of rank 1 that is zero, and so adds exactly 0.
+    Raises ValueError for an adapter that does not fit the model's transformer, FileNotFoundError for a part of it.
+    """
+    import torch
+
+    from models.adapter_files import read_adapter
+    from models.lora import Adapter, LoraSettings, adapter_parameters, attach_lora, hash_state
+    from rollout.engine import torch_dtype
+
+    transformer = _shell(folder)
+    state: dict[str, torch.Tensor] | None = None
+    settings = LoraSettings(1, 1.0, DEFAULT_TARGETS[:1])
+    if adapter is not None:
+        state, settings = read_adapter(adapter)
+    attach_lora(
+        transformer,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        targets=settings.targets,
+        trainable=False,
+    )
+    shapes = {name: tuple(value.shape) for name, value in adapter_parameters(transformer).items()}
+    if state is None:
+        state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    wrong = sorted(
+        name
+        for name in shapes.keys() | state.keys()
+        if name not in state or tuple(state[name].shape) != shapes.get(name)
+    )
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of its tensors do not fit the transformer of {folder}, the first: {wrong[0]}; give the "
+            "adapter of this model"
+        )
+    tensors = {name: value.to(torch_dtype(dtype)).contiguous() for name, value in state.items()}
+    return settings, Adapter(0, hash_state(tensors), tensors)
+
+
+def _shell(folder: Path) -> KontextTransformer:
+    """The transformer without memory."""
+    import torch
+
+    from models.kontext import KontextTransformer
+
+    config: Any = KontextTransformer.load_config(folder / "transformer")
+    with torch.device("meta"):
+        return KontextTransformer.from_config(config)
