@@ -68,6 +68,17 @@ def load_reward(spec: RewardSpec) -> LoadedReward:
     return loaded
 
 
+def free_params(name: str) -> frozenset[str]:
+    """Parameters of a reward that a resumed run may change: its class lists in `free_params` those that decide what
+    a score costs and how it travels, never what it is. Empty for a reward that lists none or cannot be found.
+    """
+    try:
+        found, _ = _resolve(name)
+    except RewardLoadError:
+        return frozenset()
+    return frozenset(getattr(found, "free_params", ()))
+
+
 def set_problems(specs: Sequence[RewardSpec]) -> list[str]:
     """What is wrong with rewards as a set: nothing to train on, or labels that would overwrite each other."""
     labels = [reward_label(spec) for spec in specs]

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from rewards.loading import free_params
 from rl.atomic import atomic_write_json, atomic_write_text, publish_folder, verify_folder
 from rl.config import ConfigError
 from rl.state import RunState
@@ -24,6 +26,8 @@ FOLDER = "checkpoints"
 # Keys that may differ between the run that wrote a checkpoint and the one that continues it: who does the work
 # and how often it is looked at, never what is computed.
 _FREE_KEYS = ("output_dir", "resources.", "rollout.workers", "checkpoint.", "gallery.")
+_REWARD_KEY = re.compile(r"((?:stages|evaluation\.tasks)\.\d+\.rewards\.\d+\.)(.+)")
+_FREE_REWARD_KEYS = ("timeout_s", "attempts", "max_missing_share", "constant_steps", "service")
 
 
 class CheckpointError(RuntimeError):
@@ -93,10 +97,21 @@ def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:
         f"key '{key}' was {saved.get(key)!r} when the checkpoint was written and is {current.get(key)!r} now; "
         "set it back, or start a new run under another name"
         for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key) and not key.startswith(_FREE_KEYS)
+        if saved.get(key) != current.get(key) and not key.startswith(_FREE_KEYS) and not _free(key, current)
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def _free(key: str, current: dict[str, Any]) -> bool:
+    """Whether a key of a reward says only how its scores are obtained."""
+    found = _REWARD_KEY.fullmatch(key)
+    if found is None:
+        return False
+    head, *rest = found[2].split(".")
+    if head == "params" and rest:
+        return rest[0] in free_params(str(current.get(f"{found[1]}name")))
+    return head in _FREE_REWARD_KEYS
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

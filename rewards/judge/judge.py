@@ -51,6 +51,15 @@ class Judge:
     endpoint after which a failing call stops the run. Every other parameter is a field of `JudgeSettings`.
     """
 
+    free_params = frozenset(
+        {
+            "base_url", "api_key_env", "mode", "cache", "ledger", "concurrency", "requests_per_minute",
+            "tokens_per_minute", "timeout_s", "attempts", "longest_wait_s", "queue_timeout_s", "give_up_after_s",
+            "max_cost_usd", "max_total_tokens", "price_per_million_input", "price_per_million_output",
+        }
+    )  # fmt: skip
+    """What a resumed run may change: a higher budget goes on from the answers in the cache."""
+
     def __init__(
         self,
         *,

@@ -13,7 +13,7 @@ from rl.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from rl.config import ConfigError, RunConfig, StageConfig, to_yaml
+from rl.config import ConfigError, RewardConfig, RunConfig, ServiceConfig, StageConfig, to_yaml
 from rl.state import RunState, StageProgress
 
 
@@ -200,3 +200,30 @@ def test_every_changed_key_is_named():
         check_same_recipe(recipe(), recipe(seed=3, stages=stages))
     keys = [problem.split("'")[1] for problem in caught.value.problems]
     assert keys == ["seed", *(f"stages.1.{key}" for key in ("name", "prompts", "rewards", "steps", "task"))]
+
+
+def judged(*, params=None, service=None, **keys):
+    given = {"protocol": "viescore", "model": "gpt-4.1", **(params or {})}
+    reward = RewardConfig("judge", params=given, service=service and ServiceConfig(**service), **keys)
+    return recipe(stages=[StageConfig("e", "edit", "e.jsonl", 2, [reward])])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timeout_s": 9.0, "attempts": 7, "max_missing_share": 0.5, "constant_steps": 3},
+        {"params": {"max_cost_usd": 99.0, "cache": "/x", "concurrency": 3, "mode": "replay"}},
+        {"params": {"base_url": ["http://a/v1", "http://b/v1"]}},
+        {"service": {"urls": ["http://a:8100"]}},
+    ],
+)
+def test_how_a_score_is_obtained_may_change(change):
+    check_same_recipe(judged(), judged(**change))
+
+
+@pytest.mark.parametrize(
+    "change", [{"params": {"model": "gpt-5"}}, {"params": {"protocol": "structured"}}, {"weight": 2.0}]
+)
+def test_what_a_score_is_may_not_change(change):
+    with pytest.raises(ConfigError, match="when the checkpoint was written"):
+        check_same_recipe(judged(), judged(**change))
