@@ -5,6 +5,7 @@ BUILTIN_REWARDS: dict[str, str] = {
     "geneval_strict": "rewards.geneval.rewards:GenEvalStrict",
     "geneval_official": "rewards.geneval.rewards:GenEvalOfficial",
     "judge": "rewards.judge.judge:Judge",
+    "editreward": "rewards.editreward.client:EditReward",
     "geneval_shapes": "rewards.shapes.rewards:GenEvalShapes",
     "edit_shapes": "rewards.shapes.rewards:EditShapes",
     "geneval_shapes_template": "rewards.shapes.template:TemplateGenEval",

@@ -1,0 +1,203 @@
+"""The reward `editreward`: a trained regressor scores edits, behind vLLM servers or in the reward worker itself.
+
+The constants (text, picture sizes, means and deviations, rule) are those saved with the model, never a recipe's.
+From K raw outputs to a reward, by `EditRewardSettings`: de-normalised to label units, joined by the saved rule
+(mean, min or geometric mean), and mapped linearly from [score_low, score_high] to [0, 1], clipped at the ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from rewards.base import FatalRewardError, RewardOutput
+from rewards.editreward.client_card import ModelCard, ModelFolderError, read_card
+
+if TYPE_CHECKING:
+    from rewards.editreward.client_local import LocalModel
+    from rewards.editreward.client_replicas import Replicas
+
+log = logging.getLogger(__name__)
+MODES = ("served", "inprocess")
+
+
+class EditReward:
+    """Scores in [0, 1], or None for an edit that the model cannot be shown.
+
+    model: an exported folder; with `mode: served` only its `editreward.json` and `COMPLETE` are read here.
+    urls: the servers that `python -m rewards.editreward serve` printed (served). concurrency: requests in flight
+    of one reward worker. timeout_s: seconds for one request. unavailable_s: seconds without any answer after which
+    the run stops; give the reward's own `timeout_s` more than that, or its samples are missing first.
+    device, batch_size: for `mode: inprocess`, which loads the model into the reward worker; `auto` is CUDA where
+    torch sees one. The weights' type is the exported one.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        mode: str = "served",
+        urls: Sequence[str] = (),
+        concurrency: int = 64,
+        timeout_s: float = 120.0,
+        unavailable_s: float = 300.0,
+        device: str = "auto",
+        batch_size: int = 8,
+    ) -> None:
+        self.model, self.mode, self.urls = model, mode, tuple(urls)
+        self.concurrency, self.timeout_s, self.unavailable_s = concurrency, timeout_s, unavailable_s
+        self.device, self.batch_size = device, batch_size
+        self._lock = threading.Lock()
+        self._card: ModelCard | None = None
+        self._replicas: Replicas | None = None
+        self._local: LocalModel | None = None
+
+    def check(self) -> list[str]:
+        """Problems of the parameters and of the model folder; nothing is sent or loaded."""
+        problems = [message for fine, message in self._rules() if not fine]
+        problems += [f"urls: {problem}" for url in self.urls if (problem := _url_problem(url))]
+        try:
+            read_card(self.model)
+        except ModelFolderError as error:
+            problems += [f"model: {problem}" for problem in error.problems]
+        return problems
+
+    async def readiness(self) -> list[str]:
+        """Wait until every server serves this very model (or load it here), then score one drawn edit."""
+        if self.mode == "served":
+            problems = await self._server_side().wait_for_all()
+            if problems:
+                return problems
+        source, result = (Image.new("RGB", (64, 64), colour) for colour in ("grey", "darkred"))
+        output = await self.score(
+            images=[result], prompts=["make it red"], references=[source], metadata=[{}]
+        )
+        return [] if output.scores[0] is not None else ["a trial edit was not scored; see the log"]
+
+    async def score(
+        self,
+        *,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        references: Sequence[Image.Image | None],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> RewardOutput:
+        """Score all edits at once.
+
+        Components: the prediction of every dimension in label units. Raises FatalRewardError for a sample
+        without a reference, and when no later call can succeed.
+        """
+        if any(reference is None for reference in references):
+            raise FatalRewardError(
+                "reward editreward judges edits, and these samples have no reference picture"
+            )
+        edits = list(zip(references, images, prompts, strict=True))
+        raw = await (self._ask_servers(edits) if self.mode == "served" else self._compute(edits))
+        settings = self._loaded_card().settings
+        units = [None if outputs is None else settings.label_units(outputs) for outputs in raw]
+        return RewardOutput(
+            scores=[None if outputs is None else settings.reward(outputs) for outputs in raw],
+            components={
+                name: [None if values is None else values[k] for values in units]
+                for k, name in enumerate(settings.dimensions)
+            },
+        )
+
+    async def _ask_servers(self, edits: Sequence[tuple[Any, Any, str]]) -> list[list[float] | None]:
+        replicas = self._server_side()
+        try:
+            return list(await asyncio.gather(*(self._ask_one(replicas, *edit) for edit in edits)))
+        except asyncio.CancelledError:  # the reward's `timeout_s`
+            replicas.stop_if_silent()
+            raise
+
+    async def _ask_one(
+        self, replicas: Replicas, source: Image.Image, result: Image.Image, instruction: str
+    ) -> list[float] | None:
+        from rewards.editreward.client_replicas import Unscorable
+        from rewards.editreward.processing import InputError, classify_request
+
+        card = self._loaded_card()
+        try:
+            body = await asyncio.to_thread(
+                classify_request, source, result, instruction, card.settings, model=card.served_name
+            )
+            return await replicas.classify(body | {"use_activation": False})
+        except (InputError, Unscorable) as error:
+            log.warning("editreward: the edit %r is not scored: %s", instruction[:80], error)
+            return None
+
+    async def _compute(self, edits: Sequence[tuple[Any, Any, str]]) -> list[list[float] | None]:
+        def compute() -> list[list[float] | None]:
+            with self._lock:  # one batch at a time, also when a call was left behind by its time limit
+                if self._local is None:
+                    from rewards.editreward.client_local import LocalModel
+
+                    self._local = LocalModel(self._loaded_card(), self.device, self.batch_size)
+                return self._local.outputs(edits)
+
+        return await asyncio.to_thread(compute)
+
+    def _server_side(self) -> Replicas:
+        if self._replicas is None:
+            from rewards.editreward.client_replicas import Replicas
+
+            card = self._loaded_card()
+            self._replicas = Replicas(
+                self.urls,
+                card.served_name,
+                outputs=len(card.settings.dimensions),
+                concurrency=self.concurrency,
+                timeout_s=self.timeout_s,
+                unavailable_s=self.unavailable_s,
+            )
+        return self._replicas
+
+    def _loaded_card(self) -> ModelCard:
+        """Read once: a folder that is replaced in mid-run does not change the constants."""
+        if self._card is None:
+            try:
+                self._card = read_card(self.model)
+            except ModelFolderError as error:
+                raise FatalRewardError(f"reward editreward: {error}") from error
+        return self._card
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        served = self.mode == "served"
+        return [
+            (self.mode in MODES, f"mode is {self.mode!r}; choose one of {', '.join(MODES)}"),
+            (
+                not served or bool(self.urls),
+                "urls is empty; give those that `python -m rewards.editreward serve` prints, or mode: inprocess",
+            ),
+            (
+                served or not self.urls,
+                "urls is set, but mode: inprocess asks no server; leave one of them out",
+            ),
+            (len(set(self.urls)) == len(self.urls), f"urls holds one URL twice: {', '.join(self.urls)}"),
+            (self.concurrency >= 1, f"concurrency is {self.concurrency}; give 1 or more"),
+            (self.timeout_s > 0, f"timeout_s is {self.timeout_s}; give seconds above 0"),
+            (self.unavailable_s > 0, f"unavailable_s is {self.unavailable_s}; give seconds above 0"),
+            (self.batch_size >= 1, f"batch_size is {self.batch_size}; give 1 or more"),
+            (self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; choose auto, cpu or cuda"),
+        ]
+
+
+def _url_problem(url: str) -> str:
+    """Why `url` cannot be the root of a server, or an empty string."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # raises for a number out of range
+    except ValueError as error:
+        return f"{url}: {error}"
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return f"{url}: write it as http://host:port"
+    if parts.username or parts.password or parts.query or parts.fragment:
+        return f"http://{parts.hostname}: only host and port belong into it"
+    return ""
