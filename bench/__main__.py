@@ -1,4 +1,4 @@
-"""Command line: `python -m bench engine [--size tiny|sd35m] [--task t2i|edit] ...`."""
+"""Command line: `python -m bench engine|detectors|service [options]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from bench import detectors, service
 from bench.engine import EngineBench, Settings
 from bench.report import document, table
 from bench.sizes import DEFAULT_RESOLUTION, SIZES, VAE_FACTOR, transformer_config
@@ -16,6 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, and write the JSON where asked."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.suite != "engine":
+        return arguments.run(arguments)
     problems = _problems(arguments)
     if problems:
         parser.error("; ".join(problems))
@@ -61,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--warmup", type=int, default=1)
     engine.add_argument("--repeats", type=int, default=3, help="the median is reported")
     engine.add_argument("--json", metavar="PATH", help="also write everything as JSON")
+    for module, text in (
+        (detectors, "images a second of each GenEval backend and colour rule"),
+        (service, "what a reward service adds to a reward in the same process, and what image codecs cost"),
+    ):
+        suite = suites.add_parser(module.__name__.rpartition(".")[2], help=text)
+        module.add_arguments(suite)
+        suite.set_defaults(run=module.run)
     return parser
 
 
