@@ -296,7 +296,9 @@ def _read_over_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig | L
         raise ConfigError(
             [f"{path}: base {base} does not exist; name a recipe relative to this one's folder"]
         )
-    return OmegaConf.merge(_read_over_bases(base, (*above, path.resolve())), node)
+    merged = OmegaConf.merge(_read_over_bases(base, (*above, path.resolve())), node)
+    assert isinstance(merged, DictConfig | ListConfig)
+    return merged
 
 
 def to_yaml(config: RunConfig) -> str:
