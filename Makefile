@@ -48,6 +48,7 @@ accept: extras
 	RAY_AUTH_MODE=token $(PY) -m bench.accept.cluster
 	$(PY) -m bench.accept.demo
 	$(PY) -m bench.accept.base
+	$(PY) -m bench.accept.learning
 
 bench: extras
 	$(PY) -m bench engine

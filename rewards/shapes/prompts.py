@@ -32,9 +32,9 @@ COUNTS = {"train": {"t2i": 1024, "edit": 1024}, "heldout": {"t2i": 2048, "edit":
 SEEDS = {"train": 1, "heldout": 2}
 
 
-def t2i_lines(split: str, count: int) -> Iterator[dict[str, Any]]:
-    """Prompt lines of the text-to-image task."""
-    rng = np.random.default_rng(SEEDS[split])
+def t2i_lines(split: str, count: int, seed: int | None = None) -> Iterator[dict[str, Any]]:
+    """Prompt lines of the text-to-image task; another `seed` than the split's own gives fresh draws."""
+    rng = np.random.default_rng(SEEDS[split] if seed is None else seed)
     each = -(-count // len(TAGS))
     columns = [_tag_captions(rng, tag, split, each) for tag in TAGS]
     for caption in itertools.islice(itertools.chain.from_iterable(zip(*columns, strict=True)), count):
@@ -57,9 +57,9 @@ def _tag_captions(rng: np.random.Generator, tag: str, split: str, count: int) ->
     return [chosen[index] for index in order[:count]]
 
 
-def edit_lines(split: str, count: int) -> Iterator[dict[str, Any]]:
-    """Prompt lines of the editing task, no two of them with the same scene and instruction."""
-    rng = np.random.default_rng(SEEDS[split])
+def edit_lines(split: str, count: int, seed: int | None = None) -> Iterator[dict[str, Any]]:
+    """Prompt lines of the editing task, no two of them with the same scene and instruction; `seed` as above."""
+    rng = np.random.default_rng(SEEDS[split] if seed is None else seed)
     seen: set[tuple[str, str]] = set()
     while len(seen) < count:
         kind = KINDS[len(seen) % len(KINDS)]

@@ -7,7 +7,7 @@ import pytest
 from rl.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
-READY = ["recipes/shapes/pdtr.yaml", "recipes/examples/custom_reward.yaml"]
+READY = ["recipes/shapes/pdtr.yaml", "recipes/shapes/pdtr_long.yaml", "recipes/examples/custom_reward.yaml"]
 FULL_SIZE = [
     "recipes/pdtr_sd35m_kontext.yaml",
     "recipes/edit_sd35m_kontext.yaml",
