@@ -17,7 +17,7 @@ function shownParts(group) {
 function groupTable(report, group, [low, high]) {
   const shown = shownParts(group);
   const labels = new Set(shown.map((name) => name.split('/')[0]));
-  const titles = shown.map((name) => (labels.size === 1 && name.includes('/') ? name.slice(name.indexOf('/') + 1) : name));
+  const titles = shown.map((name) => (labels.size === 1 ? name.replace(/^[^/]*\//, '') : name));
   const columns = [{ title: 'sample', number: true }, ...(group.pictures ? [{ title: 'picture' }] : []),
     ...['reward', ...titles].map((title) => ({ title, number: true }))];
   const rows = group.rewards.map((reward, k) => [String(k),

@@ -42,7 +42,7 @@ function runTable(report) {
   const columns = [{ title: 'run' }, { title: 'state' }, { title: 'last training reward' },
     ...['images', 'time', 'restarts'].map((title) => ({ title, number: true })), { title: 'trace' }];
   const rows = report.runs.map((run, r) => [
-    el('span', { class: 'key' }, el('span', { class: 'swatch', style: { background: color(r) } }), ` ${run.label}`),
+    el('span', { class: 'key' }, el('span', { class: 'swatch', style: { background: color(r) } }), run.label),
     run.state, lastReward(run), run.images === null ? '–' : run.images.toLocaleString('en'), duration(run.seconds),
     short(run.restarts),
     run.trace ? el('a', { href: run.trace }, 'trace.json') : '–']);
