@@ -43,11 +43,11 @@ class BenchmarkCluster:
         remove_placement_group(self.group)
 
 
-def bundles(plan: Plan) -> dict[str, list[dict[str, float]]]:
+def bundles(plan: Plan, *, scored: bool) -> dict[str, list[dict[str, float]]]:
     """What each actor asks for, by role."""
     r = plan.resources
     gpu = 1.0 if r.device == "cuda" else 0.0
-    wanted = {"reward": [(r.reward_cpus, r.reward_gpus)] * r.reward_workers}
+    wanted = {"reward": [(r.reward_cpus, r.reward_gpus)] * r.reward_workers} if scored else {}
     if plan.model is not None:
         wanted["rollout"] = [(r.rollout_cpus, gpu)] * plan.workers
         wanted["encode"] = [(r.encode_cpus, r.encode_gpus)]
@@ -56,7 +56,7 @@ def bundles(plan: Plan) -> dict[str, list[dict[str, float]]]:
 
 def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSettings | None) -> BenchmarkCluster:
     """Place and start all actors. Raises ClusterError, naming what is short, when it cannot in the stated time."""
-    roles = bundles(plan)
+    roles = bundles(plan, scored=bool(reward_sets))
     flat = [{k: v for k, v in bundle.items() if v} for found in roles.values() for bundle in found]
     for name in ("CPU", "GPU"):
         wanted, have = (
@@ -100,7 +100,7 @@ def _start_actors(
             RewardWorker.options(**one, max_concurrency=resources.reward_concurrency).remote(
                 reward_sets, threads=resources.threads
             )
-            for one in options["reward"]
+            for one in options.get("reward", ())
         ]
     }
     if plan.model is not None and adapter is not None:
@@ -117,7 +117,8 @@ def _start_actors(
     dispatcher = Dispatcher(
         call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s
     )
-    dispatcher.add_pool("reward", actors["reward"], max_in_flight=resources.reward_concurrency)
+    if actors["reward"]:
+        dispatcher.add_pool("reward", actors["reward"], max_in_flight=resources.reward_concurrency)
     if "rollout" in actors:
         dispatcher.add_pool("rollout", actors["rollout"])
     everyone = [actor for found in actors.values() for actor in found]

@@ -57,7 +57,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan that can run. record: what its pictures are made from; scorers: one per part."""
+    """A plan that can run. record: what its pictures are made from; scorers: one per part, none to generate only."""
 
     plan: Plan
     record: dict[str, Any]
@@ -85,7 +85,8 @@ def prepare(arguments: Arguments) -> Prepared:
         problems += _picture_problems(plan)
     if problems:
         raise ConfigError(problems)
-    reward_sets = [_reward_set(plan, number, part) for number, part in enumerate(plan.parts)]
+    scored = arguments.request.scored
+    reward_sets = [_reward_set(plan, number, part) for number, part in enumerate(plan.parts) if scored]
     for reward_set in reward_sets:
         problems += [problem for problem in check_rewards(reward_set) if problem not in problems]
     if problems:
@@ -99,7 +100,7 @@ def prepare(arguments: Arguments) -> Prepared:
     problems += _record_problems(plan.output / RECORD, record)
     if problems:
         raise ConfigError(problems)
-    scorers = [scorer_of(part) for part in plan.parts]
+    scorers = [scorer_of(part) for part in plan.parts if scored]
     return Prepared(plan, record, scorers, reward_sets, adapter, settings)
 
 
@@ -134,6 +135,7 @@ def _value_problems(arguments: Arguments) -> list[str]:
     counts = a.benchmark.counts
     checks = [
         ((a.model is None) != (a.images is None), "give either --model, to generate, or --images, to score"),
+        (a.request.scored or a.model is not None, "--generate-only needs --model"),
         (
             a.adapter is None or a.model is not None,
             "--adapter needs --model; pictures that exist have no adapter",

@@ -51,13 +51,13 @@ class Asked:
 
 
 class EvaluationRun:
-    """One pass over a plan. `policy` and the encoder are there when pictures are generated."""
+    """One pass over a plan. policy: None when nothing is generated. scores: None when nothing is scored."""
 
     def __init__(
         self,
         plan: Plan,
         images: ImageStore,
-        scores: ScoreStore,
+        scores: ScoreStore | None,
         cluster: BenchmarkCluster,
         policy: Policy | None,
         progress: Progress,
@@ -70,7 +70,7 @@ class EvaluationRun:
         self._scored_batches = self._empty_batches = 0
 
     @staticmethod
-    def work_left(plan: Plan, images: ImageStore, scores: ScoreStore) -> bool:
+    def work_left(plan: Plan, images: ImageStore, scores: ScoreStore | None) -> bool:
         """Whether anything could be generated or scored."""
         return any(
             (plan.model is not None and images.lacks(batch)) or unscored(batch, images, scores)
@@ -164,6 +164,7 @@ class EvaluationRun:
             self._count({"source picture": len(asked)})
             return
         found = [self._image_score(one, row, done.result.components) for row, one in enumerate(asked)]
+        assert self.scores is not None
         self.scores.add(batch.index, found, done.result.failures)
         self._count(done.result.failures)
         self._stop_if_hopeless(found)
@@ -191,8 +192,10 @@ class EvaluationRun:
             self.failures[cause] = self.failures.get(cause, 0) + number
 
 
-def unscored(batch: Batch, images: ImageStore, scores: ScoreStore) -> list[Asked]:
-    """The pictures of a batch that are there and have no score."""
+def unscored(batch: Batch, images: ImageStore, scores: ScoreStore | None) -> list[Asked]:
+    """The pictures of a batch that are there and have no score; none where nothing is to be scored."""
+    if scores is None:
+        return []
     return [
         Asked(item, k, picture)
         for item in batch.items

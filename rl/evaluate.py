@@ -1,4 +1,4 @@
-"""Command line: `python -m rl.evaluate BENCHMARK --output FOLDER [--model FOLDER [--adapter FOLDER] | --images FOLDER]`.
+"""Command line: `python -m rl.evaluate BENCHMARK --output FOLDER --model FOLDER [--adapter FOLDER]`, or `--images FOLDER`.
 
 Generates what the benchmark asks for (or takes pictures that exist), scores it, and writes the table. Run the same
 command again after a kill: nothing that is on disk is generated or scored twice. Exit code 0: everything was
@@ -69,13 +69,19 @@ def evaluate(prepared: Prepared) -> int:
     plan, images = prepared.plan, prepared.image_store()
     write_record(prepared)
     images.recover(plan.batches)
-    scores = ScoreStore(plan.output, scoring_sha256(plan, prepared.scorers))
+    scores = ScoreStore(plan.output, scoring_sha256(plan, prepared.scorers)) if prepared.scorers else None
     try:
         _complete(prepared, images, scores)
     except (RewardError, RuntimeError) as error:
         log.error("stopped: %s", error)
         sys.stderr.write(f"Stopped: {error}\nWhat is done is kept; run the same command again to go on.\n")
         return 3
+    if scores is None:
+        lacking = sum(None in images.pictures(item) for item in plan.items)
+        sys.stdout.write(
+            f"{plan.images}: {len(plan.items) - lacking} of {len(plan.items)} prompts have their pictures\n"
+        )
+        return 1 if lacking else 0
     document = write_results(
         plan, scored_items(plan, images, scores), images, prepared.record, prepared.scorers, scores.path
     )
@@ -124,7 +130,7 @@ def describe(prepared: Prepared) -> list[str]:
         f"{plan.benchmark.name}: {verb} {len(plan.items)} prompts x {plan.count} pictures in {len(plan.batches)} "
         f"batches, of which {lacking} lack pictures; results in {plan.output}"
     ]
-    for part in plan.parts:
+    for part in plan.parts if prepared.scorers else ():
         lines.append(f"reward {part.reward.name}, {part.task}: {len(part.items) * plan.count} pictures")
         owner: Any = load_reward(part.reward).owner
         if hasattr(owner, "estimate"):
@@ -147,6 +153,7 @@ def _arguments(words: argparse.Namespace, benchmark: Benchmark) -> Arguments:
         reward=words.reward,
         params=_params(words.reward_params),
         timeout_s=words.reward_timeout_s,
+        scored=not words.generate_only,
     )
     values = DEFAULTS | benchmark.defaults
     given = {name: getattr(words, name) for name in DEFAULTS if getattr(words, name) is not None}
@@ -191,6 +198,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--model", type=Path, help="model folder in the released layout")
     what.add_argument("--adapter", type=Path, help="LoRA folder of a run, for example runs/NAME/adapter")
     what.add_argument("--images", type=Path, help="pictures in the benchmark's own layout, made by anybody")
+    what.add_argument(
+        "--generate-only", action="store_true", help="pictures without a table, for other scorers"
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, help="the benchmark's file or folder, in its official format")
     data.add_argument("--references", type=Path, help="folder of source pictures (imgedit, gedit from JSON)")

@@ -19,21 +19,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards.benchmarks.dpg_questions import (
+    GET_DATA,
     Question,
     QuestionSet,
     questions_json,
     questions_of,
+    read_prompts,
     read_questions,
 )
 from rewards.benchmarks.figures import Contribution, Figure
-from rewards.benchmarks.items import Item, ScoredItem
+from rewards.benchmarks.items import DataError, Item, ScoredItem
 from rollout.prompts import Prompt
 
 SCALE = 100.0
 
 
-def read(path: Path, *, compat: bool = False) -> list[Item]:
-    """The prompts of a question file; keys are its `item_id`. Raises DataError."""
+def read(path: Path, *, compat: bool = False, scored: bool = True) -> list[Item]:
+    """The prompts of a question file; keys are its `item_id`. Without scoring, prompts alone will do.
+
+    Raises DataError.
+    """
+    if path.is_dir() or path.suffix == ".json":
+        prompts = read_prompts(path)
+        if scored:
+            raise DataError(
+                [f"{path}: holds no questions, so --generate-only is all it is good for; {GET_DATA}"]
+            )
+        return [
+            Item(key, "", Prompt(index, "t2i", text)) for index, (key, text) in enumerate(prompts.items())
+        ]
     return [
         Item(
             item.item_id,

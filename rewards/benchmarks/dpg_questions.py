@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import graphlib
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rewards.benchmarks.items import DataError, read_text
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 GET_DATA = "get dpg_bench/dpg_bench.csv of github.com/TencentQQGYLab/ELLA (Apache-2.0) and give it as --data"
+GET_PROMPTS = "get the folder dpg_bench/prompts of github.com/TencentQQGYLab/ELLA (Apache-2.0)"
 LEFT_AS_IT_IS = (
     "mend the row in a copy of the file, or score with --compat, which takes it as the public script does"
 )
@@ -83,6 +85,30 @@ def read_questions(path: Path, *, compat: bool = False) -> list[QuestionSet]:
     if problems:
         raise DataError(problems)
     return sets
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    """Prompts alone, by `item_id`: the folder `dpg_bench/prompts` of ID.txt files, or a JSON file `{"ID.txt": prompt}`.
+
+    Enough to generate with, not to score. Raises DataError.
+    """
+    if path.is_dir():
+        found: object = {
+            file.name: read_text(file, "a prompt", GET_PROMPTS) for file in sorted(path.glob("*.txt"))
+        }
+    else:
+        try:
+            found = json.loads(read_text(path, "DPG-Bench's prompts", GET_PROMPTS))
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError([f"{path}: is not JSON ({error}); {GET_PROMPTS}"]) from error
+    if not isinstance(found, Mapping) or not found:
+        raise DataError([f"{path}: holds no prompts; {GET_PROMPTS}"])
+    bad = [key for key, text in found.items() if not isinstance(text, str) or not text.strip()]
+    if bad:
+        raise DataError([f"{path}: {key} has no prompt" for key in bad])
+    return {key.removesuffix(".txt"): text.strip() for key, text in found.items()}
 
 
 def questions_json(questions: Sequence[Question]) -> list[dict[str, object]]:

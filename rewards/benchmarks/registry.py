@@ -11,7 +11,6 @@ from typing import Any
 import recipes
 from rewards.base import RewardSpec
 from rewards.benchmarks import dpg, gedit, geneval, imgedit, rewarded
-from rewards.benchmarks.dpg_questions import GET_DATA as GET_DPG_DATA
 from rewards.benchmarks.figures import Figure
 from rewards.benchmarks.items import DataError, Item, subset
 from rewards.benchmarks.layouts import GRID, Grid, Keyed, Layout, Numbered
@@ -26,7 +25,7 @@ class Request:
     """What the command line says about the data and the reward; what a benchmark does not use must be left out.
 
     reward: name of a reward in place of the benchmark's own. params: its parameters. timeout_s: seconds for one
-    batch of pictures.
+    batch of pictures. scored: whether there is to be a table; else pictures are generated and that is all.
     """
 
     data: Path | None = None
@@ -38,6 +37,7 @@ class Request:
     reward: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
     timeout_s: float = 600.0
+    scored: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class Benchmark:
     def read(self, request: Request) -> list[Part]:
         """Raises DataError with everything that is wrong with the data."""
         problems = [
-            f"--{name} is missing; {self.get_data}" for name in self.needs if not getattr(request, name)
+            f"--{name} is missing; {self.get_data}"
+            for name in self.needs
+            if not getattr(request, name) and (request.scored or name != "reward")
         ]
         unused = ("data", "references", "languages", "task", "reward")
         problems += [
@@ -120,7 +122,7 @@ def _geneval(request: Request) -> list[Part]:
 
 def _dpg(request: Request) -> list[Part]:
     assert request.data is not None
-    items = dpg.read(request.data, compat=request.compat)
+    items = dpg.read(request.data, compat=request.compat, scored=request.scored)
     return _one(request, "t2i", items, _reward(request, "rewards.benchmarks.judged:DPGQuestions"))
 
 
@@ -161,7 +163,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         Benchmark(
             "dpg", _dpg, Grid(), dpg.figures, frozenset({"data", "reward"}),
-            get_data=GET_DPG_DATA, images=GRID, counts=(1, GRID), decimals=2,
+            get_data=dpg.GET_DATA, images=GRID, counts=(1, GRID), decimals=2,
         ),
         Benchmark(
             "gedit", _gedit, Keyed("fullset"), gedit.figures,
