@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rewards.editreward.client_card import ModelCard, ModelFolderError, read_card
 from rewards.editreward.export import export_problems
 from rl.atomic import verify_folder
@@ -50,7 +52,10 @@ def check_model(folder: str | Path) -> tuple[ModelCard, EngineFacts]:
     folder = Path(folder).expanduser().absolute()
     if not folder.is_dir():
         raise ModelFolderError([f"{folder}: no such folder; give the path of an exported EditReward"])
-    problems = export_problems(folder)
+    try:
+        problems = export_problems(folder)
+    except SafetensorError as error:
+        problems = [f"{folder}: a weight file is not whole ({error}); copy *.safetensors again"]
     if not problems:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         problems = _config_problems(folder, config) or verify_folder(folder)

@@ -86,6 +86,7 @@ def cluster_has_gpus() -> bool:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve the servers of a CPU
         ray.init(address="local", include_dashboard=False, log_to_driver=False)
     return ray.cluster_resources().get("GPU", 0.0) > 0
 

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from rewards.base import FatalRewardError, RewardSet, RewardSpec
 from rewards.checks import try_reward
-from rewards.editreward import serve
 from rewards.editreward.client import EditReward
 from rewards.editreward.client_card import read_card
-from rewards.editreward.replicas import Replica
-from rewards.editreward.serve_checks import check_model
 from rewards.loading import load_reward
 from tests.tiny_editreward import DIMENSIONS, make_tiny_editreward, tiny_settings
 
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 500.0
 SIZES = [(64, 64), (128, 64), (64, 128), (200, 90), (56, 84), (31, 47), (300, 300), (90, 40)]
 
 
@@ -37,25 +39,60 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_editreward(tmp_path_factory.mktemp("editreward") / "model")
 
 
+class Serving:
+    """The command `serve` with a real vLLM, as its own process."""
+
+    def __init__(self, folder: Path, place: Path) -> None:
+        self.ready, self.log = place / "ready.json", place / "serve.log"
+        words = ["--port", "0", "--ready-file", str(self.ready), "--start-timeout-s", str(LIMIT_S)]
+        command = [sys.executable, "-m", "rewards.editreward", "serve", str(folder), *words]
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        wait_for(lambda: self.ready.is_file() or self.process.poll() is not None, LIMIT_S)
+        assert self.ready.is_file(), self.log.read_text()[-3000:]
+        (self.url,) = json.loads(self.ready.read_text())["urls"]
+
+    def below(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill_server(self) -> None:
+        """End vLLM's HTTP server outright."""
+        for child in self.below():
+            if "vllm.entrypoints.openai.api_server" in child.cmdline()[2:3]:
+                child.kill()
+
+
 @pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
-    """A real server, started as `serve` starts it, without Ray around it."""
-    parser = argparse.ArgumentParser()
-    serve.add_arguments(parser)
-    card, facts = check_model(folder)
-    arguments = parser.parse_args([str(folder), "--port", "0", "--start-timeout-s", "500"])
-    (plan,) = serve.plans(card, facts, arguments, device="cpu")
-    replica = Replica(plan)
-    url = replica.start("127.0.0.1")
+def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    serving = Serving(folder, tmp_path_factory.mktemp("serve"))
+    yield serving
+    below = serving.below()
+    serving.process.send_signal(signal.SIGTERM)
     try:
-        lines: list[str] = []
-        while (status := replica.status()).state == "starting":
-            lines += status.lines
-            time.sleep(0.2)
-        assert status.state == "ready", "\n".join([status.detail, *lines])
-        yield url
+        assert serving.process.wait(120) == 0
+        wait_for(lambda: not any(alive(child) for child in below), 30)
+        assert not serving.ready.exists()
     finally:
-        replica.stop()
+        serving.process.kill()
+
+
+@pytest.fixture
+def url(serving: Serving) -> str:
+    return serving.url
+
+
+def wait_for(condition: Callable[[], Any], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def edits(count: int) -> dict[str, list[Any]]:
@@ -139,6 +176,27 @@ def test_the_builtin_passes_check_and_readiness_by_both_ways(folder: Path, url: 
         assert loaded.label == "editreward"
         rewards = RewardSet("s", "edit", [loaded.spec])
         assert asyncio.run(try_reward(loaded, rewards, probe=True)) == []
+
+
+def test_vllm_killed_in_mid_run_is_restarted_and_every_edit_gets_its_own_score(
+    folder: Path, serving: Serving
+) -> None:
+    batch = edits(60)
+    reward = EditReward(model=str(folder), urls=[serving.url], concurrency=2, unavailable_s=LIMIT_S)
+    found: list[Any] = []
+    asking = threading.Thread(target=lambda: found.append(score(reward, batch)), daemon=True)
+    asked = serving.log.read_text().count("POST /classify")
+    asking.start()
+    wait_for(lambda: serving.log.read_text().count("POST /classify") >= asked + 10, 60)
+    serving.kill_server()
+    asking.join(LIMIT_S)
+    expected = score(EditReward(model=str(folder), mode="inprocess", device="cpu"), batch)
+    assert None not in found[0].scores
+    assert np.abs(np.array(found[0].scores) - np.array(expected.scores)).max() < 1e-4
+    text = serving.log.read_text()
+    assert f"ready: {read_card(folder).served_name}\n{serving.url}\n" in text
+    assert "[replica 0] " in text
+    assert "replica 0 at " in text and "restart 1 of 5 in 1 s" in text
 
 
 def test_problems_are_found_before_anything_is_sent(folder: Path, tmp_path: Path) -> None:
