@@ -94,7 +94,9 @@ def _load_served(spec: RewardSpec) -> LoadedReward:
     from rewards.service.client import ServedReward  # httpx takes a while to import and few runs need it
 
     owner = ServedReward(spec)
-    logger.info("reward %s: %s is served by %s", owner.label, spec.name, ", ".join(owner.urls))
+    logger.info(
+        "reward %s: %s is served over HTTP, service.urls: %d", owner.label, spec.name, len(owner.urls)
+    )
     return LoadedReward(spec, owner.label, RewardSource(spec.name), owner.score, {}, owner)
 
 

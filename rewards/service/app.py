@@ -100,9 +100,7 @@ class RewardService:
                 if not self._authorized(request):
                     raise _unauthorized()
                 return JSONResponse(await self._score(label, request))
-            except (
-                asyncio.CancelledError
-            ):  # the grace period after SIGTERM is over; answering is the last thing
+            except asyncio.CancelledError:  # the grace period after SIGTERM is over
                 fault = Fault(Cause.UNAVAILABLE, "the service is stopping", 1.0)
             except ClientDisconnect:
                 fault = Fault(Cause.INFRASTRUCTURE, "the caller hung up")
@@ -171,8 +169,8 @@ def _identity(reward: HostedReward) -> str:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, counted while it streams. What is over the limit is read on but not kept, for a minute at most:
-    an answer sent into an upload would be lost with the connection. Raises Fault or RetryableRewardError."""
+    """The body, counted while it streams; the server discards what follows an answer. Raises Fault, and
+    RetryableRewardError when it takes over a minute."""
     if request.headers.get("content-type") != MEDIA_TYPE:
         raise Fault(Cause.MALFORMED, f"content-type must be {MEDIA_TYPE}")
     parts: list[bytes] = []
@@ -180,14 +178,12 @@ async def _read_body(request: Request, limit: int) -> bytes:
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():
+                parts.append(part)
                 size += len(part)
-                if size <= limit:
-                    parts.append(part)
-                else:
-                    parts.clear()
+                if size > limit:
+                    raise Fault(
+                        Cause.TOO_LARGE, f"the request is larger than {limit} bytes (--max-request-mb)"
+                    )
     except TimeoutError as error:
-        if size <= limit:
-            raise RetryableRewardError(f"the request did not arrive within {BODY_S:g} s") from error
-    if size > limit:
-        raise Fault(Cause.TOO_LARGE, f"the request is larger than {limit} bytes (--max-request-mb)")
+        raise RetryableRewardError(f"the request did not arrive within {BODY_S:g} s") from error
     return b"".join(parts)

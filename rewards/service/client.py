@@ -21,7 +21,7 @@ from rewards.base import FatalRewardError, RewardOutput, RewardSpec, reward_labe
 from rewards.service.answers import Away, error_of, read_json, read_output
 from rewards.service.endpoints import Endpoint, Endpoints
 from rewards.service.token import read_token
-from rewards.service.wire import CODECS, MEDIA_TYPE, Asked, encode_request, fingerprint
+from rewards.service.wire import CODECS, MEDIA_TYPE, Asked, WireError, encode_request, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +85,18 @@ class ServedReward:
         FatalRewardError for what no other call can mend, or when no service was there for `unavailable_s`.
         """
         asked = Asked(fingerprint(self._spec.name, self._spec.params), self._spec.timeout_s)
-        body = await asyncio.to_thread(
-            encode_request,
-            asked,
-            images=images,
-            prompts=prompts,
-            references=references,
-            metadata=metadata,
-            codec=self._service.codec,
-        )
+        try:
+            body = await asyncio.to_thread(
+                encode_request,
+                asked,
+                images=images,
+                prompts=prompts,
+                references=references,
+                metadata=metadata,
+                codec=self._service.codec,
+            )
+        except WireError as error:
+            raise FatalRewardError(f"reward {self.label!r} cannot be served: {error}") from error
         return await self._send(body)
 
     async def _send(self, body: bytes) -> RewardOutput:
@@ -144,7 +147,7 @@ class ServedReward:
                 if done:
                     return sending.result()
                 await self._get(endpoint, "/healthz", ALIVE_S)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise Away(f"{type(error).__name__}: {error}") from error
         finally:
             sending.cancel()
@@ -155,7 +158,7 @@ class ServedReward:
                 return await self._client().get(endpoint.url + path, headers=self._authorization())
         except TimeoutError as error:
             raise Away(f"no answer to {path} in {limit_s:g} s") from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise Away(f"{type(error).__name__}: {error}") from error
 
     async def _verify(self, endpoint: Endpoint) -> None:
@@ -229,15 +232,16 @@ class ServedReward:
 
 def _url_problem(url: str) -> str:
     """Why `url` cannot be the root of a service, or an empty string."""
+    if "@" in url:
+        return (
+            "a URL holds a user or password, which does not belong in a recipe; name a variable in token_env"
+        )
     try:
         parts = urlsplit(url)
         port = parts.port  # raises for a number out of range
-    except ValueError as error:
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL) as error:
         return f"{url}: {error}"
-    if parts.username is not None or parts.password is not None:
-        return (
-            f"http://...@{parts.hostname}: no user or password here; name the token's variable in token_env"
-        )
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         return f"{url}: write it as http://host:port"
     if parts.query or parts.fragment:

@@ -20,7 +20,9 @@ class ServiceMetrics:
         two: dict[str, Any] = {"labelnames": ["reward", "cause"], "registry": self._registry}
         self.requests = Counter("reward_requests", "Scoring requests that came", **one)
         self.in_flight = Gauge("reward_requests_in_flight", "Requests waiting or being scored", **one)
-        self.seconds = Histogram("reward_seconds", "Seconds in the reward, a call", buckets=_SECONDS, **one)
+        self.seconds = Histogram(
+            "reward_seconds", "Seconds of a call, with its turn in a queue of calls", buckets=_SECONDS, **one
+        )
         self.images = Counter("reward_images", "Images for which the reward gave an answer", **one)
         self.missing = Counter("reward_missing_images", "Images answered by none, nan or inf", **two)
         self.failures = Counter("reward_failures", "Requests that ended without scores", **two)

@@ -224,9 +224,10 @@ def test_a_service_block_that_cannot_work_is_told_without_a_request(urls, settin
     assert expected in problem
 
 
-def test_a_password_in_a_url_is_refused_and_not_shown():
-    (problem,) = problems(served(RewardSpec("a:b"), "http://me:hunter2@h:1"), probe=False)
-    assert "no user or password here" in problem and "hunter2" not in problem
+def test_a_password_in_a_url_is_refused_and_not_shown(caplog):
+    caplog.set_level("DEBUG")
+    (problem,) = problems(served(RewardSpec("a:b"), "http://me:hunter2@h:99999"), probe=False)
+    assert "holds a user or password" in problem and "hunter2" not in problem + caplog.text
 
 
 @pytest.mark.parametrize("token", ["secret\n", "two words", "sécret"])
@@ -252,6 +253,12 @@ def test_another_reward_than_the_recipe_means_is_named_with_both(steady, slow_na
         assert part in other[0]
     (absent,) = problems(served(RewardSpec("a:fast"), steady.url))
     assert "does not serve reward 'fast'; it serves ['slow']" in absent
+
+
+def test_a_batch_that_cannot_travel_stops_the_run(steady, slow_name):
+    batch = dataclasses.replace(groups()[0], metadata=[{"x": {1, 2}}] * SIZE)
+    with pytest.raises(FatalRewardError, match="'slow' cannot be served: prompts and metadata .* plain JSON"):
+        asyncio.run(call_reward(load_reward(served(RewardSpec(slow_name), steady.url)), batch))
 
 
 def test_every_service_that_is_not_there_is_named(steady, slow_name):
