@@ -7,14 +7,17 @@ complete or not at all. Every other command, and the reward, reads this folder.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import recipes
 from rewards.editreward.settings import FILE, EditRewardSettings, SettingsError, load_settings
-from rl.atomic import COMPLETE, atomic_write_json, atomic_write_text, publish_folder
+from rl.atomic import COMPLETE, atomic_write_json, atomic_write_text, publish_folder, verify_folder
 
 if TYPE_CHECKING:
     from rewards.editreward.model import EditRewardModel
@@ -22,6 +25,74 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ARCHITECTURE = "Qwen2_5_VLForSequenceClassification"
 SHARD_SIZE = "5GB"
+FOLDER = "model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe that trained, and where to read and write."""
+    from rewards.editreward.train import add_recipe_arguments
+
+    add_recipe_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, help="folder under best/; default: the run's best")
+    parser.add_argument(
+        "--out", type=Path, help=f"model folder to write; default: {FOLDER}/ in the run's folder"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0: exported. 2: there is nothing sound to export, or something else is in the way."""
+    from rewards.editreward.config import load_recipe
+    from rl.config import ConfigError
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        checkpoint = arguments.checkpoint or newest_best(recipe.run_dir)
+        folder = arguments.out or recipe.run_dir / FOLDER
+        export_checkpoint(checkpoint, recipes.resolve(recipe.model.path), folder)
+    except (ConfigError, SettingsError, FileExistsError, FileNotFoundError, ValueError) as error:
+        sys.stderr.write(f"Cannot export:\n{error}\n")
+        return 2
+    sys.stdout.write(f"{folder}\n")
+    return 0
+
+
+def newest_best(run_dir: Path) -> Path:
+    """The best weights of a run. Raises FileNotFoundError before the first validation."""
+    found = sorted((run_dir / "best").glob("step_*"))
+    if not found:
+        raise FileNotFoundError(f"{run_dir / 'best'} is empty: no validation of this run has scored yet")
+    return found[-1]
+
+
+def export_checkpoint(checkpoint: Path, base: Path, folder: Path) -> None:
+    """Put trained weights on the base they were trained from, merge, write.
+
+    Raises ValueError for a damaged checkpoint, or one whose weights do not fit the base.
+    """
+    from safetensors.torch import load_file
+
+    from rewards.editreward.config import load_recipe
+    from rewards.editreward.model import merge_lora, trainable
+    from rewards.editreward.train_rank import TRAINABLE_FILE, make_trainable_model
+
+    problems = verify_folder(checkpoint)
+    if problems:
+        raise ValueError("\n".join(problems))
+    settings = load_settings(checkpoint)
+    made_by = load_recipe(checkpoint / "recipe.yaml", [f"model.path={base}", "resources.device=cpu"])
+    model = make_trainable_model(made_by)
+    live, stored = dict(trainable(model)), load_file(checkpoint / TRAINABLE_FILE)
+    differing = sorted(live.keys() ^ stored.keys()) or [n for n in live if live[n].shape != stored[n].shape]
+    if differing:
+        raise ValueError(
+            f"{checkpoint}: {len(differing)} weights do not fit {base}, first {differing[0]}; "
+            "give the base it was trained from as model.path"
+        )
+    for name, parameter in live.items():
+        parameter.data.copy_(stored[name])
+    merge_lora(model)
+    write_export(model, base, settings, folder)
 
 
 def write_export(model: EditRewardModel, base: Path, settings: EditRewardSettings, folder: Path) -> None:

@@ -245,3 +245,19 @@ def label_statistics(entries: Sequence[Entry]) -> tuple[tuple[float, ...], tuple
     if not (stds > 0).all():
         raise DataError("a dimension has the same label on every training sample: there is nothing to learn")
     return tuple(map(float, means)), tuple(map(float, stds))
+
+
+def whole_groups(entries: Sequence[Entry], most: int) -> list[Entry]:
+    """About `most` entries for a measurement: whole groups in the order of their hashes; all where `most` is 0."""
+    if not most or len(entries) <= most:
+        return list(entries)
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        sizes[entry.group] = sizes.get(entry.group, 0) + 1
+    chosen, total = set(), 0
+    for group in sorted(sizes):
+        if total >= most:
+            break
+        chosen.add(group)
+        total += sizes[group]
+    return [entry for entry in entries if entry.group in chosen]

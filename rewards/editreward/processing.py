@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from rewards.editreward.settings import EditRewardSettings
+from rewards.editreward.settings import EditRewardSettings, SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,10 +120,29 @@ def classify_request(
     }
 
 
+def read_chat_template(folder: str | Path) -> str:
+    """The chat template of a released Qwen2.5-VL folder: the processor's, else the tokenizer's.
+
+    Raises SettingsError when there is none.
+    """
+    folder = Path(folder)
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(template, str):
+                return template
+    raise SettingsError(
+        f"{folder}: no chat template (chat_template.jinja, chat_template.json, tokenizer_config.json)"
+    )
+
+
 class EditProcessor:
     """Tokenizer and image processor of a model folder, under the constants of `settings`. Needs no torchvision."""
 
     def __init__(self, folder: str | Path, settings: EditRewardSettings):
+        """Raises SettingsError for a chat template that does not show the pictures, InputError for other patches."""
         from transformers import AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -134,19 +153,34 @@ class EditProcessor:
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(
             folder, size={"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
         )
-        sides = self.image_processor.patch_size * self.image_processor.merge_size
-        if sides != PATCH:
+        side = self.image_processor.patch_size * self.image_processor.merge_size
+        if side != PATCH:
             raise InputError(
-                f"{folder}: an image token sees {sides} x {sides} pixels, this code expects {PATCH}"
+                f"{folder}: an image token sees {side} x {side} pixels, this code expects {PATCH}"
             )
+        pictures = 2 if settings.view == "full" else 1
+        found = self._tokens("an instruction", pictures).count(self.image_token_id)
+        if found != pictures:
+            raise SettingsError(f"{folder}: the chat template shows {found} of {pictures} pictures")
 
     def encode(self, source: Image.Image, result: Image.Image, instruction: str) -> Encoded:
-        """Model inputs of one sample. Raises InputError as `prepare_picture` and `refuse_reserved` do."""
+        """Model inputs of one sample. Raises InputError as `shown_size` and `refuse_reserved` do."""
         import torch
 
         refuse_reserved(instruction)
         pictures = shown_pictures(source, result, self.settings)
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in pictures]
+        features = self.image_processor(images=pictures, return_tensors="pt")
+        grids = features["image_grid_thw"]
+        counts = iter((grids.prod(1) // self.image_processor.merge_size**2).tolist())
+        ids: list[int] = []
+        for token in self._tokens(instruction, len(pictures)):
+            ids += [token] * (next(counts) if token == self.image_token_id else 1)
+        input_ids = torch.tensor(ids)
+        return Encoded(input_ids, (input_ids == self.image_token_id).int(), features["pixel_values"], grids)
+
+    def _tokens(self, instruction: str, pictures: int) -> list[int]:
+        """Token ids of the whole prompt, with one image token for each picture."""
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in range(pictures)]
         content.append({"type": "text", "text": self.settings.text(instruction)})
         turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(
@@ -155,14 +189,7 @@ class EditProcessor:
             add_generation_prompt=self.settings.add_generation_prompt,
             tokenize=False,
         )
-        features = self.image_processor(images=pictures, return_tensors="pt")
-        grids = features["image_grid_thw"]
-        tokens = iter((grids.prod(1) // self.image_processor.merge_size**2).tolist())
-        ids: list[int] = []
-        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            ids += [token] * (next(tokens, 0) if token == self.image_token_id else 1)
-        input_ids = torch.tensor(ids)
-        return Encoded(input_ids, (input_ids == self.image_token_id).int(), features["pixel_values"], grids)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def collate(self, samples: Sequence[Encoded]) -> EditBatch:
         """One batch, padded on the right to its longest sample."""
