@@ -2,6 +2,7 @@
 // the values as a table. A point whose y is null is a gap, and so is the way to a point with `cut`.
 
 const BOX = { width: 440, height: 216, left: 56, right: 12, top: 20, bottom: 30 };
+const LONG = 150;
 const WIDE_BOX = { ...BOX, width: 640, height: 240 };
 
 function ticks(low, high, wanted) {
@@ -62,7 +63,8 @@ function axes(spec, scale) {
     nodes.push(svg('text', { x: left - 6, y: y + 4, 'text-anchor': 'end' }, tickText(v, vertical.step)));
   }
   for (const v of ticks(scale.first, scale.last, 6).found.filter((t) => Number.isInteger(t))) {
-    nodes.push(svg('text', { x: scale.x(v), y: bottom + 16, 'text-anchor': 'middle' }, String(v)));
+    const anchor = scale.x(v) > right - 12 ? 'end' : 'middle';
+    nodes.push(svg('text', { x: scale.x(v), y: bottom + 16, 'text-anchor': anchor }, String(v)));
   }
   nodes.push(svg('text', { x: right, y: box.height - 2, 'text-anchor': 'end' }, spec.xLabel || 'step'));
   for (const stage of spec.stages || []) {
@@ -85,9 +87,24 @@ function pieces(points) {
   return found;
 }
 
+// Points over which the thick curves of a long chart are averaged; 0 for a short one, which is drawn as it is.
+function trendWindow(spec) {
+  const longest = Math.max(...spec.series.map((series) => series.points.length));
+  return longest > LONG ? 2 * Math.round(longest / 80) + 1 : 0;
+}
+
+function trend(piece, window) {
+  const half = (window - 1) / 2;
+  return piece.map((p, i) => {
+    const near = piece.slice(Math.max(0, i - half), i + half + 1);
+    return { x: p.x, y: near.reduce((sum, q) => sum + q.y, 0) / near.length };
+  });
+}
+
 function drawSeries(series, scale, look) {
   const paint = color(series.color);
-  const { shift } = look;
+  const { shift, window } = look;
+  const line = { style: { stroke: paint }, 'stroke-dasharray': dash(series.dash) };
   const at = (p, v) => `${(scale.x(p.x) + shift).toFixed(2)},${scale.y(v).toFixed(3)}`;
   const nodes = [];
   for (const piece of pieces(series.points)) {
@@ -104,10 +121,13 @@ function drawSeries(series, scale, look) {
       }
     }
     nodes.push(svg('path', {
-      class: 'curve', 'data-metric': series.metric, 'data-run': series.run, style: { stroke: paint },
-      'stroke-dasharray': dash(series.dash),
+      ...line, class: window ? 'curve raw' : 'curve', 'data-metric': series.metric, 'data-run': series.run,
       d: `M${piece.map((p) => at(p, p.y)).join('L')}`,
     }));
+    if (window) {
+      const smooth = trend(piece, window).map((p) => at(p, p.y)).join('L');
+      nodes.push(svg('path', { ...line, class: 'trend', d: `M${smooth}` }));
+    }
     if (piece.length === 1 || series.points.length <= 30) {
       for (const p of piece) {
         nodes.push(svg('circle', { cx: scale.x(p.x) + shift, cy: scale.y(p.y), r: 2.6, style: { fill: paint } }));
@@ -149,7 +169,9 @@ function legendOf(spec) {
     readings(spec, x).forEach((text, i) => { values[i].textContent = text; });
   };
   show(null);
-  return { show, node: el('div', { class: 'legend', 'aria-live': 'polite' }, where, keys, rules) };
+  const window = trendWindow(spec);
+  const thick = window > 0 && el('span', { class: 'faint' }, `thick: mean of ${window} points`);
+  return { show, node: el('div', { class: 'legend', 'aria-live': 'polite' }, where, keys, rules, thick) };
 }
 
 function valueTable(spec, scale) {
@@ -210,9 +232,10 @@ function chart(spec) {
     canvas.append(svg('line', { class: 'rule', style: { stroke: color(index) }, ...ends }));
   }
   const count = spec.series.length;
+  const window = trendWindow(spec);
   spec.series.forEach((series, i) => {
     // Intervals of many curves hide one another; the legend still reads them.
-    const look = { bands: count <= 2, whiskers: series.whiskers && count <= 6, shift: 0 };
+    const look = { bands: count <= 2, whiskers: series.whiskers && count <= 6, shift: 0, window };
     if (look.whiskers) look.shift = (i - (count - 1) / 2) * 3;
     canvas.append(...drawSeries(series, scale, look));
   });

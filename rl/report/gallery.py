@@ -131,12 +131,14 @@ def _record(line: dict[str, Any]) -> GroupRecord | None:
 
 
 def _that_fit(paths: list[Path], budget: int, run: Run) -> list[Path]:
-    """As many of the grids, evenly chosen, as `budget` characters hold, judged by the one in the middle."""
+    """As many of the grids, evenly chosen, as `budget` characters hold, judged by what the last adds to the first."""
     if not paths:
         return []
     trial = Shelf()
-    cut_grid(paths[len(paths) // 2], trial, [])
-    kept = thinned(paths, max(2, budget // max(1, trial.size)))
+    cut_grid(paths[0], trial, [])
+    first = trial.size
+    cut_grid(paths[-1], trial, [])
+    kept = thinned(paths, max(2, 1 + (budget - first) // max(1, trial.size - first)))
     if len(kept) < len(paths):
         folder = paths[0].parent.relative_to(run.path).as_posix()
         run.notes.append(

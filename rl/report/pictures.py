@@ -12,8 +12,8 @@ from PIL import Image
 
 from rl.report.reading import Notes, Record, number, read_object
 
-LOSSLESS_BYTES = 6_000
-"""Pictures that are no larger than this without loss stay so: small ones, and those enlarged from few pixels."""
+LOSSLESS_COLORS = 2048
+"""Pictures of no more colours than this are kept without loss, which is small then: those enlarged from few pixels."""
 QUALITY = 82
 
 
@@ -56,7 +56,7 @@ def cut_grid(path: Path, shelf: Shelf, notes: Notes) -> tuple[Record, list[Cut]]
         with Image.open(path) as opened:
             grid = opened.convert("RGB")
         return index, [_cut(sample, grid, shelf) for sample in index["samples"]]
-    except (OSError, KeyError, TypeError, ValueError, SyntaxError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         notes.append(f"{where} cannot be cut into pictures ({type(error).__name__}: {error})")
         return None
 
@@ -80,9 +80,7 @@ def _box(value: Any, grid: Image.Image) -> tuple[int, int, int, int]:
 
 
 def _webp(picture: Image.Image) -> bytes:
-    for options in ({"lossless": True}, {"quality": QUALITY}):
-        buffer = io.BytesIO()
-        picture.save(buffer, format="WEBP", method=4, **options)
-        if buffer.tell() <= LOSSLESS_BYTES:
-            break
+    few = picture.getcolors(LOSSLESS_COLORS) is not None
+    buffer = io.BytesIO()
+    picture.save(buffer, format="WEBP", lossless=few, quality=QUALITY)
     return buffer.getvalue()
