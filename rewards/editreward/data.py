@@ -104,10 +104,13 @@ def shard_members(path: str | Path) -> list[tuple[str, dict[str, Member]]]:
                     key, _, suffix = info.name.partition(".")
                     found.setdefault(key, {})[suffix] = Member(info.offset_data, info.size)
         end = max((m.offset + m.size for files in found.values() for m in files.values()), default=0)
+        with open(path, "rb") as file:
+            file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+            closed = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path}: not an uncompressed tar file ({error}); copy or make it again") from error
-    if end > Path(path).stat().st_size:
-        raise DataError(f"{path}: the file ends before its last sample does; copy or make it again")
+    if not closed:  # tarfile takes a file that was cut between two members for a whole one
+        raise DataError(f"{path}: cut off, no end-of-archive block; copy or make it again")
     return list(found.items())
 
 

@@ -108,20 +108,23 @@ def load_corpus(recipe: Recipe, index_dir: Path) -> Corpus:
     data = recipe.data
     shards = find_shards(data.shards)
     pending = [shard for shard in shards if not _cached(shard, index_dir)]
-    with Progress().phase("index", total=len(pending), unit="shard") as bar:
-        if data.index_workers == 1 or len(pending) < 2:
-            for shard in pending:
+    if pending:
+        _index_all(pending, index_dir, data.index_workers)
+    return _assemble(shards, recipe, index_dir)
+
+
+def _index_all(shards: list[Path], index_dir: Path, workers: int) -> None:
+    with Progress().phase("index", total=len(shards), unit="shard") as bar:
+        if workers == 1 or len(shards) == 1:
+            for shard in shards:
                 _index(shard, index_dir)
                 bar.advance()
-        else:
-            context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(data.index_workers, context) as pool:
-                for future in concurrent.futures.as_completed(
-                    pool.submit(_index, s, index_dir) for s in pending
-                ):
-                    future.result()
-                    bar.advance()
-    return _assemble(shards, recipe, index_dir)
+            return
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+            for done in concurrent.futures.as_completed([pool.submit(_index, s, index_dir) for s in shards]):
+                done.result()
+                bar.advance()
 
 
 def _assemble(shards: list[Path], recipe: Recipe, index_dir: Path) -> Corpus:

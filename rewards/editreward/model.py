@@ -120,12 +120,14 @@ def _load_backbone(folder: str | Path, dtype: torch.dtype) -> Qwen2_5_VLModel:
         raise ValueError(f"{config}: model_type is {kind!r}, EditReward is built on 'qwen2_5_vl'")
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it would report the output matrix, or the head, as unexpected
+    transformers_logging.disable_progress_bar()
     try:
         loaded: Any = Qwen2_5_VLModel.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
     finally:
         transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
     backbone, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:

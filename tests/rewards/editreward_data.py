@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
 
 from rewards.editreward.config import Recipe, load_recipe
 from rewards.editreward.data import EditSample, write_shard
+from tests.tiny_vlm import make_tiny_vlm
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (245, 245, 245)}
 SIDE = 56
@@ -56,7 +58,9 @@ def write_shards(folder: Path, samples: list[EditSample], *, shards: int = 2) ->
     return str(folder / "edits-*.tar")
 
 
-def make_recipe(folder: Path, model: Path, shards: str, overrides: list[str] | None = None, **sections: Any) -> Recipe:
+def make_recipe(
+    folder: Path, model: Path, shards: str, overrides: list[str] | None = None, **sections: Any
+) -> Recipe:
     """A recipe for the tiny model on the CPU; `sections` update those below."""
     recipe: dict[str, Any] = {
         "name": "run",
@@ -81,3 +85,19 @@ def make_recipe(folder: Path, model: Path, shards: str, overrides: list[str] | N
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(recipe))
     return load_recipe(path, overrides)
+
+
+def make_base(path: Path) -> Path:
+    """The tiny Qwen2.5-VL with weights of ordinary size, from which something can be learned in a few steps."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    make_tiny_vlm(path)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                std = 0.5 if "embed_tokens" in name else parameter[0].numel() ** -0.5
+                parameter.normal_(0, std, generator=generator)
+    model.save_pretrained(path)
+    return path
