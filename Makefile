@@ -42,6 +42,7 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: export RAY_DEDUP_LOGS := 0
 test: lint
+	@scripts/chromium.sh
 	$(PY) -m pytest
 
 accept: extras

@@ -224,7 +224,9 @@ class CheckpointConfig:
 
 @dataclass
 class GalleryConfig:
-    """`prompts` fixed held-out prompts per task, drawn (and scored) again every `every` steps with the same seeds."""
+    """`prompts` fixed held-out prompts per task, drawn (and scored) again every `every` steps with the same seeds;
+    pictures of the best and the worst group of such a step are kept too.
+    """
 
     prompts: int = 8
     every: int = 10

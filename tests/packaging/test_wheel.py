@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
 TOP = sorted({name.split(".")[0] for name in PACKAGES})
+DATA = (".py", ".txt", ".html", ".css", ".js")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*_cache")
 
 
@@ -74,7 +75,7 @@ def test_the_wheel_holds_every_source_and_recipe_and_no_test(wheel: Path) -> Non
         path.relative_to(ROOT).as_posix()
         for name in TOP
         for path in (ROOT / name).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and (path.suffix == ".py" or name == "recipes")
+        if path.is_file() and "__pycache__" not in path.parts and (path.suffix in DATA or name == "recipes")
     }
     assert wanted - names == set()
     assert not [name for name in names if "__pycache__" in name]
