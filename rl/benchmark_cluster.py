@@ -43,20 +43,23 @@ class BenchmarkCluster:
         remove_placement_group(self.group)
 
 
-def bundles(plan: Plan, *, scored: bool) -> dict[str, list[dict[str, float]]]:
+def bundles(plan: Plan, *, generate: bool, score: bool) -> dict[str, list[dict[str, float]]]:
     """What each actor asks for, by role."""
     r = plan.resources
     gpu = 1.0 if r.device == "cuda" else 0.0
-    wanted = {"reward": [(r.reward_cpus, r.reward_gpus)] * r.reward_workers} if scored else {}
-    if plan.model is not None:
+    wanted = {"reward": [(r.reward_cpus, r.reward_gpus)] * r.reward_workers} if score else {}
+    if generate:
         wanted["rollout"] = [(r.rollout_cpus, gpu)] * plan.workers
         wanted["encode"] = [(r.encode_cpus, r.encode_gpus)]
     return {role: [{"CPU": cpus, "GPU": gpus} for cpus, gpus in amounts] for role, amounts in wanted.items()}
 
 
 def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSettings | None) -> BenchmarkCluster:
-    """Place and start all actors. Raises ClusterError, naming what is short, when it cannot in the stated time."""
-    roles = bundles(plan, scored=bool(reward_sets))
+    """Place and start the actors: rollout and encode workers with an `adapter`, reward workers with `reward_sets`.
+
+    Raises ClusterError, naming what is short, when it cannot in the stated time.
+    """
+    roles = bundles(plan, generate=adapter is not None, score=bool(reward_sets))
     flat = [{k: v for k, v in bundle.items() if v} for found in roles.values() for bundle in found]
     for name in ("CPU", "GPU"):
         wanted, have = (
@@ -103,7 +106,7 @@ def _start_actors(
             for one in options.get("reward", ())
         ]
     }
-    if plan.model is not None and adapter is not None:
+    if adapter is not None:
         actors["rollout"] = [
             SizedRolloutWorker.options(**one).remote(_replica(plan, adapter)) for one in options["rollout"]
         ]

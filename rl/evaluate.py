@@ -1,4 +1,4 @@
-"""Command line: `python -m rl.evaluate BENCHMARK --output FOLDER --model FOLDER [--adapter FOLDER]`, or `--images FOLDER`.
+"""Command line: `python -m rl.evaluate BENCHMARK --output FOLDER --model FOLDER`, or `--images FOLDER`; see `--help`.
 
 Generates what the benchmark asks for (or takes pictures that exist), scores it, and writes the table. Run the same
 command again after a kill: nothing that is on disk is generated or scored twice. Exit code 0: everything was
@@ -104,12 +104,13 @@ def _complete(prepared: Prepared, images: Any, scores: Any) -> None:
     from rl.benchmark_cluster import start_cluster
     from rl.cluster import connect
 
+    generate = prepared.adapter is not None and any(images.lacks(batch) for batch in plan.batches)
     started_here = not ray.is_initialized()
     connect()
-    cluster = start_cluster(plan, prepared.reward_sets, prepared.adapter_settings)
+    cluster = start_cluster(plan, prepared.reward_sets, prepared.adapter_settings if generate else None)
     try:
         policy = None
-        if prepared.adapter is not None:
+        if generate:
             limit = plan.resources.call_timeout_s
             policy = publish(prepared.adapter, cluster.dispatcher, previous=None, timeout_s=limit)
         EvaluationRun(plan, images, scores, cluster, policy, Progress()).run()

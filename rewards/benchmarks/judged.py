@@ -252,7 +252,16 @@ class DPGQuestions(Judged):
 
     default_max_tokens = 64
     _typical = {
-        "questions": [{"id": k, "text": "x" * 80, "parents": [], "category": "", "row": k} for k in range(14)]
+        "questions": [
+            {
+                "id": k,
+                "text": "Is the thing that is named red all over?",
+                "parents": [],
+                "category": "",
+                "row": k,
+            }
+            for k in range(14)
+        ]
     }
 
     @functools.cached_property
