@@ -110,7 +110,8 @@ class OptimizationSection:
 class TrainSection:
     """`batch_size` samples an optimizer step, over all ranks. `loss`: mse or huber, on z-scored labels.
 
-    `stop_step` > 0 ends the run part-way through its schedule. Intervals are in steps. `best_by`: spearman (over
+    `stop_step` > 0 ends the run part-way through its schedule. Intervals are in steps; the last step of a run is
+    validated and saved in any case. `best_by`: spearman (over
     all validation samples) or group_spearman (averaged within (source, instruction) groups).
     """
 

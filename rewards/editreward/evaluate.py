@@ -217,6 +217,7 @@ def _probe(
         [read_entry(entries[i]) for i in rows],
         [float(scores[i]) for i in rows],  # type: ignore[arg-type]
         scorer.score,
+        instructions=[entry.instruction for entry in entries],
         std=float(np.std(present)),
         needed=section.probes.min_drop,
         resamples=section.resamples,

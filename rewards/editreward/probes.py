@@ -52,13 +52,15 @@ def run_probes(
     scores: Sequence[float],
     score: Score,
     *,
+    instructions: Sequence[str],
     std: float,
     needed: float,
     resamples: int,
     seed: int,
 ) -> list[ProbeResult]:
-    """Probe a model on good edits. `scores`: what it gave them unchanged; `std`: of its scores over the whole set.
+    """Probe a model on good edits. `scores`: what it gave them unchanged.
 
+    std: of its scores over the whole evaluated set; instructions: of that set.
     A sample whose changed form was not scored counts for nothing. Raises ValueError for fewer than two samples, and
     for a model whose scores never vary.
     """
@@ -70,35 +72,32 @@ def run_probes(
         raise ValueError("the model gives every edit the same score: it has learned nothing to probe")
     results = []
     for name in PROBES:
-        changed = score(changed_edits(name, samples, seed))
+        changed = score(changed_edits(name, samples, instructions, seed))
         drops = [None if new is None else (old - new) / std for old, new in zip(scores, changed, strict=True)]
         drop = bootstrap_mean(drops, resamples=resamples, seed=seed)
         results.append(ProbeResult(name, drop, needed, drop.mean is not None and drop.mean >= needed))
     return results
 
 
-def changed_edits(probe: str, samples: Sequence[EditSample], seed: int) -> list[Edit]:
-    """The samples as one probe shows them."""
+def changed_edits(
+    probe: str, samples: Sequence[EditSample], instructions: Sequence[str], seed: int
+) -> list[Edit]:
+    """The samples as one probe shows them. `instructions`: those of the evaluated set, to take others from.
+
+    Raises ValueError where the set holds a single instruction.
+    """
     if probe == "black":
         return [(s.source, Image.new("RGB", s.result.size), s.instruction) for s in samples]
     if probe == "unchanged":
         return [(s.source, s.source, s.instruction) for s in samples]
-    texts = shuffled([s.instruction for s in samples], seed)
-    return [(s.source, s.result, text) for s, text in zip(samples, texts, strict=True)]
-
-
-def shuffled(texts: Sequence[str], seed: int) -> list[str]:
-    """The texts in another order, none equal to the one it replaces.
-
-    Raises ValueError where one text fills more than half of the places.
-    """
-    order = [int(i) for i in numpy_generator(seed, 0, _STREAM).permutation(len(texts))]
-    # Equal texts next to each other; a shift by the longest run then never meets an equal one.
-    order.sort(key=lambda i: texts[i])
-    longest = max(texts.count(text) for text in set(texts))
-    if 2 * longest > len(texts):
-        raise ValueError(f"{longest} of {len(texts)} probed edits share one instruction: nothing to shuffle")
-    given = [""] * len(texts)
-    for place, i in enumerate(order):
-        given[i] = texts[order[(place + longest) % len(order)]]
-    return given
+    known = sorted(set(instructions))
+    rng = numpy_generator(seed, 0, _STREAM)
+    edits = []
+    for sample in samples:
+        others = [text for text in known if text != sample.instruction]
+        if not others:
+            raise ValueError(
+                f"every edit has the instruction {sample.instruction!r}: there is no other to show"
+            )
+        edits.append((sample.source, sample.result, others[int(rng.integers(len(others)))]))
+    return edits

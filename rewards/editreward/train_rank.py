@@ -7,6 +7,7 @@ gradient is that of the global batch, whatever the number of ranks, the micro-ba
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,9 +183,12 @@ class TrainRank:
         workers = self.recipe.train.loader_workers
         waiting: dict[str, Any] = {}
         if workers:
+            # Not fork: threads of gloo, NCCL and Ray are alive here. The server imports once for all loaders.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
             waiting = {
                 "timeout": self.recipe.resources.collective_timeout_s,
-                "multiprocessing_context": "forkserver",
+                "multiprocessing_context": context,
             }
         return iter(
             DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=data.collate, **waiting)

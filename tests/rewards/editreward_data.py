@@ -59,13 +59,13 @@ def write_shards(folder: Path, samples: list[EditSample], *, shards: int = 2) ->
 
 
 def make_recipe(
-    folder: Path, model: Path, shards: str, overrides: list[str] | None = None, **sections: Any
+    folder: Path, base: Path, shards: str, overrides: list[str] | None = None, **sections: Any
 ) -> Recipe:
     """A recipe for the tiny model on the CPU; `sections` update those below."""
     recipe: dict[str, Any] = {
         "name": "run",
         "output_dir": str(folder),
-        "model": {"path": str(model), "dtype": "float32", "gradient_checkpointing": False},
+        "model": {"path": str(base), "dtype": "float32", "gradient_checkpointing": False},
         "input": {"rubric": "{instruction}", "min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28},
         "data": {"shards": [shards], "validation_share": 0.2, "test_share": 0.2, "index_workers": 1},
         "train": {
