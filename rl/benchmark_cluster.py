@@ -1,6 +1,6 @@
 """The actors of an evaluation: rollout and encode workers where pictures are generated, reward workers always.
 
-Placed like those of a run (`rl/cluster.py`), without a learner: one bundle per actor, every wait bounded.
+Placed like those of a run (`rl/cluster.py`), without a learner; every wait is bounded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rl.benchmark_plan import Plan
 from rl.benchmark_workers import SizedEncodeWorker, SizedRolloutWorker
 from rl.cluster import ClusterError
 from rl.dispatch import Dispatcher
+from rl.placement import ActorPlan, ResourcePlan
 from rollout.engine import ReplicaSpec
 from rollout.worker import EncoderSpec
 
@@ -43,15 +44,32 @@ class BenchmarkCluster:
         remove_placement_group(self.group)
 
 
-def bundles(plan: Plan, *, generate: bool, score: bool) -> dict[str, list[dict[str, float]]]:
-    """What each actor asks for, by role."""
+def make_placement(plan: Plan, *, generate: bool, score: bool) -> ResourcePlan:
+    """One bundle per actor; an encode worker that wants a part of a GPU shares the first rollout worker's."""
     r = plan.resources
     gpu = 1.0 if r.device == "cuda" else 0.0
-    wanted = {"reward": [(r.reward_cpus, r.reward_gpus)] * r.reward_workers} if score else {}
+    bundles: list[dict[str, float]] = []
+    actors: list[ActorPlan] = []
+
+    def add(*members: tuple[str, int, float, float]) -> None:
+        actors.extend(ActorPlan(role, index, len(bundles), cpus, gpus) for role, index, cpus, gpus in members)
+        total = {"CPU": sum(member[2] for member in members), "GPU": sum(member[3] for member in members)}
+        bundles.append({name: amount for name, amount in total.items() if amount})
+
     if generate:
-        wanted["rollout"] = [(r.rollout_cpus, gpu)] * plan.workers
-        wanted["encode"] = [(r.encode_cpus, r.encode_gpus)]
-    return {role: [{"CPU": cpus, "GPU": gpus} for cpus, gpus in amounts] for role, amounts in wanted.items()}
+        encode = ("encode", 0, r.encode_cpus, r.encode_gpus)
+        joins = 0 < r.encode_gpus < gpu
+        first = ("rollout", 0, r.rollout_cpus, gpu - r.encode_gpus if joins else gpu)
+        if joins:
+            add(first, encode)
+        else:
+            add(first)
+            add(encode)
+        for index in range(1, plan.workers):
+            add(("rollout", index, r.rollout_cpus, gpu))
+    for index in range(r.reward_workers if score else 0):
+        add(("reward", index, r.reward_cpus, r.reward_gpus))
+    return ResourcePlan(tuple(bundles), tuple(actors))
 
 
 def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSettings | None) -> BenchmarkCluster:
@@ -59,27 +77,23 @@ def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSetting
 
     Raises ClusterError, naming what is short, when it cannot in the stated time.
     """
-    roles = bundles(plan, generate=adapter is not None, score=bool(reward_sets))
-    flat = [{k: v for k, v in bundle.items() if v} for found in roles.values() for bundle in found]
-    for name in ("CPU", "GPU"):
-        wanted, have = (
-            sum(bundle.get(name, 0.0) for bundle in flat),
-            ray.cluster_resources().get(name, 0.0),
-        )
-        log.info("%s: %g of the cluster's %g", name, wanted, have)
+    placement = make_placement(plan, generate=adapter is not None, score=bool(reward_sets))
+    log.info("%d actors on %g CPU, %g GPU", len(placement.actors), placement.cpus, placement.gpus)
+    for name, wanted in (("CPU", placement.cpus), ("GPU", placement.gpus)):
+        have = ray.cluster_resources().get(name, 0.0)
         if wanted > have + 1e-6:
             raise ClusterError(
                 f"the evaluation needs {wanted:g} {name}s, the cluster has {have:g}; add nodes (ray start "
                 f"--address=...), or lower --workers or the {name.lower()}s of --resources"
             )
-    group = placement_group(flat, strategy="PACK")
+    group = placement_group(list(placement.bundles), strategy="PACK")
     try:
         if not group.wait(timeout_seconds=plan.resources.placement_timeout_s):
             raise ClusterError(
                 f"no room after placement_timeout_s={plan.resources.placement_timeout_s:g} s: the cluster is large "
                 f"enough but busy ({ray.available_resources()} free); see `ray status`"
             )
-        return _start_actors(plan, roles, reward_sets, adapter, group)
+        return _start_actors(plan, placement, reward_sets, adapter, group)
     except BaseException:
         remove_placement_group(group)
         raise
@@ -87,33 +101,23 @@ def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSetting
 
 def _start_actors(
     plan: Plan,
-    roles: dict[str, list[dict[str, float]]],
+    placement: ResourcePlan,
     reward_sets: list[RewardSet],
     adapter: LoraSettings | None,
     group: Any,
 ) -> BenchmarkCluster:
     resources = plan.resources
-    places = iter(range(sum(len(found) for found in roles.values())))
-    options = {
-        role: [_options(bundle, group, next(places), resources.max_restarts) for bundle in found]
-        for role, found in roles.items()
-    }
-    actors = {
-        "reward": [
-            RewardWorker.options(**one, max_concurrency=resources.reward_concurrency).remote(
-                reward_sets, threads=resources.threads
-            )
-            for one in options.get("reward", ())
-        ]
-    }
-    if adapter is not None:
-        actors["rollout"] = [
-            SizedRolloutWorker.options(**one).remote(_replica(plan, adapter)) for one in options["rollout"]
-        ]
-        actors["encode"] = [
-            SizedEncodeWorker.options(**one, max_task_retries=resources.max_restarts).remote(_encoder(plan))
-            for one in options["encode"]
-        ]
+    actors: dict[str, list[Any]] = {"reward": [], "rollout": [], "encode": []}
+    for place in placement.actors:
+        options = _options(place, group, resources.max_restarts)
+        if place.role == "reward":
+            worker = RewardWorker.options(**options, max_concurrency=resources.reward_concurrency)
+            actors["reward"].append(worker.remote(reward_sets, threads=resources.threads))
+        elif place.role == "encode":
+            worker = SizedEncodeWorker.options(**options, max_task_retries=resources.max_restarts)
+            actors["encode"].append(worker.remote(_encoder(plan)))
+        elif adapter is not None:
+            actors["rollout"].append(SizedRolloutWorker.options(**options).remote(_replica(plan, adapter)))
     started = time.monotonic()
     _wait_ready(actors, resources.start_timeout_s)
     log.info("all workers answered after %.1f s", time.monotonic() - started)
@@ -122,10 +126,10 @@ def _start_actors(
     )
     if actors["reward"]:
         dispatcher.add_pool("reward", actors["reward"], max_in_flight=resources.reward_concurrency)
-    if "rollout" in actors:
+    if actors["rollout"]:
         dispatcher.add_pool("rollout", actors["rollout"])
     everyone = [actor for found in actors.values() for actor in found]
-    return BenchmarkCluster(dispatcher, actors.get("encode", [None])[0], group, everyone)
+    return BenchmarkCluster(dispatcher, next(iter(actors["encode"]), None), group, everyone)
 
 
 def _replica(plan: Plan, adapter: LoraSettings) -> ReplicaSpec:
@@ -155,13 +159,13 @@ def _encoder(plan: Plan) -> EncoderSpec:
     )
 
 
-def _options(bundle: dict[str, float], group: Any, place: int, restarts: int) -> dict[str, Any]:
+def _options(place: ActorPlan, group: Any, restarts: int) -> dict[str, Any]:
     return {
-        "num_cpus": bundle["CPU"],
-        "num_gpus": bundle["GPU"],
+        "num_cpus": place.cpus,
+        "num_gpus": place.gpus,
         "max_restarts": restarts,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=place
+            placement_group=group, placement_group_bundle_index=place.bundle
         ),
     }
 

@@ -12,11 +12,13 @@ from rewards.benchmarks.figures import Figure, image_mean
 from rewards.benchmarks.items import Item, ScoredItem
 from rewards.benchmarks.layouts import Grid, Numbered
 from rewards.benchmarks.registry import Part
+from rl.benchmark_cluster import make_placement
 from rl.benchmark_images import ImageStore
 from rl.benchmark_intervals import bootstrap_figure
 from rl.benchmark_plan import Batch, Plan, Sampling, item_sizes, make_batches, prompts_sha256
 from rl.benchmark_report import markdown, table_rows
 from rl.benchmark_scores import ImageScore, ScoreStore
+from rl.config import ResourcesConfig
 from rl.statistics import bootstrap_mean
 from rollout.prompts import Prompt
 
@@ -110,6 +112,34 @@ def test_prompts_weigh_by_their_pictures_and_missing_ones_not_at_all():
     assert (low, high) == (0.0, 1.0)
     assert bootstrap_figure(Figure("x", {"a": rows([1.0]), "b": rows([1.0, 0.0])}, 3, 0)) == (None, None)
     assert bootstrap_figure(Figure("x", {}, 0, 0)) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bundles"),
+    [
+        ({"device": "cpu"}, [{"CPU": 2}, {"CPU": 2}, {"CPU": 2}, {"CPU": 2}, {"CPU": 2}]),
+        ({}, [{"CPU": 2, "GPU": 1}, {"CPU": 2}, {"CPU": 2, "GPU": 1}, {"CPU": 2}, {"CPU": 2}]),
+        ({"encode_gpus": 0.25}, [{"CPU": 4, "GPU": 1}, {"CPU": 2, "GPU": 1}, {"CPU": 2}, {"CPU": 2}]),
+        (
+            {"reward_gpus": 1.0, "reward_workers": 1},
+            [{"CPU": 2, "GPU": 1}, {"CPU": 2}, {"CPU": 2, "GPU": 1}, {"CPU": 2, "GPU": 1}],
+        ),
+    ],
+    ids=["cpu", "gpu", "encode_on_gpu", "detector_on_gpu"],
+)
+def test_who_gets_what(settings, bundles):
+    plan = SimpleNamespace(resources=ResourcesConfig(**settings), workers=2)
+    placement = make_placement(plan, generate=True, score=True)
+    assert list(placement.bundles) == bundles
+    for number, bundle in enumerate(placement.bundles):
+        inside = [actor for actor in placement.actors if actor.bundle == number]
+        assert sum(actor.gpus for actor in inside) == pytest.approx(bundle.get("GPU", 0))
+    scoring = make_placement(plan, generate=False, score=True)
+    assert {actor.role for actor in scoring.actors} == {"reward"}
+    assert {actor.role for actor in make_placement(plan, generate=True, score=False).actors} == {
+        "rollout",
+        "encode",
+    }
 
 
 @pytest.fixture
