@@ -1,0 +1,132 @@
+"""Command line: `python -m rl.sweep GRID [key=value ...] [--only ROW] [--seeds 0 1] [--dry-run]`: an ablation grid.
+
+A grid is a YAML file: a recipe, seeds, and rows that each change something in the recipe.
+
+    name: table4
+    recipe: pdtr.yaml                # relative to the grid's own folder
+    seeds: [0, 1, 2]
+    rows:
+      - {name: none, untrained: true}                         # the model before any training
+      - {name: editing only, changes: {stages: [...]}}        # keys of the recipe; lists are replaced whole
+
+Runs go one after the other, each as `python -m rl.train`, to `OUTPUT_DIR/NAME/ROW-seedK`. A finished run is kept, an
+unfinished one is resumed: run the same command again after anything. The table is written after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from rl.atomic import atomic_write_json, atomic_write_text
+from rl.config import ConfigError
+from rl.sweep_config import SweepConfig, load_sweep, row_recipe
+from rl.sweep_table import collect_rows, table_document, table_markdown
+
+log = logging.getLogger("rl.sweep")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when every run of the grid is finished; 1 when one failed; 2 for a grid that cannot run."""
+    arguments = _parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        grid = load_sweep(arguments.grid, arguments.overrides, only=arguments.only, seeds=arguments.seeds)
+        plans = write_recipes(grid)
+    except ConfigError as error:
+        sys.stderr.write(f"This grid cannot run:\n{error}\n")
+        return 2
+    problems = check(plans)
+    if problems or arguments.dry_run:
+        sys.stdout.write(
+            "\n".join([*(f"- {p}" for p in problems), f"{len(plans)} runs in {grid.folder}"]) + "\n"
+        )
+        return 2 if problems else 0
+    failed = [name for name, recipe in plans.items() if not run(grid, name, recipe)]
+    sys.stdout.write(write_table(grid).read_text())
+    for name in failed:
+        sys.stderr.write(f"run {name} failed; its log is {grid.folder / name}.log\n")
+    return 1 if failed else 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m rl.sweep", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("grid", help="path of a YAML grid, for example recipes/shapes/table4.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value of the recipe, for every row")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the grid's seeds")
+    parser.add_argument("--dry-run", action="store_true", help="check every recipe; train nothing")
+    return parser.parse_intermixed_args(argv)
+
+
+def write_recipes(grid: SweepConfig) -> dict[str, Path]:
+    """Run name to the recipe it will run, resolved and written beside the runs.
+
+    Raises ConfigError with the problems of all rows.
+    """
+    plans, problems = {}, []
+    for row in grid.rows:
+        for seed in [] if row.untrained else grid.seeds:
+            name = run_name(row.name, seed)
+            try:
+                text = row_recipe(grid, row, name, seed)
+            except ConfigError as error:
+                problems += [f"row {row.name!r}: {problem}" for problem in error.problems]
+                break
+            plans[name] = grid.folder / f"{name}.yaml"
+            plans[name].parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(plans[name], text)
+    if problems:
+        raise ConfigError(problems)
+    return plans
+
+
+def run_name(row: str, seed: int) -> str:
+    """`GenEval only`, 2 -> `geneval-only-seed2`."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-seed{seed}"
+
+
+def check(plans: dict[str, Path]) -> list[str]:
+    """The preflight's problems of every recipe, before the first run takes anything."""
+    from rl.config import load_config
+    from rl.preflight import preflight
+
+    found: dict[str, str] = {}
+    for name, recipe in plans.items():
+        for problem in preflight(load_config(recipe)).problems:
+            found.setdefault(problem, name)
+    return [f"{name}: {problem}" for problem, name in found.items()]
+
+
+def run(grid: SweepConfig, name: str, recipe: Path) -> bool:
+    """Train one run, or what is left of it; its output goes to a log file. True when it is finished."""
+    folder = grid.folder / name
+    if (folder / "summary.json").is_file():
+        log.info("%s: finished before", name)
+        return True
+    command = [sys.executable, "-m", "rl.train", str(recipe)]
+    command += ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
+    log.info("%s: %s", name, " ".join(command))
+    with open(f"{folder}.log", "ab") as output:
+        done = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=grid.timeout_s
+        )
+    write_table(grid)
+    return done.returncode == 0
+
+
+def write_table(grid: SweepConfig) -> Path:
+    """`table.md` and `table.json` from the runs that are finished so far."""
+    rows = collect_rows(grid, run_name)
+    atomic_write_json(grid.folder / "table.json", table_document(rows))
+    path = grid.folder / "table.md"
+    atomic_write_text(path, table_markdown(grid.name, rows))
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
