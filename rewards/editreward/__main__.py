@@ -7,6 +7,8 @@ import importlib
 import sys
 
 COMMANDS = {
+    "generate": ("rewards.editreward.generate", "draw edits of mixed quality from a Kontext checkpoint"),
+    "label": ("rewards.editreward.label", "have the judge grade edits"),
     "train": ("rewards.editreward.train", "train a regressor on labelled shards"),
     "evaluate": ("rewards.editreward.evaluate", "measure an exported model and probe it"),
     "export": ("rewards.editreward.export", "write the model folder that stock vLLM serves"),

@@ -62,12 +62,13 @@ class InputSection:
 
 @dataclass
 class DataSection:
-    """`shards`: paths or globs of tar files (see `data.py`). Shares are of source pictures, by hash.
+    """`shards`: paths or globs of tar files (see `data.py`); empty: what `label` wrote in the run's folder.
 
+    Shares are of source pictures, by hash.
     `combine` joins the K dimensions into the one score that is validated, evaluated and rewarded.
     """
 
-    shards: list[str] = MISSING
+    shards: list[str] = field(default_factory=list)
     dimensions: list[str] = field(default_factory=lambda: ["overall"])
     score_low: float = 0.0
     score_high: float = 10.0

@@ -80,7 +80,7 @@ def export_checkpoint(checkpoint: Path, base: Path, folder: Path) -> None:
     if problems:
         raise ValueError("\n".join(problems))
     settings = load_settings(checkpoint)
-    made_by = load_recipe(checkpoint / "recipe.yaml", [f"model.path={base}", "resources.device=cpu"])
+    made_by = load_recipe(checkpoint / "recipe.yaml", [f"model.path={base}"])
     model = make_trainable_model(made_by)
     live, stored = dict(trainable(model)), load_file(checkpoint / TRAINABLE_FILE)
     differing = sorted(live.keys() ^ stored.keys()) or [n for n in live if live[n].shape != stored[n].shape]

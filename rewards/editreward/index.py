@@ -88,8 +88,13 @@ def split_of(source: str, data: DataSection) -> str:
     return "validation" if place < data.test_share + data.validation_share else "train"
 
 
+def shard_patterns(recipe: Recipe) -> list[str]:
+    """Where the labelled edits of a recipe are."""
+    return recipe.data.shards or [str(recipe.run_dir / "labelled" / "*.tar")]
+
+
 def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """Files that the recipe's paths and globs name, sorted. Raises DataError for a pattern without a file."""
+    """Files that paths and globs name, sorted. Raises DataError for a pattern without a file."""
     found: set[Path] = set()
     for pattern in patterns:
         matches = glob.glob(str(recipes.resolve(pattern)))
@@ -106,7 +111,7 @@ def load_corpus(recipe: Recipe, index_dir: Path) -> Corpus:
     are named), or for a split without samples.
     """
     data = recipe.data
-    shards = find_shards(data.shards)
+    shards = find_shards(shard_patterns(recipe))
     pending = [shard for shard in shards if not _cached(shard, index_dir)]
     if pending:
         _index_all(pending, index_dir, data.index_workers)

@@ -61,7 +61,7 @@ def dry_run(recipe: Recipe) -> int:
 
 def preflight(recipe: Recipe) -> list[str]:
     """What would stop the run, found without loading weights or decoding pictures."""
-    from rewards.editreward.index import find_shards
+    from rewards.editreward.index import find_shards, shard_patterns
     from rewards.editreward.processing import read_chat_template
     from rl.preflight import submitted_job
 
@@ -80,7 +80,7 @@ def preflight(recipe: Recipe) -> list[str]:
         except SettingsError as error:
             problems.append(f"model.path={recipe.model.path}: {error}")
     try:
-        find_shards(recipe.data.shards)
+        find_shards(shard_patterns(recipe))
     except DataError as error:
         problems.append(str(error))
     if submitted_job():

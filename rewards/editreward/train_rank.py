@@ -240,14 +240,14 @@ class TrainRank:
 
 
 def make_trainable_model(recipe: Recipe) -> EditRewardModel:
-    """The base with a fresh head, on the recipe's device; what `model.trainable` names requires gradients."""
+    """The base with a fresh head, on the CPU (DeepSpeed moves it); what `model.trainable` names has gradients."""
     dtype = getattr(torch, recipe.model.dtype)
     folder = recipes.resolve(recipe.model.path)
     model = build_model(folder, len(recipe.data.dimensions), bias=recipe.model.score_bias, dtype=dtype)
     choose_trainable(model, recipe)
     if recipe.model.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(recipe.resources.device)
+    return model
 
 
 def choose_trainable(model: EditRewardModel, recipe: Recipe) -> None:

@@ -120,7 +120,6 @@ def _joint_problems(recipe: Recipe) -> list[str]:
             f"data.validation_share={data.validation_share} and data.test_share={data.test_share} must be above 0 "
             "and leave something to train on",
         ),
-        (bool(data.shards), "data.shards is empty; name the tar files"),
         (0 <= train.optimization.warmup_fraction < 1, "train.optimization.warmup_fraction must be in [0, 1)"),
     ]
     return [message for fine, message in checks if not fine]
