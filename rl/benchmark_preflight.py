@@ -154,13 +154,20 @@ def _value_problems(arguments: Arguments) -> list[str]:
         (a.gallery >= 0, f"--gallery {a.gallery}: must be 0 or more"),
         (a.request.num_prompts is None or a.request.num_prompts >= 1, "--num-prompts: must be 1 or more"),
         (a.request.timeout_s > 0, f"--reward-timeout-s {a.request.timeout_s:g}: must be above 0"),
-        (
-            a.output.is_absolute() or not submitted_job(),
-            f"--output {a.output} is relative, and a submitted job runs in a temporary copy of the working "
-            "directory; give an absolute path",
-        ),
     ]
-    return [message for fine, message in checks if not fine]
+    return [message for fine, message in checks if not fine] + _path_problems(a)
+
+
+def _path_problems(a: Arguments) -> list[str]:
+    """Under a submitted job the driver runs in a temporary copy, which other nodes do not see."""
+    paths = {"output": a.output, "model": a.model, "images": a.images, "adapter": a.adapter}
+    paths |= {"data": a.request.data, "references": a.request.references}
+    return [
+        f"--{name} {path} is relative, and a submitted job runs in a temporary copy of the working directory; give an "
+        "absolute path that every node sees"
+        for name, path in paths.items()
+        if path is not None and not path.is_absolute() and submitted_job()
+    ]
 
 
 def _resources(words: Sequence[str], problems: list[str]) -> ResourcesConfig:

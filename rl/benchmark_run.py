@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from rewards.benchmarks.items import Item, ScoredItem
 from rewards.benchmarks.layouts import Picture
@@ -67,7 +68,8 @@ class EvaluationRun:
         self.failures: dict[str, int] = {}
         self._negative: Any = None
         self._asked: dict[int, list[Asked]] = {}
-        self._scored_batches = self._empty_batches = 0
+        self._answered_batches = 0
+        self._lost: set[int] = set()
 
     @staticmethod
     def work_left(plan: Plan, images: ImageStore, scores: ScoreStore | None) -> bool:
@@ -153,8 +155,8 @@ class EvaluationRun:
                     "batch %d is missing, since it could not be generated: %s", batch.index, done.failure
                 )
                 self._count({"generation": size})
-            else:
-                self.images.commit(batch, np.asarray(ray.get(done.refs[2], timeout=120)))
+            elif not self._commit(batch, done.refs[2]):
+                return
             scoring.append(batch)
             return
         asked = self._asked.pop(batch.index)
@@ -167,7 +169,27 @@ class EvaluationRun:
         assert self.scores is not None
         self.scores.add(batch.index, found, done.result.failures)
         self._count(done.result.failures)
-        self._stop_if_hopeless(found)
+        self._answered_batches += 1
+        if self.scores.empty and self._answered_batches >= HOPELESS_BATCHES:
+            raise NothingScored(
+                f"the first {HOPELESS_BATCHES} batches came back without a single score ({self.failures}); see the "
+                "log for the cause, mend the reward, and run this command again: what was generated stays"
+            )
+
+    def _commit(self, batch: Batch, ref: Any) -> bool:
+        """Fetch and keep a batch. False when its pictures were lost with the node that made them: they are then drawn
+        anew, the same ones; a second loss is raised."""
+        try:
+            images = ray.get(ref, timeout=self.plan.resources.call_timeout_s)
+        except RayError as error:
+            if batch.index in self._lost:
+                raise
+            log.warning("batch %d was lost on its way and is drawn again: %s", batch.index, error)
+            self._lost.add(batch.index)
+            self._generate(batch)
+            return False
+        self.images.commit(batch, np.asarray(images))
+        return True
 
     def _image_score(self, asked: Asked, row: int, components: dict[str, list[float | None]]) -> ImageScore:
         """Component names lose the reward's label; the reward's own column becomes `score`."""
@@ -177,15 +199,6 @@ class EvaluationRun:
             if column[row] is not None
         }
         return ImageScore(asked.item.key, asked.k, self.images.sha256(asked.picture), values)  # type: ignore[arg-type]
-
-    def _stop_if_hopeless(self, found: list[ImageScore]) -> None:
-        self._scored_batches += 1
-        self._empty_batches += not any("score" in one.values for one in found)
-        if self._scored_batches == self._empty_batches >= HOPELESS_BATCHES:
-            raise NothingScored(
-                f"the first {HOPELESS_BATCHES} batches came back without a single score ({self.failures}); see the "
-                "log for the cause, mend the reward, and run this command again: what was generated stays"
-            )
 
     def _count(self, failures: dict[str, int]) -> None:
         for cause, number in failures.items():

@@ -54,6 +54,11 @@ class ScoreStore:
         """Whether this very picture has a score."""
         return "score" in (self.get(key, k, sha256) or {})
 
+    @property
+    def empty(self) -> bool:
+        """Whether not a single picture has a score."""
+        return not any("score" in found.values for found in self._found.values())
+
     def add(self, batch: int, scores: Sequence[ImageScore], failures: Mapping[str, int]) -> None:
         """Keep the scores of one batch. failures: missing scores by cause, as the reward worker counts them."""
         rows = [{"key": s.key, "k": s.k, "sha256": s.sha256, "values": dict(s.values)} for s in scores]

@@ -195,6 +195,13 @@ def test_a_folder_of_pictures_is_looked_through(folder, tmp_path, capsys):
     assert main([*words, "--dry-run"]) == 0
 
 
+def test_a_submitted_job_needs_absolute_paths(folder, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    error = refused(capsys, custom(folder, "--model", "recipes/shapes/base", "--output", "out"))
+    assert "--output out is relative, and a submitted job runs in a temporary copy" in error
+    assert "--model" not in error, "packaged paths are found on every node"
+
+
 def test_the_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

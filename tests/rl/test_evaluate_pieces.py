@@ -199,6 +199,7 @@ def test_nothing_is_added_to_somebody_elses_folder_and_wrong_arrays_are_refused(
 
 def test_scores_survive_a_torn_line_and_belong_to_the_bytes_of_a_picture(tmp_path):
     store = ScoreStore(tmp_path, "abcdef0123456789")
+    assert store.empty
     store.add(
         0,
         [
@@ -211,6 +212,7 @@ def test_scores_survive_a_torn_line_and_belong_to_the_bytes_of_a_picture(tmp_pat
     with store.path.open("a") as file:
         file.write('{"batch": 2, "images": [{"key": "c"')
     again = ScoreStore(tmp_path, "abcdef0123456789")
+    assert not again.empty
     assert again.get("a", 0, "s1") == {"score": 0.5, "x": 1.0}
     assert again.scored("a", 0, "s1") and not again.scored("a", 0, "other bytes")
     assert again.get("a", 1, "s2") == {"ended.refused": 1.0} and not again.scored("a", 1, "s2")
