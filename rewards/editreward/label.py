@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import glob
 import logging
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+import recipes
 from rewards.editreward.data import DataError, shard_members
 from rewards.editreward.generate_config import Header, load_section
 from rewards.editreward.generate_record import RECORD, only_one, same_as_before
@@ -79,18 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check(header: Header, section: LabelSection) -> tuple[Template, list[ShardJob]]:
     """The question, and all shards. Raises ConfigError with everything that keeps the run from starting."""
-    from rewards.editreward.index import find_shards
-
     problems = label_problems(header, section)
-    shards: list[Path] = []
     try:
         template = read_template(section.template)
     except TemplateError as error:
         problems.append(f"label.template: {error}")
-    try:
-        shards = find_shards(input_patterns(header, section))
-    except DataError as error:
-        problems.append(f"label.shards: {str(error).removeprefix('data.shards: ')}")
+    found = {pattern: glob.glob(str(recipes.resolve(pattern))) for pattern in input_patterns(header, section)}
+    problems += [
+        f"label.shards: no file matches {pattern!r}" for pattern, files in found.items() if not files
+    ]
+    shards = sorted({Path(file) for files in found.values() for file in files})
     names = [shard.name for shard in shards]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

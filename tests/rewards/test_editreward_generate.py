@@ -34,13 +34,6 @@ from rollout.prompts import Prompt
 from tests.tiny_models import make_tiny_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = """
-import argparse, sys
-from rewards.editreward import generate
-parser = argparse.ArgumentParser()
-generate.add_arguments(parser)
-sys.exit(generate.run(parser.parse_intermixed_args()))
-"""
 PROMPTS = 9
 
 
@@ -172,7 +165,7 @@ def test_killed_with_sigkill_it_goes_on_and_yields_the_same_bytes(
     output = place / "killed"
     address = ray_session.get_runtime_context().gcs_address
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(place / "recipe.yaml"),
+        [sys.executable, "-m", "rewards.editreward", "generate", str(place / "recipe.yaml"),
          f"generate.output={output}", "generate.workers=1"],
         cwd=ROOT, env=os.environ | {"RAY_ADDRESS": address},
     )  # fmt: skip

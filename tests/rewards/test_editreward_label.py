@@ -28,13 +28,6 @@ from rewards.editreward.label_questions import read_template
 from tests.judge_server import JudgeServer, Play
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = """
-import argparse, sys
-from rewards.editreward import label
-parser = argparse.ArgumentParser()
-label.add_arguments(parser)
-sys.exit(label.run(parser.parse_intermixed_args()))
-"""
 EDITS, SHARDS = 12, 3
 KEY = "sk-not-to-be-seen"
 
@@ -235,7 +228,7 @@ def test_killed_with_sigkill_it_goes_on_where_it_was(recipe: Path, server: Judge
     asked = len(server.records)
     server.score = Grader()
     server.plays = [[Play("slow", seconds=0.1, times=0), 0]]
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, str(recipe)], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "rewards.editreward", "label", str(recipe)], cwd=ROOT)
     output, deadline = recipe.parent / "run" / "labelled", time.monotonic() + 120
     while not list(output.glob("*.tar")):
         assert process.poll() is None and time.monotonic() < deadline
