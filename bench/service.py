@@ -127,7 +127,7 @@ def _start(folder: Path) -> tuple[subprocess.Popen[str], str]:
 
 
 async def _measure(arguments: argparse.Namespace, url: str) -> list[Row]:
-    """All ways in turn within each repeat, so that what else the machine does hits them alike."""
+    """All ways and codecs in turn within each repeat, so that what else the machine does hits them alike."""
     images = pictures(arguments.batch, arguments.resolution)
     count = len(images)
     batch = RewardBatch(images, ["a red circle"] * count, [None] * count, [{}] * count)
@@ -137,35 +137,35 @@ async def _measure(arguments: argparse.Namespace, url: str) -> list[Row]:
         problems = await ways[codec].owner.readiness()  # type: ignore[union-attr]
         if problems:
             raise RuntimeError("; ".join(problems))
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for repeat in range(arguments.warmup + arguments.repeats):
+    calls: dict[str, list[float]] = {way: [] for way in ways}
+    codings: dict[str, list[float]] = {codec: [] for codec in CODECS}
+    for _ in range(arguments.warmup + arguments.repeats):
         for way, loaded in ways.items():
             began = time.perf_counter()
             await call_reward(loaded, batch)
-            if repeat >= arguments.warmup:
-                seconds[way].append(time.perf_counter() - began)
-    total = {way: 1000 * statistics.median(values) / count for way, values in seconds.items()}
-    rows = [Row("in process", total["in process"], 0.0, 0.0, 0.0)]
+            calls[way].append(time.perf_counter() - began)
+        for codec in CODECS:
+            codings[codec].append(await asyncio.to_thread(_code, codec, images))
+
+    def milliseconds(seconds: list[float]) -> float:
+        return 1000 * statistics.median(seconds[arguments.warmup :]) / count
+
+    here = milliseconds(calls["in process"])
+    rows = [Row("in process", here, 0.0, 0.0, 0.0)]
     for codec in CODECS:
-        codec_ms, megabytes = _codec(codec, images, arguments)
-        rows.append(
-            Row(f"served, {codec}", total[codec], total[codec] - total["in process"], codec_ms, megabytes)
-        )
+        total, coding = milliseconds(calls[codec]), milliseconds(codings[codec])
+        megabytes = sum(len(_CODERS[codec][0](image)) for image in images) / count / 1e6
+        rows.append(Row(f"served, {codec}", total, total - here, coding, megabytes))
     return rows
 
 
-def _codec(codec: str, images: Sequence[Image.Image], arguments: argparse.Namespace) -> tuple[float, float]:
-    """Milliseconds to encode and decode an image, median over repeats of the whole batch, and megabytes of one."""
-    coder: tuple[Callable[[Image.Image], bytes], Callable[[bytes, tuple[int, int]], object]]
-    coder = (encode_png, _decode_png) if codec == "png" else (Image.Image.tobytes, _decode_raw)
-    encode, decode = coder
-    seconds, sizes = [], [len(encode(image)) for image in images]
-    for _ in range(arguments.repeats):
-        began = time.perf_counter()
-        for image in images:
-            decode(encode(image), image.size)
-        seconds.append(time.perf_counter() - began)
-    return 1000 * statistics.median(seconds) / len(images), sum(sizes) / len(images) / 1e6
+def _code(codec: str, images: Sequence[Image.Image]) -> float:
+    """Seconds to encode and decode the batch."""
+    encode, decode = _CODERS[codec]
+    began = time.perf_counter()
+    for image in images:
+        decode(encode(image), image.size)
+    return time.perf_counter() - began
 
 
 def _decode_png(blob: bytes, size: tuple[int, int]) -> object:
@@ -175,3 +175,10 @@ def _decode_png(blob: bytes, size: tuple[int, int]) -> object:
 
 def _decode_raw(blob: bytes, size: tuple[int, int]) -> object:
     return Image.frombytes("RGB", size, blob)
+
+
+_Coder = tuple[Callable[[Image.Image], bytes], Callable[[bytes, tuple[int, int]], object]]
+_CODERS: dict[str, _Coder] = {
+    "png": (encode_png, _decode_png),
+    "raw": (Image.Image.tobytes, _decode_raw),
+}
