@@ -9,8 +9,8 @@
 | 404 | another model is served there: the run stops |
 | anything else | no vLLM server is there: the run stops |
 
-A replica that was away is asked which model it serves before it gets work again. When no replica has answered for
-`unavailable_s`, the run stops and names them all.
+A replica that was away is asked for its health and for the model it serves before it gets work again. When none has
+answered for `unavailable_s`, the run stops and names them all.
 """
 
 from __future__ import annotations
@@ -146,7 +146,11 @@ class Replicas:
         return [float(value) for value in found]
 
     async def _verify(self, endpoint: Endpoint) -> None:
-        """Raises Away while nothing answers there, FatalRewardError when another model is served."""
+        """Raises Away while nothing answers there, FatalRewardError when another model is served.
+
+        The health first: a server whose engine has died lists its model for a while yet, and fails every request.
+        """
+        await self._request("GET", endpoint, "/health", LIST_S)
         response = await self._request("GET", endpoint, "/v1/models", LIST_S)
         answer = read_json(response)
         data = answer.get("data") if isinstance(answer, dict) else None

@@ -34,6 +34,11 @@ OWN_VARIABLES = ("RAY_", "PYTEST_", "MASTER_", "LOCAL_RANK", "RANK", "WORLD_SIZE
 """What Ray, a launcher or pytest set for this process; vLLM would take itself for a worker of theirs."""
 
 
+AT_ARMS_LENGTH = ("/bin/sh", "-c", '"$@"; exit $?', "sh")
+"""A shell between this process and the guard: Ray kills an actor's own children outright when the actor ends, and a
+guard that is killed ends nothing. The guard sees the closed pipe all the same."""
+
+
 class ReplicaError(RuntimeError):
     """A replica cannot be started where it was placed; the text names the node and the way out."""
 
@@ -171,7 +176,7 @@ class Replica:
     def _launch(self) -> subprocess.Popen:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OWN_VARIABLES)}
         process = subprocess.Popen(
-            [sys.executable, "-m", "rewards.editreward.replicas_guard", *self._command],
+            [*AT_ARMS_LENGTH, sys.executable, "-m", "rewards.editreward.replicas_guard", *self._command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

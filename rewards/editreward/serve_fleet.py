@@ -98,8 +98,10 @@ def check_host(host: str) -> None:
     if loopback and len(nodes) > 1:
         raise ServeError(
             f"the cluster has {len(nodes)} nodes, and servers on {host} answer their own node alone; give --host "
-            "0.0.0.0 (vLLM asks for no token on /classify: only where the network is yours)"
+            "0.0.0.0, where the network is yours"
         )
+    if not loopback:
+        log.warning("whoever reaches %s can use the servers: vLLM asks for no token on /classify", host)
 
 
 def place(plans: Sequence[ReplicaPlan], room: Room) -> Fleet:

@@ -232,6 +232,8 @@ class Stub:
         self.lock = threading.Lock()
 
     def answer(self, path: str) -> tuple[int, Any]:
+        if path == "/health":
+            return 200, ""
         if path == "/v1/models":
             return 200, {"data": [{"id": self.served_name}]}
         with self.lock:

@@ -247,7 +247,7 @@ def test_when_the_starter_is_killed_outright_its_server_ends_too(tmp_path: Path)
     assert process.stdout is not None
     engine = engine_pid([process.stdout.readline()])
     below = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    assert engine in below and len(below) == 3
+    assert engine in below and len(below) == 4
     process.kill()
     process.wait(10)
     wait_for(lambda: not any(alive(pid) for pid in below))
@@ -270,6 +270,32 @@ def test_a_cluster_without_room_is_named_with_the_way_out(ray_session: Any, make
             place([plan], Room(1, 10.0, 0, 1.0))
     finally:
         held.close()
+
+
+def test_what_goes_wrong_on_a_node_is_told_where_serve_was_started(
+    ray_session: Any, make_replica: Any
+) -> None:
+    from rewards.editreward.serve_fleet import Room, ServeError, check_host, place
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        fleet = place([make_replica(port=taken.getsockname()[1]).plan], Room(1, 1.0, 0, 30.0))
+        try:
+            with pytest.raises(ServeError, match="cannot listen .* give another --port, or 0"):
+                fleet.start()
+        finally:
+            fleet.close()
+    fleet = place([make_replica().plan], Room(1, 1.0, 0, 30.0))
+    try:
+        fleet.start()
+        lines: list[str] = []
+        wait_for(lambda: lines.extend(fleet.statuses()[0].lines) or lines)
+        ray_session.kill(fleet._actors[0])
+        status = wait_for(lambda: [s for s in fleet.statuses() if s.state == "failed"])[0]
+        assert "its actor is gone" in status.detail
+        wait_for(lambda: not alive(engine_pid(lines)))
+    finally:
+        fleet.close()
+    check_host("127.0.0.1")
 
 
 def test_each_replica_sees_the_cards_that_ray_gave_it(tmp_path: Path) -> None:
