@@ -133,6 +133,7 @@ def vllm_command(
         "--dtype", arguments.dtype or facts.dtype,
         "--max-model-len", str(facts.max_length),
         "--limit-mm-per-prompt", '{"image": 2, "video": 0}',
+        "--disable-access-log-for-endpoints", "/classify,/health,/metrics,/v1/models",
         "--tensor-parallel-size", str(arguments.tensor_parallel),
         *(["--enforce-eager"] if device == "cpu" else []),
         *(["--distributed-executor-backend", "mp"] if arguments.tensor_parallel > 1 else []),
