@@ -12,14 +12,13 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from models.lora import LoraSettings
 from rewards.base import RewardSet
 from rewards.worker import RewardWorker
 from rl.benchmark_plan import Plan
 from rl.benchmark_workers import SizedEncodeWorker, SizedRolloutWorker
-from rl.cluster import ClusterError
+from rl.cluster import ClusterError, actor_options, wait_ready
 from rl.dispatch import Dispatcher
 from rl.placement import ActorPlan, ResourcePlan
 from rollout.engine import ReplicaSpec
@@ -109,7 +108,7 @@ def _start_actors(
     resources = plan.resources
     actors: dict[str, list[Any]] = {"reward": [], "rollout": [], "encode": []}
     for place in placement.actors:
-        options = _options(place, group, resources.max_restarts)
+        options = actor_options(place, group, restarts=resources.max_restarts)
         if place.role == "reward":
             worker = RewardWorker.options(**options, max_concurrency=resources.reward_concurrency)
             actors["reward"].append(worker.remote(reward_sets, threads=resources.threads))
@@ -119,7 +118,7 @@ def _start_actors(
         elif adapter is not None:
             actors["rollout"].append(SizedRolloutWorker.options(**options).remote(_replica(plan, adapter)))
     started = time.monotonic()
-    _wait_ready(actors, resources.start_timeout_s)
+    wait_ready(actors, resources.start_timeout_s)
     log.info("all workers answered after %.1f s", time.monotonic() - started)
     dispatcher = Dispatcher(
         call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s
@@ -157,33 +156,3 @@ def _encoder(plan: Plan) -> EncoderSpec:
         cache_bytes=2**28,
         threads=plan.resources.threads,
     )
-
-
-def _options(place: ActorPlan, group: Any, restarts: int) -> dict[str, Any]:
-    return {
-        "num_cpus": place.cpus,
-        "num_gpus": place.gpus,
-        "max_restarts": restarts,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=place.bundle
-        ),
-    }
-
-
-def _wait_ready(roles: dict[str, list[Any]], timeout_s: float) -> None:
-    """Every actor must answer `ready` within the limit; the first failure names its role and cause."""
-    owners = {
-        actor.ready.remote(): f"{role} worker {number}"
-        for role, found in roles.items()
-        for number, actor in enumerate(found)
-    }
-    pending, deadline = list(owners), time.monotonic() + timeout_s
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            late = ", ".join(owners[ref] for ref in pending)
-            raise ClusterError(f"{late} did not start within start_timeout_s={timeout_s:g} s")
-        try:
-            ray.get(done[0], timeout=60)
-        except Exception as error:
-            raise ClusterError(f"{owners[done[0]]} could not start: {error}") from error

@@ -126,7 +126,7 @@ def _start_actors(config: RunConfig, plan: ResourcePlan, reward_sets: list[Rewar
     )
     ranks = plan.of("learner")
     learners = [
-        LearnerWorker.options(**_options(actor, group, restarts=0)).remote(
+        LearnerWorker.options(**actor_options(actor, group, restarts=0)).remote(
             learner_spec, actor.index, len(ranks)
         )
         for actor in ranks
@@ -135,13 +135,15 @@ def _start_actors(config: RunConfig, plan: ResourcePlan, reward_sets: list[Rewar
         learners
         if inprocess
         else [
-            RolloutWorker.options(**_options(actor, group, restarts=resources.max_restarts)).remote(replica)
+            RolloutWorker.options(**actor_options(actor, group, restarts=resources.max_restarts)).remote(
+                replica
+            )
             for actor in plan.of("rollout")
         ]
     )
     rewards = [
         RewardWorker.options(
-            **_options(actor, group, restarts=resources.max_restarts),
+            **actor_options(actor, group, restarts=resources.max_restarts),
             max_concurrency=resources.reward_concurrency,
         ).remote(reward_sets, threads=resources.threads)
         for actor in plan.of("reward")
@@ -154,7 +156,7 @@ def _start_actors(config: RunConfig, plan: ResourcePlan, reward_sets: list[Rewar
     learner = LearnerGroup(
         learners, call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s
     )
-    _wait_ready({"rollout": rollouts, "reward": rewards, "encode": [encoder]}, resources.start_timeout_s)
+    wait_ready({"rollout": rollouts, "reward": rewards, "encode": [encoder]}, resources.start_timeout_s)
     log.info("all workers answered after %.1f s", time.monotonic() - started)
     dispatcher.add_pool("rollout", rollouts, floor=1 if inprocess else resources.min_rollout_workers)
     dispatcher.add_pool("reward", rewards, max_in_flight=resources.reward_concurrency)
@@ -174,11 +176,12 @@ def _start_encoder(config: RunConfig, actor: ActorPlan, group: Any) -> Any:
         cache_bytes=int(config.model.embedding_cache_gib * 2**30),
         threads=config.resources.threads,
     )
-    options = _options(actor, group, restarts=config.resources.max_restarts)
+    options = actor_options(actor, group, restarts=config.resources.max_restarts)
     return EncodeWorker.options(**options, max_task_retries=config.resources.max_restarts).remote(spec)
 
 
-def _options(actor: ActorPlan, group: Any, *, restarts: int) -> dict[str, Any]:
+def actor_options(actor: ActorPlan, group: Any, *, restarts: int) -> dict[str, Any]:
+    """Ray's options for an actor in its bundle of the placement group."""
     return {
         "num_cpus": actor.cpus,
         "num_gpus": actor.gpus,
@@ -189,8 +192,8 @@ def _options(actor: ActorPlan, group: Any, *, restarts: int) -> dict[str, Any]:
     }
 
 
-def _wait_ready(roles: dict[str, list[Any]], timeout_s: float) -> None:
-    """Every actor must answer `ready` within the limit; the first failure names its role and cause."""
+def wait_ready(roles: dict[str, list[Any]], timeout_s: float) -> None:
+    """Every actor must answer `ready` within the limit. Raises ClusterError naming the role and the cause."""
     owners = {
         actor.ready.remote(): f"{role} worker {i}"
         for role, list_ in roles.items()
@@ -201,7 +204,7 @@ def _wait_ready(roles: dict[str, list[Any]], timeout_s: float) -> None:
         done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             late = ", ".join(owners[ref] for ref in pending)
-            raise ClusterError(f"{late} did not start within resources.start_timeout_s={timeout_s:g} s")
+            raise ClusterError(f"{late} did not start within start_timeout_s={timeout_s:g} s")
         try:
             ray.get(done[0], timeout=60)
         except Exception as error:
