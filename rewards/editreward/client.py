@@ -18,6 +18,7 @@ from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput
 from rewards.editreward.client_card import ModelCard, ModelFolderError, read_card
+from rewards.editreward.serve_checks import folder_problems
 
 if TYPE_CHECKING:
     from rewards.editreward.client_local import LocalModel
@@ -63,9 +64,11 @@ class EditReward:
         problems = [message for fine, message in self._rules() if not fine]
         problems += [f"urls: {problem}" for url in self.urls if (problem := _url_problem(url))]
         try:
-            read_card(self.model)
+            card = read_card(self.model)
         except ModelFolderError as error:
-            problems += [f"model: {problem}" for problem in error.problems]
+            return problems + [f"model: {problem}" for problem in error.problems]
+        if self.mode == "inprocess":
+            problems += [f"model: {problem}" for problem in folder_problems(card.folder)]
         return problems
 
     async def readiness(self) -> list[str]:

@@ -44,6 +44,14 @@ class EngineFacts:
     max_length: int
 
 
+def folder_problems(folder: Path) -> list[str]:
+    """`export_problems`, also of a folder whose weight files are cut short. Reads their headers alone."""
+    try:
+        return export_problems(folder)
+    except SafetensorError as error:
+        return [f"{folder}: a weight file is not whole ({error}); copy *.safetensors again"]
+
+
 def check_model(folder: str | Path) -> tuple[ModelCard, EngineFacts]:
     """Everything about a folder that stock vLLM could stumble over. Reads all of it once, to compare its hashes.
 
@@ -52,10 +60,7 @@ def check_model(folder: str | Path) -> tuple[ModelCard, EngineFacts]:
     folder = Path(folder).expanduser().absolute()
     if not folder.is_dir():
         raise ModelFolderError([f"{folder}: no such folder; give the path of an exported EditReward"])
-    try:
-        problems = export_problems(folder)
-    except SafetensorError as error:
-        problems = [f"{folder}: a weight file is not whole ({error}); copy *.safetensors again"]
+    problems = folder_problems(folder)
     if not problems:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         problems = _config_problems(folder, config) or verify_folder(folder)

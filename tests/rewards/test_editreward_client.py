@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -221,6 +222,10 @@ def test_problems_are_found_before_anything_is_sent(folder: Path, tmp_path: Path
     (edited / "editreward.json").write_text(json.dumps(record | {"means": [5.0, 5.5, 7.0]}))
     (problem,) = EditReward(model=str(edited), urls=["http://h:1"]).check()
     assert "changed since the export" in problem
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", 100_000)
+    (problem,) = EditReward(model=str(cut), mode="inprocess").check()
+    assert "a weight file is not whole" in problem
 
 
 def test_samples_without_a_reference_stop_the_run(folder: Path) -> None:
