@@ -94,7 +94,9 @@ def load_section(
         raise ConfigError([f"{path}: has no section '{key}'"])
     known = {f.name for f in dataclasses.fields(Recipe)} | set(OTHER_SECTIONS)
     problems = [
-        f"unknown key '{name}': known here: {', '.join(sorted(known))}" for name in map(str, given) if name not in known
+        f"unknown key '{name}': known here: {', '.join(sorted(known))}"
+        for name in map(str, given)
+        if name not in known
     ]
     header = {name: given.get(name, default) for name, default in (("output_dir", "runs"), ("seed", 0))}
     if not given.get("name"):
