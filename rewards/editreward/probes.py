@@ -61,19 +61,20 @@ def run_probes(
     """Probe a model on good edits. `scores`: what it gave them unchanged.
 
     std: of its scores over the whole evaluated set; instructions: of that set.
-    A sample whose changed form was not scored counts for nothing. Raises ValueError for fewer than two samples, and
-    for a model whose scores never vary.
+    A sample whose changed form was not scored counts for nothing; a model whose scores never vary fails every probe.
+    Raises ValueError for fewer than two samples.
     """
     if len(samples) < 2:
         raise ValueError(
             f"{len(samples)} edits have labels above the mean and can be probed; evaluate a larger split"
         )
-    if not std > 0:
-        raise ValueError("the model gives every edit the same score: it has learned nothing to probe")
     results = []
     for name in PROBES:
         changed = score(changed_edits(name, samples, instructions, seed))
-        drops = [None if new is None else (old - new) / std for old, new in zip(scores, changed, strict=True)]
+        drops = [
+            None if new is None or not std > 0 else (old - new) / std
+            for old, new in zip(scores, changed, strict=True)
+        ]
         drop = bootstrap_mean(drops, resamples=resamples, seed=seed)
         results.append(ProbeResult(name, drop, needed, drop.mean is not None and drop.mean >= needed))
     return results
