@@ -1,5 +1,5 @@
-"""PDTR on a tiny model with the judge as its editing reward, over real HTTP: outages, a dead endpoint, a spent budget,
-and the whole run again from the cache.
+"""PDTR on the shapes world with the judge as its editing reward, over real HTTP: an outage, a dead endpoint, a spent
+budget, and the whole run again from the cache.
 """
 
 import json
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from models.adapter_files import read_adapter
 from models.lora import hash_state
@@ -15,33 +16,50 @@ from rewards.base import FatalRewardError
 from rl.config import load_config
 from rl.train import train
 from tests.judge_server import JudgeServer
-from tests.tiny_run import tiny_recipe
 
+SHAPES = Path(__file__).resolve().parents[2] / "recipes" / "shapes"
 STEPS = 3
 OUTAGE_S = 20.0
 CACHED = "reward/judge/component/cached"
 
 
 def judged_recipe(folder: Path, base_url: str, **params) -> Path:
-    """Stage 1 and the evaluation of editing by the judge; stage 2 by the reward that reads pixels."""
+    """PDTR on the shapes base, small: stage 1 and the evaluation of editing by the judge, stage 2 by GenEval."""
     settings = {"protocol": "expected_score", "model": "pixels", "base_url": base_url, "api_key_env": None}
     judge = [{"name": "judge", "timeout_s": 120, "params": settings | {"concurrency": 4} | params}]
-    pixels = [{"name": f"{folder / 'reward.py'}:redness"}]
-    stages = [
-        {
-            "name": "edit",
-            "task": "edit",
-            "prompts": str(folder / "edit.jsonl"),
-            "steps": STEPS,
-            "rewards": judge,
+    geneval = [{"name": "geneval_shapes"}]
+    prompts = {task: f"{SHAPES}/prompts/{task}" for task in ("edit", "t2i")}
+    recipe = {
+        "base": f"{SHAPES}/pdtr.yaml",
+        "name": "tiny",
+        "output_dir": str(folder / "runs"),
+        "model": {"path": f"{SHAPES}/base"},
+        "rollout": {"workers": 1, "num_steps": 4, "group_size": 4, "prompts_per_rollout": 2, "chunk_size": 4}
+        | {"window_size": 0, "window_last": 0},
+        "learner": {"ranks": 1, "micro_batch_size": 4},
+        "stages": [
+            {"name": "edit", "task": "edit", "prompts": f"{prompts['edit']}_train.jsonl", "steps": STEPS}
+            | {"rewards": judge},
+            {"name": "t2i", "task": "t2i", "prompts": f"{prompts['t2i']}_train.jsonl", "steps": 1}
+            | {"rewards": geneval},
+        ],
+        "evaluation": {
+            "tasks": [
+                {"task": "edit", "prompts": f"{prompts['edit']}_heldout.jsonl", "num_prompts": 4}
+                | {"rewards": judge},
+                {"task": "t2i", "prompts": f"{prompts['t2i']}_heldout.jsonl", "num_prompts": 4}
+                | {"rewards": geneval},
+            ],
+            "num_steps": 2,
+            "baseline_guidance": [],
         },
-        {"name": "t2i", "task": "t2i", "prompts": str(folder / "t2i.jsonl"), "steps": 1, "rewards": pixels},
-    ]
-    tasks = [
-        {"task": "edit", "prompts": str(folder / "edit.jsonl"), "num_prompts": 4, "rewards": judge},
-        {"task": "t2i", "prompts": str(folder / "t2i.jsonl"), "num_prompts": 4, "rewards": pixels},
-    ]
-    return tiny_recipe(folder, stages=stages, evaluation__tasks=tasks, gallery__prompts=0)
+        "checkpoint": {"every": 1},
+        "gallery": {"prompts": 0},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
 
 
 def records(folder: Path) -> list[dict]:
