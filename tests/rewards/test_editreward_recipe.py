@@ -15,7 +15,7 @@ from rl.config import ConfigError
 from tests.rewards.editreward_data import make_base, make_recipe, make_samples, write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ["recipes/editreward.yaml", "recipes/shapes/editreward.yaml"]
+RECIPES = ["recipes/editreward.yaml"]
 SEVEN = "recipes/editreward.yaml"
 
 

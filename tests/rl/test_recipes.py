@@ -14,6 +14,7 @@ FULL_SIZE = [
     "recipes/t2i_sd35m_kontext.yaml",
     "recipes/t2i_no_clip_sd35m_kontext.yaml",
     "recipes/edit_judge_sd35m_kontext.yaml",
+    "recipes/edit_inprocess_sd35m_kontext.yaml",
     "recipes/pdtr_judge_sd35m_kontext.yaml",
 ]
 
