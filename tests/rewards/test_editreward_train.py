@@ -20,9 +20,7 @@ from tests.rewards.editreward_data import make_base, make_recipe, make_samples, 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    yield make_base(tmp_path_factory.mktemp("base"))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
