@@ -29,13 +29,6 @@ CODE = """
 """.replace("{KEYWORDS}", "*, images, prompts, references, metadata")
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def images(*levels):
     return np.stack([np.full((4, 6, 3), level, np.uint8) for level in levels])
 
@@ -50,7 +43,7 @@ def edit_prompts(tmp_path, count, text="make it grey"):
     return [Prompt(0, "edit", text, str(tmp_path / "reference.png"), {"k": 1})] * count
 
 
-def test_a_group_is_scored_inside_the_actor(cluster, reward_file, tmp_path):
+def test_a_group_is_scored_inside_the_actor(ray_session, reward_file, tmp_path):
     path = reward_file(CODE)
     worker = RewardWorker.options(max_concurrency=4).remote(sets(path), threads=3)
     info = ray.get(worker.ready.remote(), timeout=60)
