@@ -1,0 +1,1 @@
+"""Training data at scale: sources, buckets, order, cache; see README.md."""
