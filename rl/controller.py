@@ -252,6 +252,8 @@ class Controller:
         for task in scores:
             samples = self.evaluator.gallery.get(task, {}).get(moment, [])
             self.journal.grid(task, stage_name, samples, self.state.step)
+        if self.state.stages:
+            self.journal.alarms(self.results.hacking_alarms(self.state.stage, scores))
 
     def _gallery(self, stage: StageConfig, step: int) -> None:
         samples = self.evaluator.sample_gallery(f"step_{step}", stage.task, self._shipped_policy(), step)

@@ -14,6 +14,7 @@ from models.components import load_transformer
 from models.lora import Adapter
 from rewards.base import reward_label
 from rl import __version__
+from rl.alarms import reward_hacking
 from rl.config import RunConfig
 from rl.evaluation import Evaluator, TaskScores
 from rl.gallery import before_after_sheet
@@ -68,6 +69,14 @@ class RunResults:
             for task, change in self.stage_changes(index).items()
             if task != stage.task and change.mean is not None and change.mean < -margin
         ]
+
+    def hacking_alarms(self, index: int, scores: dict[str, TaskScores]) -> list[str]:
+        """One line per reward of stage `index` that rises on held-out prompts while their trusted score falls."""
+        stage = self.config.stages[index]
+        if stage.task not in scores:
+            return []
+        labels = [reward_label(spec) for spec in reward_specs(stage.rewards)]
+        return reward_hacking(stage.name, labels, self._scores(index - 1)[stage.task], scores[stage.task])
 
     def summary(self, state: RunState) -> RunSummary:
         """The summary; also writes the final adapter, the merged transformer and the before-after sheets."""
