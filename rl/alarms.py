@@ -25,9 +25,9 @@ def reward_hacking(stage: str, trained: Sequence[str], before: TaskScores, now: 
         learned = paired_bootstrap(before.components[label], now.components[label])
         if _rose(learned):
             lines.append(
-                f"reward hacking: over stage {stage!r}, at step {now.step}, the trained reward {label} rose on held-out "
-                f"prompts by {_signed(learned)} while the score that is trusted fell by {_signed(trusted)}; stop here, go "
-                "back to an earlier checkpoint, and mend the reward or raise learner.kl_beta"
+                f"reward hacking: over stage {stage!r}, at step {now.step}, the trained reward {label} rose on "
+                f"held-out prompts by {_signed(learned)} while the score that is trusted fell by {_signed(trusted)}; "
+                "stop here, go back to an earlier checkpoint, and mend the reward or raise learner.kl_beta"
             )
     return lines
 
