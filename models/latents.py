@@ -1,4 +1,4 @@
-"""Between pixels and latents: image sizes, image conversion, VAE encoding and decoding."""
+"""Between pixels and latents: training sizes, image tensors, VAE encoding and decoding."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from PIL import Image, ImageOps
+from PIL import Image
+
+from models.pictures import to_rgb
 
 # Width : height, the shapes of UniPic 2.0's Kontext training.
 ASPECT_RATIOS: tuple[tuple[int, int], ...] = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
@@ -29,25 +31,6 @@ def nearest_size(height: int, width: int, area: int, *, multiple: int = 16) -> t
         aspect_sizes(area, multiple=multiple),
         key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)),
     )
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright 8-bit RGB image: EXIF rotation applied, transparency laid over white.
-
-    Plain `convert("RGB")`, the field's habit, shows whatever colour lies under transparent pixels.
-
-    Raises:
-        ValueError: a mode of more than 8 bits per channel, which PIL would clip.
-    """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ValueError(
-            f"image of mode {image.mode!r} has more than 8 bits a channel: scale it to 8 bits first"
-        )
-    image = ImageOps.exif_transpose(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def image_to_tensor(image: Image.Image, height: int, width: int) -> torch.Tensor:

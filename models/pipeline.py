@@ -34,10 +34,10 @@ from models.latents import (
     image_to_tensor,
     latent_shape,
     nearest_size,
-    to_rgb,
     vae_factor,
 )
 from models.lora import adapter_settings, adapter_state, attach_lora, attached_adapters, load_adapter_state
+from models.pictures import to_rgb
 from models.text import PromptEmbeds, SD3TextEncoder
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

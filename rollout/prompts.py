@@ -7,9 +7,7 @@ GenEval files load unchanged.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import random
 from dataclasses import dataclass, field
@@ -115,24 +113,13 @@ def _reference(image: object, folder: Path) -> str:
 
 
 def load_reference(prompt: Prompt) -> Image.Image:
-    """The reference image as RGB, EXIF rotation applied. Raises ValueError naming an unreadable image."""
-    from PIL import Image, ImageOps
+    """The reference image as upright RGB, transparency over white. Raises ValueError naming an unusable image."""
+    from models.pictures import picture_name, read_picture
 
     if prompt.reference is None:
         raise ValueError(f"prompt {prompt.index} ({prompt.prompt!r}) has no reference image")
-    try:
-        if prompt.reference.startswith(_DATA_URI):
-            payload = prompt.reference.split(",", 1)[1]
-            source: Any = io.BytesIO(base64.b64decode(payload, validate=True))
-        else:
-            source = prompt.reference
-        with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, IndexError, ValueError, Image.DecompressionBombError) as error:
-        shown = prompt.reference[:80]
-        raise ValueError(
-            f"reference image {shown} of prompt {prompt.index} is unreadable ({error})"
-        ) from error
+    shown = picture_name(prompt.reference)
+    return read_picture(prompt.reference, f"reference image {shown} of prompt {prompt.index}")
 
 
 def derive_seed(*parts: int | str) -> int:

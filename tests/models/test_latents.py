@@ -16,7 +16,6 @@ from models.latents import (
     image_to_tensor,
     latent_shape,
     nearest_size,
-    to_rgb,
 )
 
 
@@ -36,21 +35,6 @@ def test_nearest_size_is_nearest_in_log_ratio() -> None:
     assert nearest_size(1080, 1920, 512 * 512) == aspect_sizes(512 * 512)[5]
     assert nearest_size(600, 610, 512 * 512) == (512, 512)
     assert nearest_size(1000, 10, 32 * 32, multiple=8) == (40, 24)
-
-
-def test_transparent_pixels_become_white() -> None:
-    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    image.putpixel((1, 0), (0, 0, 255, 0))
-    assert list(to_rgb(image).tobytes()) == [255, 0, 0, 255, 255, 255]
-    palette = image.convert("P")
-    palette.info["transparency"] = palette.getpixel((1, 0))
-    assert to_rgb(palette).getpixel((1, 0)) == (255, 255, 255)
-
-
-def test_rotation_from_exif_is_applied() -> None:
-    image = Image.new("RGB", (4, 2))
-    image.getexif()[0x0112] = 6
-    assert to_rgb(image).size == (2, 4)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])

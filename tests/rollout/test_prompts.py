@@ -164,6 +164,14 @@ def test_a_reference_is_upright_rgb(tmp_path):
     assert loaded.size == (2, 6)
 
 
+def test_a_transparent_reference_lies_on_white_as_it_does_for_the_pipeline(tmp_path):
+    image = Image.new("RGBA", (2, 1), (200, 30, 40, 255))
+    image.putpixel((1, 0), (0, 0, 255, 0))
+    image.save(tmp_path / "logo.png")
+    loaded = load_reference(Prompt(0, "edit", "x", str(tmp_path / "logo.png")))
+    assert list(loaded.tobytes()) == [200, 30, 40, 255, 255, 255]
+
+
 # ---- the group sampler ----------------------------------------------------------------------------------------
 
 PROMPTS = [Prompt(i, "t2i", f"prompt {i}") for i in range(7)]

@@ -1,0 +1,85 @@
+"""Pictures that people give: any file or data URI to an upright RGB image, or the reason why not. Needs no torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+DATA_URI = "data:image/"
+
+MAX_PIXELS = 89_478_485
+"""Width x height of the largest picture that is read: 268 MB as RGB, and where PIL begins to suspect an attack."""
+
+
+def picture_bytes(source: str | Path, name: str | None = None) -> bytes:
+    """The encoded bytes of a picture: a path's, or those that a `data:image/...;base64,` URI holds.
+
+    Args:
+        name: what messages call the picture, by default `picture_name(source)`.
+
+    Raises:
+        ValueError: a source that cannot be read.
+    """
+    try:
+        if is_data_uri(source):
+            return base64.b64decode(str(source).split(",", 1)[1], validate=True)
+        return Path(source).read_bytes()
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{name or picture_name(source)} is unreadable ({error})") from error
+
+
+def decode_picture(data: bytes, name: str) -> Image.Image:
+    """An upright 8-bit RGB image from encoded bytes, the first frame where there are several.
+
+    Raises:
+        ValueError: not a picture, a truncated or damaged one, one of more than 8 bits a channel that PIL would clip,
+            or one above `MAX_PIXELS`; the message begins with `name`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(
+                    f"{width} x {height} px are more than the {MAX_PIXELS / 1e6:.0f} megapixels that are read: "
+                    "scale it down first"
+                )
+            return to_rgb(image)
+    except Exception as error:  # on damaged files PIL's decoders raise more than they document
+        raise ValueError(f"{name} is unreadable ({error})") from error
+
+
+def read_picture(source: str | Path, name: str | None = None) -> Image.Image:
+    """`picture_bytes`, then `decode_picture`. Raises ValueError as they do."""
+    return decode_picture(picture_bytes(source, name), name or picture_name(source))
+
+
+def is_data_uri(source: str | Path) -> bool:
+    """Whether a picture is written out in the text itself."""
+    return isinstance(source, str) and source.startswith(DATA_URI)
+
+
+def picture_name(source: str | Path) -> str:
+    """What messages call a picture: its path, or the beginning of a data URI."""
+    return str(source)[:80] if is_data_uri(source) else str(source)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright 8-bit RGB image: EXIF rotation applied, transparency laid over white.
+
+    Plain `convert("RGB")`, the field's habit, shows whatever colour lies under transparent pixels.
+
+    Raises:
+        ValueError: a mode of more than 8 bits per channel, which PIL would clip.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise ValueError(
+            f"image of mode {image.mode!r} has more than 8 bits a channel: scale it to 8 bits first"
+        )
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
