@@ -25,16 +25,11 @@ from uuid import uuid4
 
 from PIL import Image
 
+from pretrain.data.errors import DataError, SampleError
+from pretrain.data.tar import Member, list_shard, read_member
+
 SUFFIXES = ("source.png", "result.png", "json")
 EXTENSION = ".tar"
-
-
-class DataError(ValueError):
-    """Shards that cannot be used; names the file and what to do."""
-
-
-class SampleError(ValueError):
-    """One sample that cannot be used; says why. It is left out and counted."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +43,6 @@ class EditSample:
     edit_type: str
     scores: Mapping[str, float | None] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where a file lies inside a shard, in bytes."""
-
-    offset: int
-    size: int
 
 
 def write_shard(path: str | Path, samples: Iterable[EditSample]) -> int:
@@ -96,22 +83,10 @@ def read_shard(path: str | Path) -> Iterator[EditSample]:
 
 def shard_members(path: str | Path) -> list[tuple[str, dict[str, Member]]]:
     """Keys of a shard, in order, each with its files by suffix. Raises DataError for a file that is no whole tar."""
-    found: dict[str, dict[str, Member]] = {}
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for info in tar:
-                if info.isfile():
-                    key, _, suffix = info.name.partition(".")
-                    found.setdefault(key, {})[suffix] = Member(info.offset_data, info.size)
-        end = max((m.offset + m.size for files in found.values() for m in files.values()), default=0)
-        with open(path, "rb") as file:
-            file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-            closed = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: not an uncompressed tar file ({error}); copy or make it again") from error
-    if not closed:  # tarfile takes a file that was cut between two members for a whole one
-        raise DataError(f"{path}: cut off, no end-of-archive block; copy or make it again")
-    return list(found.items())
+    listing = list_shard(path)
+    if listing.cut:
+        raise DataError(f"{path}: {listing.cut}; copy or make it again")
+    return listing.samples
 
 
 def read_sample(file: io.BufferedIOBase, key: str, members: Mapping[str, Member]) -> EditSample:
@@ -119,7 +94,7 @@ def read_sample(file: io.BufferedIOBase, key: str, members: Mapping[str, Member]
     absent = [suffix for suffix in SUFFIXES if suffix not in members]
     if absent:
         raise SampleError(f"no {' and no '.join(f'{key}.{suffix}' for suffix in absent)}")
-    raw = {suffix: _bytes(file, members[suffix], f"{key}.{suffix}") for suffix in SUFFIXES}
+    raw = {suffix: read_member(file, members[suffix], f"{key}.{suffix}") for suffix in SUFFIXES}
     record = parse_record(raw["json"])
     return EditSample(
         key,
@@ -182,14 +157,6 @@ def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _bytes(file: io.BufferedIOBase, member: Member, name: str) -> bytes:
-    file.seek(member.offset)
-    content = file.read(member.size)
-    if len(content) != member.size:
-        raise SampleError(f"{name} ends after {len(content)} of {member.size} bytes")
-    return content
 
 
 def _picture(content: bytes, name: str) -> Image.Image:

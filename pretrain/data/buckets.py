@@ -1,0 +1,72 @@
+"""Aspect-ratio buckets: which one a picture belongs to, its size at a resolution, and what is cut off."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import cache
+
+from models.latents import ASPECT_RATIOS
+from pretrain.data.config import Resolution
+
+Size = tuple[int, int]
+_AREA_WEIGHT = 0.1
+
+
+def area_at(schedule: Sequence[Resolution], step: int) -> int:
+    """Pixels of a picture at a step, about."""
+    entry = next((entry for entry in schedule if step < entry.until_step), schedule[-1])
+    return entry.area or entry.side**2
+
+
+def areas(schedule: Sequence[Resolution]) -> list[int]:
+    """Every area of the schedule, once, in its order."""
+    return list(dict.fromkeys(entry.area or entry.side**2 for entry in schedule))
+
+
+def nearest_bucket(width: int, height: int, *, bucketed: bool = True) -> int:
+    """Index into `ASPECT_RATIOS` of the ratio nearest (in log) to that of a picture; 0, the square, unless bucketed.
+
+    It depends on no resolution, so that a sample stays in its bucket when the schedule moves on.
+    """
+    if not bucketed:
+        return 0
+    ratio = math.log(width / height)
+    return min(range(len(ASPECT_RATIOS)), key=lambda k: abs(ratio - math.log(_ratio(k))))
+
+
+@cache
+def bucket_size(bucket: int, area: int, multiple: int) -> Size:
+    """(height, width) of a bucket's batches at about `area` pixels.
+
+    Rounding each side alone would cut 11 % off 16:9 pictures at 192 x 192; among the multiples around, this takes
+    the size with the least crop loss, a tenth of the change of area (in log) counting as loss too.
+    """
+    ratio = _ratio(bucket)
+    ideal = math.sqrt(area / ratio), math.sqrt(area * ratio)
+    sides = [[max(1, math.floor(side / multiple) + k) * multiple for k in (-1, 0, 1, 2)] for side in ideal]
+    return min(
+        itertools.product(*sides),
+        key=lambda size: (
+            crop_loss(ideal[1], ideal[0], size) + _AREA_WEIGHT * abs(math.log(size[0] * size[1] / area)),
+            size,
+        ),
+    )
+
+
+def crop_loss(width: float, height: float, size: Size) -> float:
+    """Share of a picture's area that is outside the largest centred box of the (height, width) `size`'s shape."""
+    here, there = width / height, size[1] / size[0]
+    return 1 - min(here, there) / max(here, there)
+
+
+def crop_box(width: int, height: int, size: Size) -> tuple[float, float, float, float]:
+    """That box (left, top, right, bottom), in the picture's pixels; its sides need not be whole."""
+    ratio = size[1] / size[0]
+    kept_width, kept_height = min(width, height * ratio), min(height, width / ratio)
+    left, top = (width - kept_width) / 2, (height - kept_height) / 2
+    return left, top, left + kept_width, top + kept_height
+
+
+def _ratio(bucket: int) -> float:
+    columns, rows = ASPECT_RATIOS[bucket]
+    return columns / rows
