@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.components import PARTS, check_model_folder
 from models.lora_targets import DEFAULT_TARGETS
+from models.sizes import geometry
 from rl.atomic import folder_manifest
 
 if TYPE_CHECKING:
@@ -19,17 +20,9 @@ if TYPE_CHECKING:
     from models.lora import Adapter, LoraSettings
 
 
-@dataclass(frozen=True)
-class ModelGeometry:
-    """What sizes a model can generate: each side a multiple of `multiple` px and at most `largest` px."""
-
-    multiple: int
-    largest: int
-
-
-def model_sha256(folder: Path) -> str:
+def model_sha256(folder: Path, parts: Sequence[str] = PARTS) -> str:
     """sha256 over the names and sha256 sums of all files of all parts, weights and configs alike."""
-    manifests = {name: folder_manifest(folder / name) for name in PARTS}
+    manifests = {name: folder_manifest(folder / name) for name in parts}
     return hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()
 
 
@@ -49,16 +42,6 @@ def model_problems(folder: Path, adapter: Path | None, sizes: set[tuple[int, int
         for height, width in sorted(sizes)
         if any(side % found.multiple or side > found.largest for side in (height, width))
     ]
-
-
-def geometry(folder: Path) -> ModelGeometry:
-    """From the configs of VAE and transformer."""
-    from models.latents import vae_factor
-
-    shape = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    factor = vae_factor(json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8")))
-    multiple = factor * shape["patch_size"]
-    return ModelGeometry(multiple, multiple * shape["pos_embed_max_size"])
 
 
 def load_adapter(folder: Path, adapter: Path | None, dtype: str) -> tuple[LoraSettings, Adapter]:

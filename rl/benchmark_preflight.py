@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from models.sizes import geometry
 from rewards.base import RewardSet
 from rewards.benchmarks.items import DataError
 from rewards.benchmarks.registry import Benchmark, Part, Request
@@ -18,7 +19,7 @@ from rewards.checks import check_rewards
 from rewards.loading import load_reward
 from rl.atomic import atomic_write_json
 from rl.benchmark_images import ImageStore
-from rl.benchmark_model import geometry, load_adapter, model_problems, model_sha256
+from rl.benchmark_model import load_adapter, model_problems, model_sha256
 from rl.benchmark_plan import (
     Plan,
     Sampling,
