@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     from models.kontext import KontextTransformer
+    from models.metaquery import MetaQueryConditioner
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 TEXT_PARTS = TEXT_ENCODERS + TOKENIZERS
 PARTS = ("transformer", "vae", *TEXT_PARTS, "scheduler")
+"""UniPic2-SD3.5M-Kontext's folder."""
+METAQUERY_PARTS = ("transformer", "vae", "scheduler", "conditioner")
+"""UniPic2-MetaQuery's folder; its Qwen2.5-VL is a folder of its own."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
@@ -33,7 +37,27 @@ def check_model_folder(folder: str | Path, parts: Collection[str] = PARTS) -> li
     folder = Path(folder)
     if not folder.is_dir():
         return [f"{folder}: no such model folder; download or build the model there, or correct the path"]
-    return [problem for name in PARTS if name in parts for problem in _check_part(folder / name)]
+    known = dict.fromkeys((*PARTS, *METAQUERY_PARTS))
+    return [problem for name in known if name in parts for problem in _check_part(folder / name)]
+
+
+def is_metaquery_folder(folder: str | Path) -> bool:
+    """Whether a model folder is conditioned by MetaQuery (it has `conditioner/`) and not by text encoders."""
+    return (Path(folder) / "conditioner").is_dir()
+
+
+def check_vlm_folder(folder: str | Path) -> list[str]:
+    """Every problem with the folder of a Qwen2.5-VL; empty when it can load. Looks at no tensor."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return [f"{folder}: no such folder; download Qwen2.5-VL there, or correct the path"]
+    problems = _check_json(folder / "config.json") + _check_weights(folder) + _check_tokenizer(folder)
+    problems += _check_json(folder / "preprocessor_config.json")
+    if not problems:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != "qwen2_5_vl":
+            problems.append(f"{folder / 'config.json'}: model_type is {kind!r}, expected 'qwen2_5_vl'")
+    return problems
 
 
 def load_transformer(
@@ -79,6 +103,38 @@ def load_tokenizer(folder: str | Path, name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(_require(folder, name), local_files_only=True)
+
+
+def load_conditioner(
+    folder: str | Path, *, dtype: "torch.dtype", device: "torch.device | str" = "cpu"
+) -> "MetaQueryConditioner":
+    """Load `folder/conditioner`, frozen, in eval mode. Raises as `MetaQueryConditioner.from_pretrained`."""
+    from models.metaquery import MetaQueryConditioner
+
+    part = _require(folder, "conditioner")
+    return MetaQueryConditioner.from_pretrained(part, dtype=dtype, device=device).requires_grad_(False)
+
+
+def read_weights(part: str | Path) -> "dict[str, torch.Tensor]":
+    """All tensors of a part's safetensors, on the CPU.
+
+    Raises:
+        FileNotFoundError: there are none, or a shard that the index names is missing.
+        ValueError: a tensor is in two files.
+    """
+    from safetensors.torch import load_file
+
+    problems = _check_weights(Path(part))
+    if problems:
+        raise FileNotFoundError("; ".join(problems))
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(Path(part).glob("*.safetensors")):
+        shard = load_file(path)
+        twice = sorted(state.keys() & shard.keys())
+        if twice:
+            raise ValueError(f"{path}: {len(twice)} tensors are in another file too, first {twice[0]}")
+        state |= shard
+    return state
 
 
 def load_scheduler(folder: str | Path) -> "FlowMatchEulerDiscreteScheduler":

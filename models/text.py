@@ -2,8 +2,9 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,30 @@ class PromptEmbeds:
         return self.prompt_embeds.nbytes + self.pooled_prompt_embeds.nbytes
 
 
+class EmbedsCache:
+    """Embeddings by key, bounded in bytes; forgets the least recently used. Not thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """`max_bytes` 0 keeps nothing."""
+        self.max_bytes = max_bytes
+        self._items: OrderedDict[Hashable, PromptEmbeds] = OrderedDict()
+        self.num_bytes = 0
+
+    def get(self, key: Hashable, make: Callable[[], PromptEmbeds]) -> PromptEmbeds:
+        """What is kept under `key`, or what `make` returns for it."""
+        if key in self._items:
+            self._items.move_to_end(key)
+            return self._items[key]
+        embeds = make()
+        if embeds.num_bytes <= self.max_bytes:
+            self._items[key] = embeds
+            self.num_bytes += embeds.num_bytes
+        while self.num_bytes > self.max_bytes:
+            _, oldest = self._items.popitem(last=False)
+            self.num_bytes -= oldest.num_bytes
+        return embeds
+
+
 class SD3TextEncoder:
     """CLIP-L, CLIP-G and T5 as `StableDiffusion3Pipeline` joins them, one prompt at a time.
 
@@ -65,9 +90,7 @@ class SD3TextEncoder:
         self.t5_tokenizer = t5_tokenizer
         self.t5_encoder = t5_encoder
         self.max_sequence_length = max_sequence_length
-        self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[str, PromptEmbeds] = OrderedDict()
-        self._cached_bytes = 0
+        self.cache = EmbedsCache(cache_bytes)
 
     @classmethod
     def from_pretrained(
@@ -106,20 +129,7 @@ class SD3TextEncoder:
         """
         if isinstance(prompts, str):
             raise TypeError(f"encode takes a list of prompts, not the string {prompts!r}")
-        return [self._lookup(prompt) for prompt in prompts]
-
-    def _lookup(self, prompt: str) -> PromptEmbeds:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
-        embeds = self._encode_one(prompt)
-        if embeds.num_bytes <= self.cache_bytes:
-            self._cache[prompt] = embeds
-            self._cached_bytes += embeds.num_bytes
-        while self._cached_bytes > self.cache_bytes:
-            _, oldest = self._cache.popitem(last=False)
-            self._cached_bytes -= oldest.num_bytes
-        return embeds
+        return [self.cache.get(prompt, partial(self._encode_one, prompt)) for prompt in prompts]
 
     @torch.no_grad()
     def _encode_one(self, prompt: str) -> PromptEmbeds:

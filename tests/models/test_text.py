@@ -58,13 +58,13 @@ def test_cache_is_bounded_in_bytes_and_forgets_the_least_recent(folder: Path) ->
     encoder.encode(["three"])
     assert encoder.encode(["one"])[0] is first
     assert encoder.encode(["two"])[0] is not second, "'two' was the least recent of three"
-    assert encoder._cached_bytes == 2 * size
+    assert encoder.cache.num_bytes == 2 * size
 
 
 def test_cache_of_zero_bytes_keeps_nothing(folder: Path) -> None:
     encoder = load(folder, cache_bytes=0)
     first, again = encoder.encode(["a", "a"])
-    assert first is not again and encoder._cached_bytes == 0
+    assert first is not again and encoder.cache.num_bytes == 0
 
 
 def test_truncation_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
