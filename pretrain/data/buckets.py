@@ -5,11 +5,14 @@ import math
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
+
 from models.latents import ASPECT_RATIOS
 from pretrain.data.config import Resolution
 
 Size = tuple[int, int]
 _AREA_WEIGHT = 0.1
+_CHUNK = 1 << 20
 
 
 def area_at(schedule: Sequence[Resolution], step: int) -> int:
@@ -23,15 +26,21 @@ def areas(schedule: Sequence[Resolution]) -> list[int]:
     return list(dict.fromkeys(entry.area or entry.side**2 for entry in schedule))
 
 
-def nearest_bucket(width: int, height: int, *, bucketed: bool = True) -> int:
-    """Index into `ASPECT_RATIOS` of the ratio nearest (in log) to that of a picture; 0, the square, unless bucketed.
+def nearest_buckets(widths: np.ndarray, heights: np.ndarray, *, bucketed: bool) -> np.ndarray:
+    """Index into `ASPECT_RATIOS`, int8, of the ratio nearest (in log) to that of each picture; 0, the square, unless
+    `bucketed`.
 
     It depends on no resolution, so that a sample stays in its bucket when the schedule moves on.
     """
+    nearest = np.zeros(len(widths), dtype=np.int8)
     if not bucketed:
-        return 0
-    ratio = math.log(width / height)
-    return min(range(len(ASPECT_RATIOS)), key=lambda k: abs(ratio - math.log(_ratio(k))))
+        return nearest
+    ratios = np.log([_ratio(k) for k in range(len(ASPECT_RATIOS))])
+    for start in range(0, len(widths), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        own = np.log(widths[part] / heights[part])
+        nearest[part] = np.abs(own[:, None] - ratios).argmin(axis=1)
+    return nearest
 
 
 @cache
@@ -55,8 +64,13 @@ def bucket_size(bucket: int, area: int, multiple: int) -> Size:
 
 def crop_loss(width: float, height: float, size: Size) -> float:
     """Share of a picture's area that is outside the largest centred box of the (height, width) `size`'s shape."""
-    here, there = width / height, size[1] / size[0]
-    return 1 - min(here, there) / max(here, there)
+    return float(crop_losses(np.asarray(width), np.asarray(height), size))
+
+
+def crop_losses(widths: np.ndarray, heights: np.ndarray, size: Size) -> np.ndarray:
+    """`crop_loss` of many pictures."""
+    own, there = widths / heights, size[1] / size[0]
+    return 1 - np.minimum(own, there) / np.maximum(own, there)
 
 
 def crop_box(width: int, height: int, size: Size) -> tuple[float, float, float, float]:

@@ -1,0 +1,78 @@
+"""What every kind of collection offers: its samples by place, texts and encoded pictures apart."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from pretrain.data.config import SourceConfig
+from pretrain.data.errors import DataError, SampleError
+
+Place = tuple[int, ...]
+"""Whole numbers that say where a sample lies in its file; as many for every sample of a source."""
+
+
+class Reader(Protocol):
+    """Samples of one kind of file. Safe to use from several threads; opens nothing until asked."""
+
+    def __init__(self, config: SourceConfig) -> None: ...
+
+    def places(self, path: Path) -> Iterator[tuple[str, Place | SampleError]]:
+        """Key and place of every sample of a file, in order, or why it has none.
+
+        Raises:
+            DataError: a file that cannot be read at all.
+        """
+        ...
+
+    def texts(self, path: Path, place: Place) -> tuple[str, ...]:
+        """The captions that a sample has, or its instruction. Raises SampleError where there is none."""
+        ...
+
+    def pictures(self, path: Path, place: Place) -> tuple[IO[bytes], ...]:
+        """Encoded pictures, open for reading: (image,), or (source, target). Raises SampleError."""
+        ...
+
+
+def text_fields(config: SourceConfig) -> list[str]:
+    """Names of the text fields of a source, in order."""
+    return list(config.captions) if config.task == "t2i" else [config.instruction]
+
+
+def picture_fields(config: SourceConfig) -> list[str]:
+    """Names of the picture fields of a source, in the order of `Reader.pictures`."""
+    return [config.image] if config.task == "t2i" else [config.source, config.target]
+
+
+def clean_texts(values: dict[str, Any]) -> tuple[str, ...]:
+    """The texts of the fields, white space collapsed, empty ones left out; a list counts as several texts.
+
+    Raises:
+        SampleError: a field of another type, or no text in any.
+    """
+    texts = []
+    for name, value in values.items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if text is not None and not isinstance(text, str):
+                raise SampleError(f"{name} is a {type(text).__name__}, not text")
+            if text and text.split():
+                texts.append(" ".join(text.split()))
+    if not texts:
+        raise SampleError(f"no text in {', '.join(values)}")
+    return tuple(texts)
+
+
+def reader_of(config: SourceConfig) -> Reader:
+    """The reader of a source of files."""
+    if config.kind == "webdataset":
+        from pretrain.data.webdataset import WebDatasetReader
+
+        return WebDatasetReader(config)
+    if config.kind == "parquet":
+        from pretrain.data.parquet import ParquetReader
+
+        return ParquetReader(config)
+    if config.kind == "hf":
+        from pretrain.data.huggingface import HuggingFaceReader
+
+        return HuggingFaceReader(config)
+    raise DataError(f"kind={config.kind!r} is not read from files")

@@ -1,0 +1,146 @@
+"""Samples by number, whatever they lie in: sizes to bucket them by, texts, and upright RGB pictures."""
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from models.pictures import decode_picture
+from pretrain.data.config import DataConfig, SourceConfig
+from pretrain.data.errors import DataError, SampleError
+from pretrain.data.index import named, open_index
+from pretrain.data.readers import picture_fields, reader_of
+
+log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """N samples of one task. Safe to use from several threads.
+
+    Attributes:
+        widths, heights: N int32, upright pixels; of an edit's target.
+        digest: names the samples: where it is equal, they are.
+        known_corrupt: how many were left out when it was opened.
+    """
+
+    widths: np.ndarray
+    heights: np.ndarray
+    digest: str
+    known_corrupt: int
+
+    def __len__(self) -> int: ...
+
+    def name(self, ordinal: int) -> tuple[str, str]:
+        """File and key of a sample, for messages."""
+        ...
+
+    def texts(self, ordinal: int) -> tuple[str, ...]:
+        """Its captions, or its instruction. Raises SampleError."""
+        ...
+
+    def pictures(self, ordinal: int) -> tuple[Image.Image, ...]:
+        """(image,), or (source, target) of an edit. Raises SampleError."""
+        ...
+
+
+def open_sources(data: DataConfig) -> list[Source]:
+    """Every source of a recipe, indexed. Raises DataError, also where one has more broken samples than it may."""
+    return [_open(i, config, data) for i, config in enumerate(data.sources)]
+
+
+def _open(number: int, config: SourceConfig, data: DataConfig) -> Source:
+    if config.kind == "shapes":
+        return ShapesSource(config)
+    source = FileSource(config, data)
+    corrupt, total = source.index.corrupt, len(source) + source.known_corrupt
+    if corrupt:
+        log.warning(
+            "data.sources[%d]: left out %d of %d as corrupt:\n%s", number, len(corrupt), total, named(corrupt)
+        )
+    if len(corrupt) > data.max_corrupt_share * total:
+        raise DataError(
+            f"data.sources[{number}]: {len(corrupt)} of {total} samples are corrupt, above "
+            f"data.max_corrupt_share={data.max_corrupt_share}:\n{named(corrupt)}"
+        )
+    return source
+
+
+class FileSource:
+    """Samples of tar shards or tables, found through their index."""
+
+    def __init__(self, config: SourceConfig, data: DataConfig) -> None:
+        self.reader = reader_of(config)
+        self.index = open_index(
+            config, Path(data.cache_dir) / "index", workers=data.index_workers, wait_s=data.wait_s
+        )
+        self.widths, self.heights = self.index.widths, self.index.heights
+        self.digest = self.index.digest
+        self.known_corrupt = len(self.index.corrupt)
+        self._fields = picture_fields(config)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def name(self, ordinal: int) -> tuple[str, str]:
+        located = self.index.locate(ordinal)
+        return str(located.path), located.key
+
+    def texts(self, ordinal: int) -> tuple[str, ...]:
+        located = self.index.locate(ordinal)
+        return self.reader.texts(located.path, located.place)
+
+    def pictures(self, ordinal: int) -> tuple[Image.Image, ...]:
+        located = self.index.locate(ordinal)
+        pictures = []
+        for name, file in zip(self._fields, self.reader.pictures(located.path, located.place), strict=True):
+            with file:
+                try:
+                    pictures.append(decode_picture(file.read(), name))
+                except ValueError as error:
+                    raise SampleError(str(error)) from error
+        indexed = (int(self.widths[ordinal]), int(self.heights[ordinal]))
+        if pictures[-1].size != indexed:
+            raise SampleError(f"its picture is {pictures[-1].size}, and was {indexed} by its header")
+        return tuple(pictures)
+
+
+class ShapesSource:
+    """The procedural world's training split: sample n is a function of (seed, n)."""
+
+    known_corrupt = 0
+
+    def __init__(self, config: SourceConfig) -> None:
+        from rewards.shapes.world import SIZE
+
+        self._config = config
+        self.widths = np.full(config.samples, SIZE, dtype=np.int32)
+        self.heights = self.widths
+        self.digest = f"shapes-{config.task}-{config.seed}-{config.samples}"
+        self._drawn = lru_cache(maxsize=1024)(self._draw)
+
+    def __len__(self) -> int:
+        return self._config.samples
+
+    def name(self, ordinal: int) -> tuple[str, str]:
+        return f"shapes world, seed {self._config.seed}", str(ordinal)
+
+    def texts(self, ordinal: int) -> tuple[str, ...]:
+        return (self._drawn(ordinal)[0],)
+
+    def pictures(self, ordinal: int) -> tuple[Image.Image, ...]:
+        return self._drawn(ordinal)[1]
+
+    def _draw(self, ordinal: int) -> tuple[str, tuple[Image.Image, ...]]:
+        from pretrain.shapes import edit_batch, t2i_batch
+        from rewards.shapes.render import render_batch
+
+        if self._config.task == "t2i":
+            t2i = t2i_batch(self._config.seed, ordinal, 1)
+            prompt, scenes = t2i.prompts[0], t2i.scenes
+        else:
+            edit = edit_batch(self._config.seed, ordinal, 1)
+            prompt, scenes = edit.prompts[0], [edit.sources[0], edit.targets[0]]
+        return prompt, tuple(Image.fromarray(picture) for picture in render_batch(scenes))
