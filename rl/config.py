@@ -17,14 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import recipes
 from models.lora_targets import DEFAULT_TARGETS
-
-
-class ConfigError(ValueError):
-    """A recipe cannot be used; `problems` holds one line for each thing to mend."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__("\n".join(f"- {problem}" for problem in problems))
-        self.problems = problems
+from rl.schema import ConfigError, apply_overrides, read_over_bases
 
 
 @dataclass
@@ -148,14 +141,27 @@ class RewardConfig:
 
 
 @dataclass
+class StagePartConfig:
+    """One task of a joint stage."""
+
+    task: str = MISSING
+    prompts: str = MISSING
+    rewards: list[RewardConfig] = field(default_factory=list)
+
+
+@dataclass
 class StageConfig:
-    """One stage of the staged order (PDTR: editing, then text-to-image). `steps` counts rollouts."""
+    """One stage of the staged order (PDTR: editing, then text-to-image). `steps` counts rollouts.
+
+    With `task: joint` its `parts` take turns, one rollout each, and have prompts and rewards in the stage's place.
+    """
 
     name: str = MISSING
     task: str = MISSING
-    prompts: str = MISSING
+    prompts: str | None = None
     steps: int = MISSING
     rewards: list[RewardConfig] = field(default_factory=list)
+    parts: list[StagePartConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -259,9 +265,9 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> RunCo
     if not path.is_file():
         raise ConfigError([f"recipe {recipe} does not exist (looked for {path.absolute()})"])
     try:
-        merged = _read_over_bases(path)
+        merged = read_over_bases(path)
         if isinstance(merged, DictConfig):
-            _apply_overrides(merged, overrides or [])
+            apply_overrides(merged, overrides or [])
     except ConfigError:
         raise
     except Exception as error:
@@ -286,42 +292,9 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> RunCo
     return config
 
 
-def _read_over_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig | ListConfig:
-    """The recipe in `path` merged over its `base`, if it names one; `above`: the recipes that led here."""
-    node = OmegaConf.load(path)
-    if not isinstance(node, DictConfig) or "base" not in node:
-        return node
-    base = (path.parent / str(node.pop("base"))).resolve()
-    if base in (*above, path.resolve()):
-        raise ConfigError([f"{path}: base leads back to {base}; a recipe cannot stand on itself"])
-    if not base.is_file():
-        raise ConfigError(
-            [f"{path}: base {base} does not exist; name a recipe relative to this one's folder"]
-        )
-    merged = OmegaConf.merge(_read_over_bases(base, (*above, path.resolve())), node)
-    assert isinstance(merged, DictConfig | ListConfig)
-    return merged
-
-
 def to_yaml(config: RunConfig) -> str:
     """The resolved recipe as YAML (written beside a run; holds no secrets, since none are read from recipes)."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _apply_overrides(config: DictConfig, overrides: list[str]) -> None:
-    problems = []
-    for item in overrides:
-        key, separator, value = item.partition("=")
-        if not separator or not key:
-            problems.append(f"override {item!r}: write it as key=value, for example learner.kl_beta=0.01")
-            continue
-        try:
-            # The recipe's own YAML reader: PyYAML's takes 3e-4 for a string.
-            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"])._get_node("value"))
-        except Exception as error:
-            problems.append(f"override {item!r}: {str(error).splitlines()[0]}")
-    if problems:
-        raise ConfigError(problems)
 
 
 def _check_node(node: Any, schema: type, prefix: str, problems: list[str]) -> None:
@@ -376,6 +349,8 @@ _NESTED: dict[tuple[type, str], type] = {
     (ModelConfig, "lora"): LoraConfig,
     (LearnerConfig, "ema"): EmaConfig,
     (StageConfig, "rewards"): RewardConfig,
+    (StageConfig, "parts"): StagePartConfig,
+    (StagePartConfig, "rewards"): RewardConfig,
     (RewardConfig, "service"): ServiceConfig,
     (EvaluationConfig, "tasks"): EvaluationTaskConfig,
     (EvaluationTaskConfig, "rewards"): RewardConfig,

@@ -5,18 +5,12 @@ One YAML file describes all steps; each command reads the sections it knows. Loa
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-import recipes
-from rl.config import ConfigError
+from rl.schema import ConfigError, read_recipe
 
 OTHER_SECTIONS = ("generate", "label", "serve")
 """Sections of the same file that other commands read."""
@@ -206,81 +200,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and `key.sub=value` overrides. Raises ConfigError listing every problem of its keys and values."""
     from rewards.editreward.validate import recipe_problems
 
-    file = recipes.resolve(path)
-    if not file.is_file():
-        raise ConfigError([f"recipe {path} does not exist (looked for {file.absolute()})"])
-    try:
-        given = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides or [])))
-    except Exception as error:
-        raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from error
-    if not isinstance(given, DictConfig):
-        raise ConfigError([f"{path}: a recipe is a mapping of keys, found a {type(given).__name__}"])
-    if "oc.env" in OmegaConf.to_yaml(given):
-        raise ConfigError([f"{path}: a recipe must not read the environment (${{oc.env:...}})"])
-    for section in OTHER_SECTIONS:
-        given.pop(section, None)
-    problems = _node_problems(OmegaConf.to_container(given, resolve=True), Recipe, "")
-    if problems:
-        raise ConfigError(problems)
-    recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), given))
-    assert isinstance(recipe, Recipe)
+    recipe = read_recipe(path, overrides or [], Recipe, others=OTHER_SECTIONS)
     problems = recipe_problems(recipe)
     if problems:
         raise ConfigError(problems)
     return recipe
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
-
-
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """`section.key` -> value, for comparing two recipes."""
-
-    def walk(node: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix: list(node) if isinstance(node, tuple) else node}
-        found: dict[str, Any] = {}
-        for key, child in node.items():
-            found |= walk(child, f"{prefix}.{key}" if prefix else key)
-        return found
-
-    return walk(dataclasses.asdict(recipe), "")
-
-
-def _node_problems(node: Any, schema: type, prefix: str) -> list[str]:
-    """Unknown keys with the nearest known one, missing values and wrong types, below one mapping."""
-    definitions = {f.name: f for f in dataclasses.fields(schema)}
-    if not isinstance(node, dict):
-        return [f"key '{prefix.rstrip('.')}' must be a mapping with keys {', '.join(definitions)}"]
-    problems = []
-    for key in node:
-        if key not in definitions:
-            near = difflib.get_close_matches(str(key), definitions, n=1, cutoff=0.5)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here: {', '.join(definitions)}"
-            problems.append(f"unknown key '{prefix}{key}': {hint}")
-    hints = typing.get_type_hints(schema)
-    for key, definition in definitions.items():
-        value, hint = node.get(key, MISSING), hints[key]
-        inner = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
-        if value == MISSING and definition.default == MISSING:
-            problems.append(f"key '{prefix}{key}' has no value; set it in the recipe or as {prefix}{key}=...")
-        elif dataclasses.is_dataclass(hint):
-            problems += _node_problems({} if value == MISSING else value, hint, f"{prefix}{key}.")  # type: ignore[arg-type]
-        elif value == MISSING:
-            continue
-        elif dataclasses.is_dataclass(inner) and isinstance(value, list):
-            for i, item in enumerate(value):
-                problems += _node_problems(item, inner, f"{prefix}{key}[{i}].")  # type: ignore[arg-type]
-        else:
-            problems += _value_problems(schema, key, value, prefix)
-    return problems
-
-
-def _value_problems(schema: type, key: str, value: Any, prefix: str) -> list[str]:
-    try:
-        OmegaConf.update(OmegaConf.structured(schema), key, value, merge=False)
-    except OmegaConfBaseException as error:
-        return [f"key '{prefix}{key}': {str(error).splitlines()[0]}"]
-    return []

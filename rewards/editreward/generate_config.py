@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 import recipes
-from rewards.editreward.config import OTHER_SECTIONS, Recipe, _node_problems
-from rl.config import ConfigError
+from rewards.editreward.config import OTHER_SECTIONS, Recipe
+from rl.schema import ConfigError, node_problems, read_over_bases
 
 BASE = "base"
 """In `adapters`: the model as it is, without an adapter."""
@@ -87,7 +87,7 @@ def load_section(
     if not file.is_file():
         raise ConfigError([f"recipe {path} does not exist (looked for {file.absolute()})"])
     try:
-        given = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(overrides))
+        given = OmegaConf.merge(read_over_bases(file), OmegaConf.from_dotlist(overrides))
     except Exception as error:  # the YAML parser's and OmegaConf's own classes
         raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from error
     if not isinstance(given, DictConfig) or key not in given:
@@ -101,7 +101,7 @@ def load_section(
     header = {name: given.get(name, default) for name, default in (("output_dir", "runs"), ("seed", 0))}
     if not given.get("name"):
         problems.append("key 'name' has no value; set it in the recipe or as name=...")
-    problems += _node_problems(OmegaConf.to_container(given[key], resolve=True), schema, f"{key}.")
+    problems += node_problems(OmegaConf.to_container(given[key], resolve=True), schema, f"{key}.")
     if problems:
         raise ConfigError(problems)
     section = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given[key]))

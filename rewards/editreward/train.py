@@ -6,13 +6,14 @@ import argparse
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import recipes
-from rewards.editreward.config import Recipe, load_recipe, to_yaml
+from rewards.editreward.config import Recipe, load_recipe
 from rewards.editreward.data import DataError
 from rewards.editreward.settings import FILE, SettingsError
-from rl.config import ConfigError
+from rl.schema import ConfigError, to_yaml
 
 log = logging.getLogger("rewards.editreward.train")
 
@@ -97,11 +98,11 @@ def train(recipe: Recipe, *, resume: str | None = None) -> int:
     """Index the data, start the ranks, train to the end."""
     from rewards.editreward.index import label_statistics, load_corpus, whole_groups
     from rewards.editreward.processing import EditProcessor, read_chat_template
-    from rewards.editreward.train_rank import INDEX
-    from rewards.editreward.train_ranks import start_ranks
+    from rewards.editreward.train_rank import INDEX, TrainRank
     from rewards.editreward.train_run import RECIPE, RunState, TrainingRun, find_checkpoint, read_state
     from rewards.editreward.validate import make_settings
     from rl.atomic import atomic_write_json, atomic_write_text
+    from rl.ranks import start_ranks
 
     problems = preflight(recipe)
     if problems:
@@ -124,7 +125,7 @@ def train(recipe: Recipe, *, resume: str | None = None) -> int:
     atomic_write_text(run_dir / RECIPE, to_yaml(recipe))
     atomic_write_json(run_dir / FILE, settings.to_json())
     atomic_write_text(run_dir / "data.txt", "\n".join(corpus.lines()) + "\n")
-    ranks = start_ranks(recipe, settings)
+    ranks = start_ranks(partial(TrainRank, recipe, settings), recipe.train.ranks, recipe.resources)
     try:
         if checkpoint is not None:
             ranks.call("load", str(checkpoint), state.step)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from rewards.editreward.__main__ import COMMANDS, main
-from rewards.editreward.config import load_recipe, to_yaml
+from rewards.editreward.config import load_recipe
 from rewards.editreward.train_plan import activation_bytes, measure, qwen25_vl_7b, sample_flops, state_bytes
-from rl.config import ConfigError
+from rl.schema import ConfigError, to_yaml
 from tests.rewards.editreward_data import make_base, make_recipe, make_samples, write_shards
 
 ROOT = Path(__file__).resolve().parents[2]

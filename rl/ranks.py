@@ -1,44 +1,54 @@
-"""All ranks of a training run behind one `call`: in this process where there is one, else one Ray actor each."""
+"""All ranks of a supervised run behind one `call`: in this process where there is one, else one Ray actor each.
+
+A rank is any object with `setup(address, port)`, which joins the process group, and the methods that its driver calls.
+"""
 
 from __future__ import annotations
 
 import logging
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from rewards.editreward.config import Recipe
-from rewards.editreward.settings import EditRewardSettings
-
 log = logging.getLogger(__name__)
+
+MakeRank = Callable[[int], Any]
+"""Builds the rank of a number. Sent to Ray's actors, so it imports what it needs when it is called."""
 
 
 class RankLost(RuntimeError):
     """A rank failed or could not start. All share one optimizer, so the run stops; `--resume auto` continues it."""
 
 
+class RankResources(Protocol):
+    """What each rank gets, and for how long is waited; all keys of a recipe's `resources`."""
+
+    device: str
+    rank_cpus: float
+    placement_timeout_s: float
+    start_timeout_s: float
+    call_timeout_s: float
+
+
 class Ranks(Protocol):
-    """`call` runs a method of `TrainRank` on every rank and gives the answers in rank order."""
+    """`call` runs a method on every rank and gives the answers in rank order."""
 
     def call(self, method: str, *args: Any) -> list[Any]: ...
 
     def close(self) -> None: ...
 
 
-def start_ranks(recipe: Recipe, settings: EditRewardSettings) -> Ranks:
+def start_ranks(make: MakeRank, count: int, resources: RankResources) -> Ranks:
     """Start and set up all ranks. Raises RankLost where they do not come up in time."""
-    if recipe.train.ranks == 1:
-        return LocalRank(recipe, settings)
-    return RayRanks(recipe, settings)
+    return LocalRank(make) if count == 1 else RayRanks(make, count, resources)
 
 
 class LocalRank:
     """One rank in this process."""
 
-    def __init__(self, recipe: Recipe, settings: EditRewardSettings):
-        from rewards.editreward.train_rank import TrainRank
-
-        self.rank = TrainRank(recipe, settings, 0)
+    def __init__(self, make: MakeRank):
+        self.rank = make(0)
         self.rank.setup("127.0.0.1", _free_port())
 
     def call(self, method: str, *args: Any) -> list[Any]:
@@ -51,7 +61,7 @@ class LocalRank:
 class RayRanks:
     """One actor for each rank, in a placement group that is waited for with a limit."""
 
-    def __init__(self, recipe: Recipe, settings: EditRewardSettings):
+    def __init__(self, make: MakeRank, count: int, resources: RankResources):
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -59,41 +69,41 @@ class RayRanks:
         from rl.cluster import connect
 
         connect()
-        self.resources, ranks = recipe.resources, recipe.train.ranks
-        gpus = 1 if self.resources.device == "cuda" else 0
-        bundle = {"CPU": self.resources.rank_cpus, "GPU": gpus} if gpus else {"CPU": self.resources.rank_cpus}
-        self._check_size(bundle, ranks)
-        self.group = placement_group([bundle] * ranks, strategy="PACK")
+        self.resources = resources
+        gpus = 1 if resources.device == "cuda" else 0
+        bundle = {"CPU": resources.rank_cpus, "GPU": gpus} if gpus else {"CPU": resources.rank_cpus}
+        self._check_size(bundle, count)
+        self.group = placement_group([bundle] * count, strategy="PACK")
         self.actors: list[Any] = []
         self._remove = remove_placement_group
         try:
-            if not self.group.wait(timeout_seconds=self.resources.placement_timeout_s):
+            if not self.group.wait(timeout_seconds=resources.placement_timeout_s):
                 raise RankLost(
-                    f"no room for {ranks} x {bundle} after resources.placement_timeout_s="
-                    f"{self.resources.placement_timeout_s:g} s: the cluster is busy; see `ray status`"
+                    f"no room for {count} x {bundle} after resources.placement_timeout_s="
+                    f"{resources.placement_timeout_s:g} s: the cluster is busy; see `ray status`"
                 )
-            for rank in range(ranks):
+            for rank in range(count):
                 where = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
                 actor = ray.remote(RankActor).options(
-                    num_cpus=self.resources.rank_cpus, num_gpus=gpus, scheduling_strategy=where
+                    num_cpus=resources.rank_cpus, num_gpus=gpus, scheduling_strategy=where
                 )
-                self.actors.append(actor.remote(recipe, settings, rank))
-            limit = self.resources.start_timeout_s
+                self.actors.append(actor.remote(make, rank))
+            limit = resources.start_timeout_s
             address, port = ray.get(self.actors[0].address.remote(), timeout=limit)
             self._call("setup", (address, port), limit)
         except BaseException:
             self.close()
             raise
 
-    def _check_size(self, bundle: dict[str, float], ranks: int) -> None:
+    def _check_size(self, bundle: dict[str, float], count: int) -> None:
         import ray
 
         have = ray.cluster_resources()
         for name, amount in bundle.items():
-            if amount * ranks > have.get(name, 0) + 1e-6:
+            if amount * count > have.get(name, 0) + 1e-6:
                 raise RankLost(
-                    f"train.ranks={ranks} need {amount * ranks:g} {name}s, the cluster has {have.get(name, 0):g}; add "
-                    "nodes (ray start --address=...) or lower train.ranks or resources.rank_cpus"
+                    f"{count} ranks need {amount * count:g} {name}s, the cluster has {have.get(name, 0):g}; add "
+                    "nodes (ray start --address=...) or lower the number of ranks or resources.rank_cpus"
                 )
 
     def call(self, method: str, *args: Any) -> list[Any]:
@@ -135,11 +145,9 @@ class RayRanks:
 class RankActor:
     """What runs inside a Ray actor: torch loads there, not where the actor is made."""
 
-    def __init__(self, recipe: Recipe, settings: EditRewardSettings, rank: int):
-        from rewards.editreward.train_rank import TrainRank
-
+    def __init__(self, make: MakeRank, rank: int):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        self.rank = TrainRank(recipe, settings, rank)
+        self.rank = make(rank)
 
     def address(self) -> tuple[str, int]:
         """An address of this node and a port that is free now."""
