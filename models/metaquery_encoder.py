@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from models.components import load_conditioner
-from models.latents import to_rgb
 from models.metaquery import MetaQueryConditioner
 from models.metaquery_vlm import PositionMode, QueryReader
+from models.pictures import to_rgb
 from models.text import DEFAULT_CACHE_BYTES, EmbedsCache, PromptEmbeds
 from models.vlm import answer_question
 

@@ -50,6 +50,7 @@ class QueryReader:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.position_mode = position_mode
+        self._checkpointing = False
 
     @classmethod
     def from_pretrained(
@@ -69,13 +70,9 @@ class QueryReader:
         return self.vlm.config.text_config.hidden_size
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute the language model's layers again in the backward pass instead of keeping their activations.
-
-        transformers does so in training mode only; Qwen2.5-VL has nothing that behaves otherwise there.
-        """
-        language_model = self.vlm.model.language_model
-        language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        language_model.train()
+        """Compute the language model's layers again in the backward pass instead of keeping their activations."""
+        self.vlm.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._checkpointing = True
 
     def hidden_states(
         self,
@@ -111,16 +108,25 @@ class QueryReader:
         prefixes = self._prefixes(prompts, given)
         count = len(meta_queries)
         rows = [torch.cat([p.embeds, meta_queries.to(p.embeds.device, p.embeds.dtype)]) for p in prefixes]
-        states = self.vlm.model.language_model(
-            inputs_embeds=pad_sequence(rows, batch_first=True),
-            position_ids=pad_sequence(
-                [self._positions(prefix, count) for prefix in prefixes], batch_first=True
-            ).permute(2, 0, 1),
-            use_cache=False,
-        ).last_hidden_state
+        position_ids = pad_sequence(
+            [self._positions(prefix, count) for prefix in prefixes], batch_first=True
+        ).permute(2, 0, 1)
+        states = self._run(pad_sequence(rows, batch_first=True), position_ids)
         return torch.stack(
             [state[len(row) - count : len(row)] for state, row in zip(states, rows, strict=True)]
         )
+
+    def _run(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """The language model on embeddings [B, T, D] at positions [3, B, T]: states [B, T, D]."""
+        language_model = self.vlm.model.language_model
+        # transformers checkpoints in training mode only; Qwen2.5-VL has nothing else that behaves otherwise there.
+        language_model.train(self._checkpointing and torch.is_grad_enabled())
+        try:
+            return language_model(
+                inputs_embeds=embeds, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
+        finally:
+            language_model.eval()
 
     @torch.no_grad()
     def _prefixes(self, prompts: Sequence[str], images: Sequence[Image.Image | None]) -> list[_Prefix]:

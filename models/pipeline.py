@@ -4,17 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from models.adapter_files import read_adapter, save_adapter
 from models.components import (
     PARTS,
     TEXT_ENCODERS,
@@ -25,33 +21,20 @@ from models.components import (
     load_tokenizer,
     load_transformer,
     load_vae,
-    save_component,
 )
+from models.drawing import DrawingOptions, DrawingPipeline, Generators, PromptRows
 from models.kontext import KontextTransformer
-from models.latents import (
-    decode_latents,
-    encode_images,
-    image_to_tensor,
-    latent_shape,
-    nearest_size,
-    vae_factor,
-)
-from models.lora import adapter_settings, adapter_state, attach_lora, attached_adapters, load_adapter_state
-from models.pictures import to_rgb
 from models.text import PromptEmbeds, SD3TextEncoder
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-Generators = torch.Generator | list[torch.Generator] | None
-
-
-class KontextPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
+class KontextPipeline(DrawingPipeline):
     """UniPic2-SD3.5M-Kontext: `pipeline("a red fox")`, or `pipeline("make it blue", image=photo)`.
 
     The folder need not have a `model_index.json`: the released one has none, and none is written. A seed
     gives one image: latents stay in float32, and the reference is encoded to the mode of its posterior.
     """
 
+    parts = PARTS
     _optional_components = [*TEXT_ENCODERS, *TOKENIZERS]
 
     def __init__(
@@ -119,48 +102,6 @@ class KontextPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
                 components[name] = loaders[name]()
         return cls(**components)
 
-    def save_pretrained(self, folder: str | Path) -> None:  # type: ignore[override]
-        """Write the folder that `from_pretrained` reads, part by part, each replaced in one step.
-
-        Raises:
-            ValueError: a part is missing, or the transformer carries an adapter, which a folder cannot hold.
-        """
-        missing = [name for name in PARTS if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"cannot save a pipeline without its {', '.join(missing)}")
-        adapters = attached_adapters(self.transformer)
-        if adapters:
-            raise ValueError(
-                f"the transformer carries adapters {adapters}: write them with save_adapter, or the merged "
-                "transformer with models.adapter_files.save_merged_transformer"
-            )
-        for name in PARTS:
-            save_component(getattr(self, name), Path(folder) / name)
-
-    def load_adapter(self, folder: str | Path, adapter_name: str = "policy") -> None:
-        """Attach an adapter folder written by training (or by PEFT) under a name that is not in use."""
-        state, settings = read_adapter(folder)
-        attach_lora(
-            self.transformer,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            targets=settings.targets,
-            adapter_name=adapter_name,
-            trainable=False,
-        )
-        load_adapter_state(self.transformer, state, adapter_name)
-
-    def save_adapter(self, folder: str | Path, adapter_name: str = "policy") -> None:
-        """Write an attached adapter as a PEFT folder with the diffusers LoRA file inside."""
-        settings = adapter_settings(self.transformer, adapter_name)
-        save_adapter(
-            adapter_state(self.transformer, adapter_name),
-            folder,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            targets=settings.targets,
-        )
-
     @torch.no_grad()
     def __call__(
         self,
@@ -196,62 +137,23 @@ class KontextPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
 
         Raises ValueError for inputs that contradict each other or are missing.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
-        given = (prompt_embeds, pooled_prompt_embeds)
-        rows = [self._condition("prompt", prompt, given, None, max_sequence_length)]
-        count = len(rows[0][0])
-        if guidance_scale > 1:
-            given = (negative_prompt_embeds, negative_pooled_prompt_embeds)
-            rows.insert(
-                0, self._condition("negative_prompt", negative_prompt, given, count, max_sequence_length)
-            )
-        images = self._images(image, count)
-        size = self._size(images, height, width)
-        final = self._denoise(
-            self._noise(latents, generator, count * num_images_per_prompt, size),
-            torch.cat([text.repeat_interleave(num_images_per_prompt, 0) for text, _ in rows]),
-            torch.cat([pooled.repeat_interleave(num_images_per_prompt, 0) for _, pooled in rows]),
-            self._reference(images, size, num_images_per_prompt),
+        options = DrawingOptions(
             num_inference_steps,
             guidance_scale,
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            return_dict,
         )
-        output: Any = (
-            final if output_type == "latent" else _convert(decode_latents(self.vae, final), output_type)
-        )
-        return ImagePipelineOutput(images=output) if return_dict else (output,)
-
-    def _denoise(
-        self,
-        latents: torch.Tensor,
-        text: torch.Tensor,
-        pooled: torch.Tensor,
-        reference: torch.Tensor | None,
-        steps: int,
-        guidance_scale: float,
-    ) -> torch.Tensor:
-        """Euler steps on float32 latents. Text rows are `[negative, positive]` or `[positive]` alone."""
-        dtype, device = self.transformer.dtype, latents.device
-        repeats = len(text) // len(latents)
-        if reference is not None:
-            reference = reference.repeat(repeats, 1, 1, 1).to(device, dtype)
-        text, pooled = text.to(device, dtype), pooled.to(device, dtype)
-        self.scheduler.set_timesteps(steps, device=device)
-        for timestep in self.progress_bar(self.scheduler.timesteps):
-            velocity = self.transformer(
-                latents.repeat(repeats, 1, 1, 1).to(dtype),
-                text,
-                pooled,
-                timestep.expand(len(text)),
-                reference_hidden_states=reference,
-                return_dict=False,
-            )[0].float()
-            if repeats == 2:
-                negative, positive = velocity.chunk(2)
-                velocity = negative + guidance_scale * (positive - negative)
-            # The scheduler returns its first argument's dtype: in bfloat16 it would round the latents.
-            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        return latents
+        given = (prompt_embeds, pooled_prompt_embeds)
+        positive = self._condition("prompt", prompt, given, None, max_sequence_length)
+        count, negative = len(positive.text), None
+        if guidance_scale > 1:
+            given = (negative_prompt_embeds, negative_pooled_prompt_embeds)
+            negative = self._condition("negative_prompt", negative_prompt, given, count, max_sequence_length)
+        images = self._images(image, count)
+        return self._draw(positive, negative, images, self._size(images, height, width), options)
 
     def _condition(
         self,
@@ -260,8 +162,8 @@ class KontextPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         given: tuple[torch.Tensor | None, torch.Tensor | None],
         count: int | None,
         max_sequence_length: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N L D, N P) for the prompts, or those given; a single one is repeated to `count`."""
+    ) -> PromptRows:
+        """Rows of the prompts, or those given; a single one is repeated to `count`."""
         embeds, pooled = given
         if (embeds is None) != (pooled is None):
             raise ValueError(f"{name}_embeds and its pooled companion must be given together")
@@ -278,7 +180,7 @@ class KontextPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             embeds, pooled = embeds.repeat(count, 1, 1), pooled.repeat(count, 1)
         if len(embeds) != len(pooled) or len(embeds) != (count or len(embeds)):
             raise ValueError(f"{len(embeds)} {name}s ({len(pooled)} pooled) do not fit {count} prompts")
-        return embeds, pooled
+        return PromptRows(embeds, pooled)
 
     def _text_encoder(self, name: str, max_sequence_length: int) -> SD3TextEncoder:
         if any(getattr(self, part) is None for part in (*TEXT_ENCODERS, *TOKENIZERS)):
@@ -293,60 +195,3 @@ class KontextPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             max_sequence_length=max_sequence_length,
             cache_bytes=0,
         )
-
-    @staticmethod
-    def _images(image: Image.Image | Sequence[Image.Image] | None, count: int) -> list[Image.Image]:
-        """Upright RGB references, none or one for each prompt."""
-        if image is None:
-            return []
-        if isinstance(image, Image.Image):
-            return [to_rgb(image)] * count
-        if len(image) != count:
-            raise ValueError(f"{len(image)} images do not fit {count} prompts: give one for all, or one each")
-        return [to_rgb(one) for one in image]
-
-    def _size(self, images: list[Image.Image], height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width in pixels of what is generated."""
-        factor = vae_factor(self.vae.config)
-        side, multiple = (
-            self.transformer.config.sample_size * factor,
-            self.transformer.config.patch_size * factor,
-        )
-        if (height is None) != (width is None):
-            raise ValueError(f"give both height ({height}) and width ({width}), or neither")
-        if height is not None and width is not None:
-            if height % multiple or width % multiple:
-                raise ValueError(f"height {height} and width {width} must be multiples of {multiple}")
-            return height, width
-        sizes = {nearest_size(one.height, one.width, side * side, multiple=multiple) for one in images}
-        if len(sizes) > 1:
-            raise ValueError(f"the references suggest different sizes {sorted(sizes)}: give height and width")
-        return sizes.pop() if sizes else (side, side)
-
-    def _reference(
-        self, images: list[Image.Image], size: tuple[int, int], repeats: int
-    ) -> torch.Tensor | None:
-        if not images:
-            return None
-        pixels = torch.stack([image_to_tensor(image, *size) for image in images])
-        return encode_images(self.vae, pixels).repeat_interleave(repeats, 0)
-
-    def _noise(
-        self, latents: torch.Tensor | None, generator: Generators, count: int, size: tuple[int, int]
-    ) -> torch.Tensor:
-        """Initial latents, float32; drawn so whatever the transformer's dtype, hence one image per seed."""
-        shape = (count, *latent_shape(self.vae, *size))
-        if latents is None:
-            return randn_tensor(shape, generator, device=self._execution_device, dtype=torch.float32)
-        if latents.shape != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
-        return latents.to(self._execution_device, torch.float32)
-
-
-def _convert(images: torch.Tensor, output_type: str) -> Any:
-    """uint8 N H W 3 to the type asked for."""
-    if output_type == "pil":
-        return [Image.fromarray(image) for image in images.numpy()]
-    if output_type == "np":
-        return images.numpy().astype(np.float32) / 255
-    return images.permute(0, 3, 1, 2).float() / 255

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from models.components import check_vlm_folder
-from models.latents import to_rgb
+from models.pictures import to_rgb
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,11 +24,12 @@ TINY_CONFIG = MetaQueryConfig(
 )
 
 
-def make_tiny_conditioner(*, seed: int = 0) -> MetaQueryConditioner:
-    """Random weights, ten times the usual linears: what the VLM reads then shows in the images."""
+def make_tiny_conditioner(*, seed: int = 0, **changes: int) -> MetaQueryConditioner:
+    """Random weights, ten times the usual linears, so that what the VLM reads shows in the images; `changes`
+    override the config."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        conditioner = MetaQueryConditioner(TINY_CONFIG).eval()
+        conditioner = MetaQueryConditioner(replace(TINY_CONFIG, **changes)).eval()
     with torch.no_grad():
         for name, parameter in conditioner.named_parameters():
             if name.endswith("weight") and parameter.ndim == 2:

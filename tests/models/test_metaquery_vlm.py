@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
 from models.metaquery import MetaQueryConditioner
 from models.metaquery_encoder import MetaQueryEncoder
@@ -113,7 +114,16 @@ def test_gradient_reaches_the_queries_and_not_the_vlm(readers: dict[str, QueryRe
     assert all(p.grad is None and not p.requires_grad for p in readers["flat"].vlm.parameters())
 
 
-def test_checkpointing_the_vlm_changes_no_gradient(metaquery_folders: tuple[Path, Path]) -> None:
+def test_checkpointing_the_vlm_changes_no_gradient(
+    metaquery_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+    attention = Qwen2_5_VLAttention.forward
+    monkeypatch.setattr(
+        Qwen2_5_VLAttention,
+        "forward",
+        lambda self, *args, **kw: runs.append(1) or attention(self, *args, **kw),
+    )
     gradients = []
     for checkpointed in (False, True):
         reader = QueryReader.from_pretrained(metaquery_folders[1])
@@ -122,7 +132,8 @@ def test_checkpointing_the_vlm_changes_no_gradient(metaquery_folders: tuple[Path
         queries = QUERIES.clone().requires_grad_()
         reader.hidden_states(queries, ["a fox"]).square().sum().backward()
         gradients.append(queries.grad)
-    assert torch.equal(gradients[0], gradients[1])
+        assert not reader.vlm.model.language_model.training
+    assert torch.equal(gradients[0], gradients[1]) and len(runs) == 2 + 2 * 2
 
 
 def test_one_token_sees_32_pixels_within_the_processors_limits(readers: dict[str, QueryReader]) -> None:

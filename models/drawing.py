@@ -1,0 +1,217 @@
+"""What both pipelines share: Euler steps with guidance over the Kontext transformer, sizes, references, adapters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.loaders import SD3LoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from models.adapter_files import read_adapter, save_adapter
+from models.components import save_component
+from models.latents import (
+    decode_latents,
+    encode_images,
+    image_to_tensor,
+    latent_shape,
+    nearest_size,
+    vae_factor,
+)
+from models.lora import adapter_settings, adapter_state, attach_lora, attached_adapters, load_adapter_state
+from models.pictures import to_rgb
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """What N prompts tell the transformer: text N L D, pooled N P."""
+
+    text: torch.Tensor
+    pooled: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """The part of a call that does not depend on how prompts are read; see `KontextPipeline.__call__`."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    num_images_per_prompt: int
+    generator: Generators
+    latents: torch.Tensor | None
+    output_type: str
+    return_dict: bool
+
+    def __post_init__(self) -> None:
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {self.output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+
+
+class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
+    """Base of `KontextPipeline` and `MetaQueryPipeline`, which differ in how they read prompts."""
+
+    parts: ClassVar[tuple[str, ...]]
+    """Subfolders of the released layout, each under the name of the component it holds."""
+
+    def save_pretrained(self, folder: str | Path) -> None:  # type: ignore[override]
+        """Write the folder that `from_pretrained` reads, part by part, each replaced in one step.
+
+        Raises:
+            ValueError: a part is missing, or the transformer carries an adapter, which a folder cannot hold.
+        """
+        missing = [name for name in self.parts if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"cannot save a pipeline without its {', '.join(missing)}")
+        adapters = attached_adapters(self.transformer)
+        if adapters:
+            raise ValueError(
+                f"the transformer carries adapters {adapters}: write them with save_adapter, or the merged "
+                "transformer with models.adapter_files.save_merged_transformer"
+            )
+        for name in self.parts:
+            save_component(getattr(self, name), Path(folder) / name)
+
+    def load_adapter(self, folder: str | Path, adapter_name: str = "policy") -> None:
+        """Attach an adapter folder written by training (or by PEFT) under a name that is not in use."""
+        state, settings = read_adapter(folder)
+        attach_lora(
+            self.transformer,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            targets=settings.targets,
+            adapter_name=adapter_name,
+            trainable=False,
+        )
+        load_adapter_state(self.transformer, state, adapter_name)
+
+    def save_adapter(self, folder: str | Path, adapter_name: str = "policy") -> None:
+        """Write an attached adapter as a PEFT folder with the diffusers LoRA file inside."""
+        settings = adapter_settings(self.transformer, adapter_name)
+        save_adapter(
+            adapter_state(self.transformer, adapter_name),
+            folder,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            targets=settings.targets,
+        )
+
+    def _draw(
+        self,
+        positive: PromptRows,
+        negative: PromptRows | None,
+        images: list[Image.Image],
+        size: tuple[int, int],
+        options: DrawingOptions,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Denoise, decode and convert; N prompts, N or no references of `size`."""
+        rows = [positive] if negative is None else [negative, positive]
+        repeats = options.num_images_per_prompt
+        final = self._denoise(
+            self._noise(options.latents, options.generator, len(positive.text) * repeats, size),
+            torch.cat([row.text.repeat_interleave(repeats, 0) for row in rows]),
+            torch.cat([row.pooled.repeat_interleave(repeats, 0) for row in rows]),
+            self._reference(images, size, repeats),
+            options.num_inference_steps,
+            options.guidance_scale,
+        )
+        output: Any = final
+        if options.output_type != "latent":
+            output = _convert(decode_latents(self.vae, final), options.output_type)
+        return ImagePipelineOutput(images=output) if options.return_dict else (output,)
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        text: torch.Tensor,
+        pooled: torch.Tensor,
+        reference: torch.Tensor | None,
+        steps: int,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """Euler steps on float32 latents. Text rows are `[negative, positive]` or `[positive]` alone."""
+        dtype, device = self.transformer.dtype, latents.device
+        repeats = len(text) // len(latents)
+        if reference is not None:
+            reference = reference.repeat(repeats, 1, 1, 1).to(device, dtype)
+        text, pooled = text.to(device, dtype), pooled.to(device, dtype)
+        self.scheduler.set_timesteps(steps, device=device)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            velocity = self.transformer(
+                latents.repeat(repeats, 1, 1, 1).to(dtype),
+                text,
+                pooled,
+                timestep.expand(len(text)),
+                reference_hidden_states=reference,
+                return_dict=False,
+            )[0].float()
+            if repeats == 2:
+                negative, positive = velocity.chunk(2)
+                velocity = negative + guidance_scale * (positive - negative)
+            # The scheduler returns its first argument's dtype: in bfloat16 it would round the latents.
+            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        return latents
+
+    @staticmethod
+    def _images(image: Image.Image | Sequence[Image.Image] | None, count: int) -> list[Image.Image]:
+        """Upright RGB references, none or one for each prompt."""
+        if image is None:
+            return []
+        if isinstance(image, Image.Image):
+            return [to_rgb(image)] * count
+        if len(image) != count:
+            raise ValueError(f"{len(image)} images do not fit {count} prompts: give one for all, or one each")
+        return [to_rgb(one) for one in image]
+
+    def _size(self, images: list[Image.Image], height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels of what is generated."""
+        factor = vae_factor(self.vae.config)
+        side, multiple = (
+            self.transformer.config.sample_size * factor,
+            self.transformer.config.patch_size * factor,
+        )
+        if (height is None) != (width is None):
+            raise ValueError(f"give both height ({height}) and width ({width}), or neither")
+        if height is not None and width is not None:
+            if height % multiple or width % multiple:
+                raise ValueError(f"height {height} and width {width} must be multiples of {multiple}")
+            return height, width
+        sizes = {nearest_size(one.height, one.width, side * side, multiple=multiple) for one in images}
+        if len(sizes) > 1:
+            raise ValueError(f"the references suggest different sizes {sorted(sizes)}: give height and width")
+        return sizes.pop() if sizes else (side, side)
+
+    def _reference(
+        self, images: list[Image.Image], size: tuple[int, int], repeats: int
+    ) -> torch.Tensor | None:
+        if not images:
+            return None
+        pixels = torch.stack([image_to_tensor(image, *size) for image in images])
+        return encode_images(self.vae, pixels).repeat_interleave(repeats, 0)
+
+    def _noise(
+        self, latents: torch.Tensor | None, generator: Generators, count: int, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Initial latents, float32; drawn so whatever the transformer's dtype, hence one image per seed."""
+        shape = (count, *latent_shape(self.vae, *size))
+        if latents is None:
+            return randn_tensor(shape, generator, device=self._execution_device, dtype=torch.float32)
+        if latents.shape != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
+        return latents.to(self._execution_device, torch.float32)
+
+
+def _convert(images: torch.Tensor, output_type: str) -> Any:
+    """uint8 N H W 3 to the type asked for."""
+    if output_type == "pil":
+        return [Image.fromarray(image) for image in images.numpy()]
+    if output_type == "np":
+        return images.numpy().astype(np.float32) / 255
+    return images.permute(0, 3, 1, 2).float() / 255
