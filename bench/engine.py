@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.flops import Tokens, rollout_flops, update_flops
 from bench.measure import Measurement, measure
 from bench.sizes import VAE_FACTOR, random_transformer, transformer_config
+from models.flops import Tokens, rollout_flops, update_flops
 from models.kontext import KontextTransformer
 from models.lora import attach_lora, use_adapter
 from models.lora_targets import DEFAULT_TARGETS

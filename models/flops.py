@@ -60,13 +60,15 @@ class _Linear:
 
 def forward_flops(config: Mapping[str, Any], tokens: Tokens, *, lora_rank: int = 0) -> int:
     """One forward of one sample. `lora_rank` > 0: unmerged LoRA on `models.lora_targets.DEFAULT_TARGETS`."""
-    return sum(linear.forward(lora_rank) for linear in _linears(config, tokens)) + _attention(config, tokens)
+    return sum(linear.forward(lora_rank) for linear in _linears(config, tokens)) + attention_flops(
+        config, tokens
+    )
 
 
 def backward_flops(config: Mapping[str, Any], tokens: Tokens, *, lora_rank: int) -> int:
     """The backward that belongs to it, with only the LoRA matrices trained."""
     linears = sum(linear.backward(lora_rank) for linear in _linears(config, tokens))
-    return linears + 2 * _attention(config, tokens)
+    return linears + 2 * attention_flops(config, tokens)
 
 
 def rollout_flops(
@@ -97,7 +99,8 @@ def _width(config: Mapping[str, Any]) -> int:
     return config["num_attention_heads"] * config["attention_head_dim"]
 
 
-def _attention(config: Mapping[str, Any], tokens: Tokens) -> int:
+def attention_flops(config: Mapping[str, Any], tokens: Tokens) -> int:
+    """The part of one forward that no weight belongs to; a backward costs twice as much."""
     joint = config["num_layers"] * (tokens.image + tokens.text) ** 2
     dual = len(config["dual_attention_layers"]) * tokens.image**2
     return 4 * _width(config) * (joint + dual)
