@@ -132,7 +132,55 @@ class KontextRecipe(Recipe):
     preview_steps: int = 10
 
 
-RECIPES: dict[str, type[Recipe]] = {"vae": VaeRecipe, "text": TextRecipe, "kontext": KontextRecipe}
+@dataclass
+class VlmModel:
+    """Sizes of the Qwen2.5-VL. Its heads are 64 wide (what vLLM serves), its hidden size 64 times their number."""
+
+    max_vocabulary: int = 1000
+    layers: int = 3
+    heads: int = 2
+    mlp_width: int = 256
+    vision_layers: int = 3
+    vision_width: int = 96
+    vision_heads: int = 3
+    vision_mlp_width: int = 192
+    initializer_range: float = 0.02
+
+
+@dataclass
+class VlmRecipe(Recipe):
+    """`batch_size` counts rows: no, one or two pictures with several questions about them."""
+
+    model: VlmModel = field(default_factory=VlmModel)
+    vision_steps: int = 600
+    """First steps, on pictures alone: the vision tower learns to tell what stands in each cell."""
+    vision_batch_size: int = 64
+    pair_share: float = 0.4
+    """Share of rows that show source and result of an edit."""
+    text_share: float = 0.1
+    """Share of rows without a picture."""
+    row_tokens: int = 160
+    """Tokens of a row at most, its pictures' included: as many conversations as they have room for."""
+    questions_of_scene: int = 12
+    questions_of_pair: int = 5
+    questions_of_text: int = 8
+    """Conversations of a row at most."""
+    disturbed_share: float = 0.6
+    """Share of pictures with blur and noise."""
+    blur: float = 0.6
+    """Largest weight of the 3 x 3 mean."""
+    noise: float = 0.08
+    """Largest standard deviation of noise on [0, 1]."""
+    vocabulary_scenes: int = 2000
+    """Scenes and pairs from whose questions the tokenizer is made."""
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    "vae": VaeRecipe,
+    "text": TextRecipe,
+    "kontext": KontextRecipe,
+    "vlm": VlmRecipe,
+}
 
 R = TypeVar("R", bound=Recipe)
 

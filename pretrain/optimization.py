@@ -13,16 +13,17 @@ from pretrain.config import Optimization
 def build_optimizers(modules: Sequence[nn.Module], settings: Optimization) -> list[torch.optim.Optimizer]:
     """AdamW, and where `muon_lr` is set Muon for the matrices inside blocks.
 
-    Muon takes two-dimensional weights whose name holds `blocks.` and not `norm`: attention and MLP. Modulation
-    layers (`norm1.linear`), embeddings and the first and last projections stay with AdamW. Weight decay leaves
-    one-dimensional parameters alone.
+    Muon takes two-dimensional weights whose name holds `blocks.` or `layers.` and not `norm`: attention and
+    MLP. Modulation layers (`norm1.linear`), embeddings and the first and last projections stay with AdamW.
+    Weight decay leaves one-dimensional parameters alone.
     """
     matrices, decayed, plain = [], [], []
     for module in modules:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if settings.muon_lr > 0 and parameter.ndim == 2 and "blocks." in name and "norm" not in name:
+            inside = ("blocks." in name or "layers." in name) and "norm" not in name
+            if settings.muon_lr > 0 and parameter.ndim == 2 and inside:
                 matrices.append(parameter)
             elif parameter.ndim >= 2:
                 decayed.append(parameter)

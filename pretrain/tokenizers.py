@@ -23,7 +23,7 @@ def clip_tokenizer(corpus: Iterable[str], *, max_vocabulary: int, length: int) -
     """
     words = sorted({word for text in corpus for word in text.lower().split()})
     vocabulary = [START, END, *_LETTERS, *(f"{letter}{_WORD_END}" for letter in _LETTERS)]
-    merges = byte_pair_merges(words)
+    merges = byte_pair_merges([[*word[:-1], word[-1] + _WORD_END] for word in words])
     vocabulary += dict.fromkeys(left + right for left, right in merges)
     if len(vocabulary) > max_vocabulary:
         raise ValueError(f"max_vocabulary={max_vocabulary} is too small for {len(vocabulary)} CLIP tokens")
@@ -48,13 +48,12 @@ def t5_tokenizer(corpus: Iterable[str], *, max_vocabulary: int, length: int) -> 
     return T5Tokenizer(vocab=vocabulary, extra_ids=NUM_SENTINELS, model_max_length=length)
 
 
-def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Merges, commonest pair first, until every word is one token.
+def byte_pair_merges(pieces: Sequence[list[str]]) -> list[tuple[str, str]]:
+    """Merges, commonest pair first, until every word, given as its symbols, is one token.
 
     Ties go by spelling: a trainer that breaks them by hash order would number the tokens anew in each process,
     and a resumed run would read other ids than the run it continues.
     """
-    pieces = [[*word[:-1], word[-1] + _WORD_END] for word in words]
     merges: list[tuple[str, str]] = []
     while True:
         counts = Counter(pair for piece in pieces for pair in pairwise(piece))

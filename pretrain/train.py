@@ -1,6 +1,6 @@
 """Train one part of a base model: `python -m pretrain.train RECIPE [key=value …] [--resume auto|CHECKPOINT]`.
 
-Stages: `vae`, `text`, `kontext`; the recipe's `stage` key chooses. Output goes to the recipe's `output_dir`.
+Stages: `vae`, `text`, `kontext`, `vlm`; the recipe's `stage` key chooses. Output goes to the recipe's `output_dir`.
 """
 
 import argparse
@@ -10,7 +10,15 @@ from typing import cast
 
 import torch
 
-from pretrain.config import KontextRecipe, Recipe, RecipeError, TextRecipe, VaeRecipe, load_recipe
+from pretrain.config import (
+    KontextRecipe,
+    Recipe,
+    RecipeError,
+    TextRecipe,
+    VaeRecipe,
+    VlmRecipe,
+    load_recipe,
+)
 from pretrain.loop import TrainingLoop
 from pretrain.stage import Stage
 
@@ -26,6 +34,10 @@ def build_stage(recipe: Recipe) -> Stage:
         from pretrain.text import TextStage
 
         return TextStage(cast(TextRecipe, recipe))
+    if recipe.stage == "vlm":
+        from pretrain.vlm import VlmStage
+
+        return VlmStage(cast(VlmRecipe, recipe))
     from pretrain.kontext import KontextStage
 
     return KontextStage(cast(KontextRecipe, recipe))

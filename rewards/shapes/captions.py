@@ -72,8 +72,7 @@ class Caption:
     def text(self) -> str:
         if self.count > 1:
             ((shape, color),) = self.items
-            plural = "crosses" if shape == "cross" else f"{shape}s"
-            words = " ".join(filter(None, (COUNT_WORDS[self.count], color, plural)))
+            words = " ".join(filter(None, (COUNT_WORDS[self.count], color, plural(shape))))
         else:
             joint = f" {self.relation or 'and'} "
             words = joint.join(noun(shape, color) for shape, color in self.items)
@@ -97,6 +96,10 @@ class Caption:
         if self.tag == "counting":
             record["exclude"] = [{"class": self.items[0][0], "count": self.count + 1}]
         return record | {"prompt": self.text}
+
+
+def plural(shape: str) -> str:
+    return "crosses" if shape == "cross" else f"{shape}s"
 
 
 def noun(shape: str, color: str | None) -> str:

@@ -177,7 +177,7 @@ _MAKERS: dict[str, Callable[[np.random.Generator, Scene], tuple[Edit, str] | Non
     "move": _move,
     "background": _background,
 }
-_COUNTS = {"add": (1, MAX_OBJECTS - 1), "remove": (2, MAX_OBJECTS)}
+OBJECT_COUNTS = {"add": (1, MAX_OBJECTS - 1), "remove": (2, MAX_OBJECTS)}
 """Least and most objects of the source, where not 1 to 3: a target has one to three objects as well."""
 
 
@@ -185,17 +185,26 @@ def _distinct(scene: Scene) -> bool:
     return len({(item.shape, item.color) for item in scene.objects}) == len(scene.objects)
 
 
+def edit_scene(rng: Rng, source: Scene, kind: str) -> EditExample | None:
+    """One try at a random edit of a kind on a scene; None where it is not possible or makes two objects alike."""
+    rng = np.random.default_rng(rng)
+    made = _MAKERS[kind](rng, source)
+    if made is None:
+        return None
+    edit, instruction = made
+    target = edit.apply(source)
+    if not _distinct(target):
+        return None
+    return EditExample(source, instruction, target, {"edit": edit.to_json(source)}, kind)
+
+
 def sample_edit(rng: Rng, split: str, kind: str | None = None) -> EditExample:
     """A random edit of a split: kind (when None) evenly, then a scene on which it is possible."""
     rng = np.random.default_rng(rng)
     kind = sample_name(rng, KINDS) if kind is None else kind
-    low, high = _COUNTS.get(kind, (1, MAX_OBJECTS))
+    low, high = OBJECT_COUNTS.get(kind, (1, MAX_OBJECTS))
     while True:
         source = sample_scene(rng, int(rng.integers(low, high + 1)))
-        made = _MAKERS[kind](rng, source) if in_split(source, split) else None
-        if made is None:
-            continue
-        edit, instruction = made
-        target = edit.apply(source)
-        if _distinct(target):
-            return EditExample(source, instruction, target, {"edit": edit.to_json(source)}, kind)
+        example = edit_scene(rng, source, kind) if in_split(source, split) else None
+        if example is not None:
+            return example

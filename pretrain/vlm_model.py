@@ -1,0 +1,101 @@
+"""A Qwen2.5-VL of transformers at the recipe's size, and its forward pass over packed rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    apply_rotary_pos_emb_vision,
+)
+
+from pretrain.config import VlmModel
+from pretrain.vlm_batch import GRID, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH, VlmBatch
+
+HEAD_DIM = 64
+"""Of the language model: the smallest that every build of vLLM serves."""
+_MROPE_SECTION = [8, 12, 12]
+_ROPE_THETA = 100.0
+"""Low, since texts are short and pictures have four columns: at 1e6 the columns' angles differ by 1e-4."""
+_MAX_POSITIONS = 4096
+
+
+def vlm_config(model: VlmModel, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+    """The released layout at the recipe's size. Every vision block sees its whole picture."""
+    token = tokenizer.convert_tokens_to_ids
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": model.heads * HEAD_DIM,
+            "intermediate_size": model.mlp_width,
+            "num_hidden_layers": model.layers,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.heads,
+            "max_position_embeddings": _MAX_POSITIONS,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": _MROPE_SECTION,
+                "rope_theta": _ROPE_THETA,
+            },
+            "initializer_range": model.initializer_range,
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": model.vision_layers,
+            "hidden_size": model.vision_width,
+            "intermediate_size": model.vision_mlp_width,
+            "num_heads": model.vision_heads,
+            "out_hidden_size": model.heads * HEAD_DIM,
+            "fullatt_block_indexes": list(range(model.vision_layers)),
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "temporal_patch_size": TEMPORAL_PATCH,
+            "initializer_range": model.initializer_range,
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        vision_token_id=token("<|vision_pad|>"),
+        tie_word_embeddings=False,
+    )
+
+
+def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: VlmBatch, features: Tensor) -> Tensor:
+    """Logits [A, vocabulary] at the places of `batch.targets`; `features` [N, P, H] are its pictures' tokens."""
+    body = model.model.language_model
+    embeds = body.embed_tokens(batch.input_ids)
+    image = (batch.input_ids == model.config.image_token_id)[..., None]
+    hidden = body(
+        inputs_embeds=embeds.masked_scatter(image, features),
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        use_cache=False,
+    ).last_hidden_state
+    return model.lm_head(hidden[batch.rows, batch.columns])
+
+
+def vision_features(visual: Qwen2_5_VisionTransformerPretrainedModel, pixels: Tensor) -> Tensor:
+    """What `visual` gives for pictures of one size: pixels [N, P, D] -> tokens [N, P, H].
+
+    The tower's own forward attends picture by picture in a Python loop; here all of them are one batch.
+    """
+    n, count = pixels.shape[:2]
+    places = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID))
+    hidden = visual.patch_embed(pixels.reshape(n * count, -1)).view(n, count, -1)
+    rotary = visual.rotary_pos_emb(hidden, places)
+    for block in visual.blocks:
+        attention = block.attn
+        states = attention.qkv(block.norm1(hidden)).view(n, count, 3, attention.num_heads, -1)
+        query, key, value = states.unbind(2)
+        query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        )
+        hidden = hidden + attention.proj(mixed.transpose(1, 2).reshape(n, count, -1))
+        hidden = hidden + block.mlp(block.norm2(hidden))
+    return visual.merger(hidden.view(n * count, -1)).view(n, count, -1)
