@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -25,11 +25,17 @@ CFGGradient = Literal["conditional", "both"]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What one prompt tells the transformer: prompt_embeds [L, D], pooled [P], reference latents [C, h, w]."""
+    """What one prompt tells the transformer: prompt_embeds [L, D], pooled [P], reference latents [C, h, w].
+
+    The negative_* are the negative prompt's, where it is read beside this prompt's picture (MetaQuery, editing);
+    elsewhere the run has one for all.
+    """
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
     reference_latents: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,28 +44,37 @@ class ConditioningBatch:
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
-    reference_latents: Tensor | None
+    reference_latents: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
 
     @staticmethod
     def stack(items: Sequence[Conditioning], *, device: Any, dtype: torch.dtype) -> ConditioningBatch:
-        references = [item.reference_latents for item in items]
-        if any(r is None for r in references) and any(r is not None for r in references):
-            raise ValueError("samples with and without a reference image cannot share a batch")
+        """Raises ValueError where some samples have a reference, or a negative of their own, and others have none."""
 
-        def gather(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.stack(list(tensors)).to(device=device, dtype=dtype)
+        def gather(name: str) -> Tensor | None:
+            tensors = [getattr(item, name) for item in items]
+            if all(tensor is None for tensor in tensors):
+                return None
+            if any(tensor is None for tensor in tensors):
+                what = (
+                    "a reference image" if name == "reference_latents" else "a negative prompt of their own"
+                )
+                raise ValueError(f"samples with and without {what} cannot share a batch")
+            return torch.stack(tensors).to(device=device, dtype=dtype)
 
-        return ConditioningBatch(
-            gather([item.prompt_embeds for item in items]),
-            gather([item.pooled_prompt_embeds for item in items]),
-            None if references[0] is None else gather([r for r in references if r is not None]),
-        )
+        return ConditioningBatch(**{field.name: gather(field.name) for field in fields(ConditioningBatch)})  # type: ignore[arg-type]
 
-    def with_text_of(self, negative: Conditioning) -> ConditioningBatch:
-        """The unconditional rows: the negative prompt's text, the same reference images."""
+    def unconditional(self, shared: Conditioning | None) -> ConditioningBatch:
+        """The unconditional rows, with the same reference images: the samples' own negatives, else the `shared` one."""
+        if self.negative_prompt_embeds is not None and self.negative_pooled_prompt_embeds is not None:
+            return ConditioningBatch(
+                self.negative_prompt_embeds, self.negative_pooled_prompt_embeds, self.reference_latents
+            )
+        assert shared is not None
         size, like = len(self.prompt_embeds), self.prompt_embeds
-        embeds = negative.prompt_embeds.to(device=like.device, dtype=like.dtype)
-        pooled = negative.pooled_prompt_embeds.to(device=like.device, dtype=like.dtype)
+        embeds = shared.prompt_embeds.to(device=like.device, dtype=like.dtype)
+        pooled = shared.pooled_prompt_embeds.to(device=like.device, dtype=like.dtype)
         return ConditioningBatch(
             embeds.expand(size, *embeds.shape), pooled.expand(size, *pooled.shape), self.reference_latents
         )
@@ -130,15 +145,16 @@ def guided_velocity(
     `cfg_gradient="conditional"` is a semi-gradient: d[u + s (c - u)] has a (1 - s) du part that is dropped, and
     the unconditional half runs without saving activations. `"both"` is the full gradient.
 
-    sample [B, C, H, W] float32; sigma [B].
+    sample [B, C, H, W] float32; sigma [B]; negative: the run's, unless the samples bring their own.
     """
     conditional = _velocity(transformer, sample, sigma, positive)
     if guidance_scale == 1.0:
         return conditional
-    if negative is None:
+    if negative is None and positive.negative_prompt_embeds is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs the negative prompt's conditioning")
+    negative_rows = positive.unconditional(negative)
     with torch.no_grad() if cfg_gradient == "conditional" else nullcontext():
-        unconditional = _velocity(transformer, sample, sigma, positive.with_text_of(negative))
+        unconditional = _velocity(transformer, sample, sigma, negative_rows)
     return unconditional.float() + guidance_scale * (conditional.float() - unconditional.float())
 
 

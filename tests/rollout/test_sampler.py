@@ -1,6 +1,7 @@
 """Trajectories and their replay on a tiny transformer, in float32 on the CPU."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,6 +192,31 @@ def test_the_two_cfg_gradients_differ(transformer):
         for kind in ("conditional", "both")
     ]  # fmt: skip
     assert float((grads[0] - grads[1]).norm() / grads[1].norm()) > 0.1
+
+
+def test_samples_own_negatives_take_the_place_of_the_runs(transformer):
+    """MetaQuery's editing: each sample is guided as if its negative were the whole run's."""
+    own = [
+        replace(
+            conditioning(k, reference=True),
+            negative_prompt_embeds=conditioning(50 + k).prompt_embeds,
+            negative_pooled_prompt_embeds=conditioning(50 + k).pooled_prompt_embeds,
+        )
+        for k in (1, 2)
+    ]
+    together = sample(transformer, GUIDED, stack(*own), (10, 11), negative=None)
+    ignored = sample(transformer, GUIDED, stack(*own), (10, 11))
+    assert torch.equal(together.final_latents, ignored.final_latents)
+    for k, seed in ((1, 10), (2, 11)):
+        shared = conditioning(50 + k)
+        alone = sample(transformer, GUIDED, stack(conditioning(k, reference=True)), (seed,), negative=shared)
+        torch.testing.assert_close(
+            together.final_latents[k - 1 : k], alone.final_latents, rtol=1e-4, atol=1e-4
+        )
+    log_prob = replay(transformer, GUIDED, stack(*own), together, 1).log_prob
+    torch.testing.assert_close(log_prob, together.log_probs[:, 1], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="with and without a negative prompt of their own"):
+        stack(own[0], conditioning(2, reference=True))
 
 
 def test_mixtures_and_missing_parts_are_refused(transformer):

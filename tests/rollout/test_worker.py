@@ -9,12 +9,14 @@ from PIL import Image
 
 from models.latents import encode_images, image_to_tensor
 from models.lora import Adapter, adapter_state, hash_state
+from models.metaquery_encoder import MetaQueryEncoder
 from rollout import worker
 from rollout.engine import ROLLOUT_ADAPTER, ReplicaSpec, SampleRequest
 from rollout.failures import DataFailure, InfrastructureFailure
 from rollout.prompts import Prompt
 from rollout.sampler import Conditioning, SamplingSpec
 from rollout.worker import Encoder, EncoderSpec, Policy, Replica
+from tests.tiny_metaquery import make_tiny_metaquery
 
 SPEC = SamplingSpec(num_steps=2, noise_level=0.7, guidance_scale=1.0)
 REQUEST = SampleRequest(0, 0, (10,), (0,))
@@ -126,6 +128,34 @@ def test_text_alone(encoder):
 def test_an_unreadable_reference_is_this_prompts_failure(encoder):
     with pytest.raises(DataFailure, match="reference image .* of prompt 4 is unreadable"):
         encoder.encode([Prompt(4, "edit", "make it blue", "data:image/png;base64,AAAA")])
+
+
+def test_metaquery_reads_the_picture_beside_prompt_and_negative_prompt(tmp_path):
+    folder, vlm = make_tiny_metaquery(tmp_path)
+    spec = EncoderSpec(
+        str(folder), "float32", "cpu", 32, 32, max_sequence_length=16, cache_bytes=2**20, threads=1,
+        vlm_path=str(vlm), negative_prompt="blurry",
+    )  # fmt: skip
+    encoder = Encoder(spec)
+    first, second, drawn = encoder.encode(
+        [image_prompt(0), image_prompt(1, (1, 2, 3)), Prompt(2, "t2i", "make it blue")]
+    )
+    picture = Image.new("RGB", (32, 32), (200, 30, 40))
+    stock = MetaQueryEncoder.from_pretrained(folder, vlm, dtype=torch.float32, device="cpu")
+    positive, negative = stock.encode(["make it blue", "blurry"], [picture, picture])
+    assert torch.equal(first.prompt_embeds, positive.prompt_embeds)
+    assert torch.equal(first.pooled_prompt_embeds, positive.pooled_prompt_embeds)
+    assert torch.equal(first.negative_prompt_embeds, negative.prompt_embeds)
+    assert torch.equal(first.negative_pooled_prompt_embeds, negative.pooled_prompt_embeds)
+    assert torch.equal(
+        first.reference_latents, encode_images(encoder.vae, image_to_tensor(picture, 32, 32)[None])[0]
+    )
+    assert not torch.equal(second.prompt_embeds, first.prompt_embeds)
+    assert not torch.equal(second.negative_prompt_embeds, first.negative_prompt_embeds)
+    assert drawn.negative_prompt_embeds is None and drawn.reference_latents is None
+    assert torch.equal(encoder.encode_text("blurry").prompt_embeds, stock.encode(["blurry"])[0].prompt_embeds)
+    with pytest.raises(DataFailure, match="prompt 3 .*control tokens"):
+        encoder.encode_one(Prompt(3, "t2i", "a<|im_end|>"))
 
 
 def test_workers_answer_when_they_are_ready(encoder, replica):
