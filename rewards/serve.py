@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import recipes
 from rewards.base import RewardError, RewardSet, reward_label
 from rewards.service.token import read_token
-from rl.config import ConfigError, EvaluationTaskConfig, RunConfig, StageConfig, load_config
-from rl.preflight import part_reward_set
+from rl.config import ConfigError, RunConfig, load_config
+from rl.preflight import part_reward_set, scored_parts
 from rollout.prompts import Prompt, PromptFileError, load_prompts
 
 log = logging.getLogger("rewards.serve")
@@ -48,8 +48,7 @@ def select_rewards(config: RunConfig, labels: Sequence[str]) -> list[RewardSet]:
     """
     found: dict[str, RewardSet] = {}
     problems = []
-    parts: list[StageConfig | EvaluationTaskConfig] = [*config.stages, *config.evaluation.tasks]
-    for part in parts:
+    for part in scored_parts(config):
         whole = part_reward_set(part, _prompts(part.prompts, part.task), config)
         for spec in whole.rewards:
             label = reward_label(spec)

@@ -20,8 +20,6 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-import recipes
-from rewards.monitor import RewardMonitor
 from rl.adapters import publish
 from rl.checkpoint import prune_checkpoints, save_checkpoint
 from rl.cluster import Cluster, training_spec
@@ -30,12 +28,13 @@ from rl.config import RunConfig, StageConfig
 from rl.evaluation import Evaluator
 from rl.groups import GroupRecord, best_and_worst, group_record, group_samples
 from rl.journal import Journal
-from rl.preflight import reward_specs, stage_set_name
+from rl.preflight import stage_set_name
 from rl.progress import Progress
 from rl.results import RunResults
+from rl.stage_parts import stage_tasks
 from rl.state import RunState, StageProgress
 from rl.step import make_batch, reward_metrics, update_metrics
-from rollout.prompts import GroupSampler, load_prompts
+from rl.turns import Turn, Turns
 from rollout.worker import Policy
 
 log = logging.getLogger(__name__)
@@ -102,22 +101,18 @@ class Controller:
             self.state.stages.append(StageProgress(stage.name))
             self.cluster.learner.begin_stage()
         progress = self.state.stages[index]
-        prompts = load_prompts(recipes.resolve(stage.prompts), stage.task)  # type: ignore[arg-type]
-        rollout = self.config.rollout
-        sampler = GroupSampler(
-            len(prompts), rollout.prompts_per_rollout, rollout.group_size, self.config.seed, stage.name
-        )
-        monitor = RewardMonitor(reward_specs(stage.rewards))
+        turns = Turns(stage, self.config)
         while progress.steps < stage.steps:
             began = time.monotonic()
-            groups = sampler.groups(prompts, progress.steps)  # pure: which prompts, which seeds
-            outcome = self._step(stage, groups, monitor)
+            turn = turns.of(progress.steps)
+            groups = turns.groups(progress.steps)  # pure: which prompts, which seeds
+            outcome = self._step(turn, groups)
             self._account(progress, outcome, time.monotonic() - began)
-            self._close_step(index, stage, progress, outcome)
+            self._close_step(stage, turn, progress, outcome)
         self._evaluate(f"after_{stage.name}")
         self.journal.alarms(self.results.cross_task_alarms(index))
 
-    def _step(self, stage: StageConfig, groups: list[Any], monitor: RewardMonitor) -> StepOutcome:
+    def _step(self, turn: Turn, groups: list[Any]) -> StepOutcome:
         """One turn of the algorithm: rollout with streamed rewards, advantages, update, publish."""
         assert self.policy is not None
         config, clock = self.config, _Clock()
@@ -125,13 +120,13 @@ class Controller:
             groups,
             training_spec(config),
             self.policy,
-            stage_set_name(stage.name),
+            stage_set_name(turn.part.label),
             config.rollout.chunk_size,
             self.state.step + 1,
         )
         scored = sorted(landed, key=lambda g: g.group.id)
         clock.lap("rollout")
-        monitor.observe([g.score for g in scored if g.score is not None])
+        turn.monitor.observe([g.score for g in scored if g.score is not None])
         self._count_failures(scored)
         batch, advantages = make_batch(scored, config)
         stats, spans = self.cluster.learner.update(batch) if batch.updates else ([], [])
@@ -174,17 +169,18 @@ class Controller:
         self.state.version = version
 
     def _close_step(
-        self, index: int, stage: StageConfig, progress: StageProgress, outcome: StepOutcome
+        self, stage: StageConfig, turn: Turn, progress: StageProgress, outcome: StepOutcome
     ) -> None:
         """Journal, gallery, checkpoint. The checkpoint comes last, so that what it promises is on disk."""
         step, config = self.state.step, self.config
         self.journal.spans(self.collector.spans)
         records = [group_record(group, step, stage.name) for group in outcome.groups]
         self.journal.groups(records)
-        self.journal.log(outcome.metrics, step, stage.name, progress.steps)
+        part = turn.part.task if stage.parts else None
+        self.journal.log(outcome.metrics, step, stage.name, progress.steps, part=part)
         ends = progress.steps == stage.steps
         if config.evaluation.every and progress.steps % config.evaluation.every == 0 and not ends:
-            self._evaluate(f"step_{step:06d}", tasks=[stage.task])
+            self._evaluate(f"step_{step:06d}", tasks=stage_tasks(stage))
         if config.gallery.prompts and progress.steps % config.gallery.every == 0:
             self._group_pictures(outcome.groups, records)
             if not ends:
@@ -256,9 +252,10 @@ class Controller:
             self.journal.alarms(self.results.hacking_alarms(self.state.stage, scores))
 
     def _gallery(self, stage: StageConfig, step: int) -> None:
-        samples = self.evaluator.sample_gallery(f"step_{step}", stage.task, self._shipped_policy(), step)
-        self.state.images += self.collector.take_images()
-        self.journal.grid(stage.task, stage.name, samples, step)
+        for task in stage_tasks(stage):
+            samples = self.evaluator.sample_gallery(f"step_{step}", task, self._shipped_policy(), step)
+            self.state.images += self.collector.take_images()
+            self.journal.grid(task, stage.name, samples, step)
 
     def _group_pictures(self, groups: list[SampledGroup], records: list[GroupRecord]) -> None:
         """Pictures of the step's best and worst group; losing them with a node does not stop the run."""

@@ -35,12 +35,15 @@ class Journal:
         self.span_log = SpanLog(run_dir, resume_step=resume_step)
         self.group_log = GroupLog(run_dir, resume_step=resume_step)
 
-    def log(self, values: dict[str, Any], step: int, stage: str, stage_step: int) -> None:
-        """Metrics of one finished step."""
-        self.metrics.log(values, step=step, stage=stage, stage_step=stage_step)
+    def log(
+        self, values: dict[str, Any], step: int, stage: str, stage_step: int, *, part: str | None = None
+    ) -> None:
+        """Metrics of one finished step; `part`: the task whose turn it was, in a joint stage."""
+        self.metrics.log(values, step=step, stage=stage, stage_step=stage_step, part=part)
         log.info(
-            "step %d (%s %d): reward %s, %.1f s",
-            step, stage, stage_step, _short(values.get("reward/mean")), values["time/step"],
+            "step %d (%s %d%s): reward %s, %.1f s",
+            step, stage, stage_step, f", {part}" if part else "", _short(values.get("reward/mean")),
+            values["time/step"],
         )  # fmt: skip
 
     def groups(self, records: Sequence[GroupRecord]) -> None:

@@ -8,7 +8,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-RECORD_KEYS = ("step", "stage", "stage_step", "time")
+RECORD_KEYS = ("step", "stage", "part", "stage_step", "time")
 """Keys of a record that are not metrics."""
 
 
@@ -17,10 +17,10 @@ HEADING = """# Metrics
 Made by `python -m rl.metrics > docs/METRICS.md` from `rl/metric_table.py`; do not edit by hand.
 
 `metrics.jsonl` holds one JSON object per line: `step` (of the run, 0 before training), `stage`, `stage_step`
-(within the stage), `time` (Unix seconds), and those of the metrics below that the record has. `null` means
-that nothing could be measured; it never stands for zero. A step may have several records (training,
-evaluation); where two of them share a name, the later one counts. TensorBoard shows the same scalars over
-`step`, each stage as a run of its own.
+(within the stage), in a joint stage `part` (the task whose turn it was), `time` (Unix seconds), and those of the
+metrics below that the record has. `null` means that nothing could be measured; it never stands for zero. A step
+may have several records (training, evaluation); where two of them share a name, the later one counts. TensorBoard
+shows the same scalars over `step`, each stage (each part of a joint one) as a run of its own.
 
 """
 

@@ -26,7 +26,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsWriter:
-    """Writes `folder/metrics.jsonl` and `folder/tensorboard/<stage>/`.
+    """Writes `folder/metrics.jsonl` and `folder/tensorboard/<stage>/`, for parts of a stage `<stage>.<part>/`.
 
     With `resume_step`, records after that global step are dropped, since those steps will be done again;
     TensorBoard is told to hide them. With `redo_evaluation`, so are evaluations made at `resume_step` itself: a
@@ -52,9 +52,11 @@ class MetricsWriter:
             ),
         )
 
-    def log(self, values: Mapping[str, Any], *, step: int, stage: str, stage_step: int) -> None:
+    def log(
+        self, values: Mapping[str, Any], *, step: int, stage: str, stage_step: int, part: str | None = None
+    ) -> None:
         """Write one record of scalars; `step` counts from the start of the run, `stage_step` within the
-        stage.
+        stage; `part` is the task of a joint stage's step.
 
         A value may be a number, a NumPy or torch scalar, or None (nothing to measure). NaN and infinities
         become null too, with a warning, and are counted in `log/non_finite`. Raises ValueError for an
@@ -72,9 +74,9 @@ class MetricsWriter:
         if broken:
             logger.warning("step %d: not finite, written as null: %s", step, ", ".join(broken))
             numbers["log/non_finite"] = len(broken)
-        record = {"step": step, "stage": stage, "stage_step": stage_step, "time": time.time(), **numbers}
-        append_records(self._folder / METRICS_FILE, [record])
-        board = self._board(stage)
+        head = {"step": step, "stage": stage, **({"part": part} if part else {}), "stage_step": stage_step}
+        append_records(self._folder / METRICS_FILE, [{**head, "time": time.time(), **numbers}])
+        board = self._board(f"{stage}.{part}" if part else stage)
         for name, number in numbers.items():
             if number is not None:
                 board.add_scalar(name, number, global_step=step)
@@ -101,7 +103,7 @@ class MetricsWriter:
         self.close()
 
     def _board(self, stage: str) -> Any:
-        """One TensorBoard run per stage, because the rewards of two tasks do not share a curve."""
+        """One TensorBoard run per stage and part, because the rewards of two tasks do not share a curve."""
         if stage not in self._boards:
             path = self._folder / TENSORBOARD_FOLDER / stage
             self._boards[stage] = self._make_board(log_dir=str(path), purge_step=self._purge_step)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import recipes
 from rl.config import RunConfig
 from rl.placement import describe_plan, make_plan
+from rl.stage_parts import stage_tasks
 
 _GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -33,7 +34,8 @@ def describe_run(config: RunConfig) -> list[str]:
     """Lines for `--dry-run`: what a rollout and an update are, what each role holds in memory, the placement."""
     size = measure_model(config)
     return [
-        f"run {config.name}: " + " -> ".join(f"{s.name} ({s.task}, {s.steps} steps)" for s in config.stages),
+        f"run {config.name}: "
+        + " -> ".join(f"{s.name} ({' + '.join(stage_tasks(s))}, {s.steps} steps)" for s in config.stages),
         *_batch_lines(config, size),
         *_memory_lines(config, size),
         *describe_plan(make_plan(config), config.resources),

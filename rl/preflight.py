@@ -10,8 +10,9 @@ from pathlib import Path
 import recipes
 from rewards.base import RewardSet, RewardSpec, ServiceSpec
 from rewards.checks import check_rewards
-from rl.config import EvaluationTaskConfig, RewardConfig, RunConfig, ServiceConfig, StageConfig
+from rl.config import EvaluationTaskConfig, RewardConfig, RunConfig, ServiceConfig
 from rl.evaluation_sets import evaluation_set_name
+from rl.stage_parts import StagePart, stage_parts
 from rl.validate import find_problems
 from rollout.prompts import Prompt, PromptFileError, load_prompts, load_reference
 
@@ -32,8 +33,7 @@ def preflight(config: RunConfig) -> Preflight:
     problems += _check_paths(config)
     problems += _check_model(config)
     reward_sets = []
-    parts: list[StageConfig | EvaluationTaskConfig] = [*config.stages, *config.evaluation.tasks]
-    for part in parts:
+    for part in scored_parts(config):
         found, prompts = _check_prompts(part)
         problems += found
         if part.task not in ("edit", "t2i"):
@@ -44,9 +44,15 @@ def preflight(config: RunConfig) -> Preflight:
     return Preflight(problems, reward_sets)
 
 
-def stage_set_name(stage: str) -> str:
-    """The name under which reward workers know the rewards of a stage."""
-    return f"stage:{stage}"
+def scored_parts(config: RunConfig) -> list[StagePart | EvaluationTaskConfig]:
+    """Everything in the recipe that has prompts and rewards."""
+    stages = [part for stage in config.stages for part in stage_parts(stage)]
+    return [*stages, *config.evaluation.tasks]
+
+
+def stage_set_name(label: str) -> str:
+    """The name under which reward workers know the rewards of a part of a stage."""
+    return f"stage:{label}"
 
 
 def reward_specs(rewards: list[RewardConfig]) -> list[RewardSpec]:
@@ -67,14 +73,14 @@ def _service_spec(service: ServiceConfig | None) -> ServiceSpec | None:
 
 
 def part_reward_set(
-    part: StageConfig | EvaluationTaskConfig, prompts: list[Prompt], config: RunConfig
+    part: StagePart | EvaluationTaskConfig, prompts: list[Prompt], config: RunConfig
 ) -> RewardSet:
     """The part's rewards with its first real prompt, since a reward may read its metadata in the dry call."""
     example = (
         {"example_prompt": prompts[0].prompt, "example_metadata": prompts[0].metadata} if prompts else {}
     )
     return RewardSet(
-        stage_set_name(part.name) if isinstance(part, StageConfig) else evaluation_set_name(part.task),
+        stage_set_name(part.label) if isinstance(part, StagePart) else evaluation_set_name(part.task),
         part.task,
         reward_specs(part.rewards),
         height=config.model.height,
@@ -86,7 +92,10 @@ def part_reward_set(
 def _check_paths(config: RunConfig) -> list[str]:
     """Under a submitted job the driver runs in a temporary copy, where relative results would be lost."""
     paths = {"output_dir": config.output_dir, "model.path": config.model.path}
-    paths |= {f"prompts of stage {stage.name!r}": stage.prompts for stage in config.stages}
+    if config.model.vlm is not None:
+        paths["model.vlm"] = config.model.vlm
+    parts = [part for stage in config.stages for part in stage_parts(stage) if part.prompts]
+    paths |= {f"prompts of stage {part.label!r}": part.prompts for part in parts}
     paths |= {f"prompts of evaluation {task.task!r}": task.prompts for task in config.evaluation.tasks}
     if not submitted_job():
         return []
@@ -103,8 +112,8 @@ def submitted_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def _check_prompts(part: StageConfig | EvaluationTaskConfig) -> tuple[list[str], list[Prompt]]:
-    if part.task not in ("edit", "t2i"):
+def _check_prompts(part: StagePart | EvaluationTaskConfig) -> tuple[list[str], list[Prompt]]:
+    if part.task not in ("edit", "t2i") or not part.prompts:
         return [], []
     try:
         prompts = load_prompts(recipes.resolve(part.prompts), part.task)  # type: ignore[arg-type]
@@ -123,13 +132,27 @@ def _check_prompts(part: StageConfig | EvaluationTaskConfig) -> tuple[list[str],
 
 
 def _check_model(config: RunConfig) -> list[str]:
-    from models.components import check_model_folder
+    from models.components import METAQUERY_PARTS, PARTS, check_model_folder, is_metaquery_folder
+    from models.metaquery_config import check_metaquery
 
-    folder = recipes.resolve(config.model.path)
-    problems = check_model_folder(folder)
-    if problems:
-        return [f"model.path: {problem}" for problem in problems]
-    return _check_shapes(config, folder)
+    folder, vlm = recipes.resolve(config.model.path), config.model.vlm
+    metaquery = is_metaquery_folder(folder)
+    problems = check_model_folder(folder, METAQUERY_PARTS if metaquery else PARTS)
+    problems = [f"model.path: {problem}" for problem in problems]
+    if metaquery and vlm is None:
+        problems.append(
+            f"model.vlm is not set, and model.path={config.model.path} is a MetaQuery model (it has conditioner/): give "
+            "the folder of its Qwen2.5-VL"
+        )
+    elif vlm is not None and not metaquery:
+        problems.append(
+            f"model.vlm={vlm}: model.path={config.model.path} has no conditioner/ and reads prompts with its text "
+            "encoders; leave model.vlm out, or give the folder of a MetaQuery model"
+        )
+    elif vlm is not None:
+        found = check_metaquery(folder, recipes.resolve(vlm))
+        problems += [f"model.vlm: {p}" for p in found if f"model.path: {p}" not in problems]
+    return problems or _check_shapes(config, folder)
 
 
 def _check_shapes(config: RunConfig, folder: Path) -> list[str]:

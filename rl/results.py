@@ -19,6 +19,7 @@ from rl.config import RunConfig
 from rl.evaluation import Evaluator, TaskScores
 from rl.gallery import before_after_sheet
 from rl.preflight import reward_specs
+from rl.stage_parts import stage_parts, stage_tasks
 from rl.state import RunState
 from rl.statistics import Difference, paired_bootstrap
 from rl.summary import GuidancePoint, RunSummary, StageSummary
@@ -60,23 +61,29 @@ class RunResults:
         }
 
     def cross_task_alarms(self, index: int) -> list[str]:
-        """One line per task that the stage did not train and that dropped by more than the margin."""
+        """One line per task that the stage did not train and that dropped by more than the margin.
+
+        In a joint stage every task is another's other task, so all of them are watched.
+        """
         stage, margin = self.config.stages[index], self.config.evaluation.cross_task_margin
+        trained = stage_tasks(stage)
         return [
-            f"stage {stage.name!r} trained {stage.task}, and {task} fell by {-change.mean:.4f} "
+            f"stage {stage.name!r} trained {' and '.join(trained)}, and {task} fell by {-change.mean:.4f} "
             f"[{change.low:.4f}, {change.high:.4f}] (evaluation.cross_task_margin={margin:g}); consider a higher "
             "learner.kl_beta, fewer steps, or an earlier checkpoint"
             for task, change in self.stage_changes(index).items()
-            if task != stage.task and change.mean is not None and change.mean < -margin
+            if trained != [task] and change.mean is not None and change.mean < -margin
         ]
 
     def hacking_alarms(self, index: int, scores: dict[str, TaskScores]) -> list[str]:
         """One line per reward of stage `index` that rises on held-out prompts while their trusted score falls."""
-        stage = self.config.stages[index]
-        if stage.task not in scores:
-            return []
-        labels = [reward_label(spec) for spec in reward_specs(stage.rewards)]
-        return reward_hacking(stage.name, labels, self._scores(index - 1)[stage.task], scores[stage.task])
+        lines = []
+        for part in stage_parts(self.config.stages[index]):
+            if part.task in scores:
+                labels = [reward_label(spec) for spec in reward_specs(part.rewards)]
+                before = self._scores(index - 1)[part.task]
+                lines += reward_hacking(part.label, labels, before, scores[part.task])
+        return lines
 
     def summary(self, state: RunState) -> RunSummary:
         """The summary; also writes the final adapter, the merged transformer and the before-after sheets."""

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from rewards.base import RewardLoadError, RewardSpec, reward_label
 from rewards.loading import load_reward
-from rl.config import EvaluationTaskConfig, RunConfig, StageConfig
+from rl.config import EvaluationTaskConfig, RunConfig
 from rl.preflight import reward_specs
+from rl.stage_parts import StagePart, stage_parts, stage_tasks, steps_of
 
 
 def reward_lines(config: RunConfig) -> list[str]:
@@ -25,10 +26,11 @@ def reward_lines(config: RunConfig) -> list[str]:
     return lines
 
 
-def _parts(config: RunConfig) -> Iterator[tuple[str, StageConfig | EvaluationTaskConfig, int]]:
+def _parts(config: RunConfig) -> Iterator[tuple[str, StagePart | EvaluationTaskConfig, int]]:
     per_step = config.rollout.prompts_per_rollout * config.rollout.group_size
     for stage in config.stages:
-        yield f"stage {stage.name}", stage, stage.steps * per_step
+        for number, part in enumerate(stage_parts(stage)):
+            yield f"stage {part.label}", part, steps_of(stage, number) * per_step
     for task in config.evaluation.tasks:
         yield f"evaluation of {task.task}", task, _evaluated(config, task)
 
@@ -38,7 +40,7 @@ def _evaluated(config: RunConfig, task: EvaluationTaskConfig) -> int:
     times = 1 + len(config.evaluation.baseline_guidance) + len(config.stages)
     images = 0
     for stage in config.stages:
-        if stage.task == task.task:
+        if task.task in stage_tasks(stage):
             every = config.evaluation.every
             times += (stage.steps - 1) // every if every else 0
             images += config.gallery.prompts * ((stage.steps - 1) // config.gallery.every)

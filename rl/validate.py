@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rewards.base import RewardSpec, reward_label
-from rl.config import RewardConfig, RunConfig
+from rl.config import RewardConfig, RunConfig, StageConfig
+from rl.stage_parts import JOINT, stage_parts, stage_tasks
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.position_mode": ("flat", "mrope"),
     "rollout.variant": ("sde", "cps", "ode"),
     "learner.zero_stage": (1, 2, 3),
     "learner.kl_form": ("without_dt", "exact"),
@@ -122,12 +124,12 @@ def _objective(config: RunConfig) -> Iterator[str]:
 def _stages(config: RunConfig) -> Iterator[str]:
     if not config.stages:
         yield "stages: name at least one, for example stages: [{name: edit, task: edit, ...}]"
-    names = [stage.name for stage in config.stages]
+    names = [part.label for stage in config.stages for part in stage_parts(stage)]
+    names += [stage.name for stage in config.stages if stage.task == JOINT]
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield f"stages: the name {name!r} is used more than once"
     for stage in config.stages:
-        if stage.task not in ("edit", "t2i"):
-            yield f"stage {stage.name!r}: task={stage.task!r} must be 'edit' or 't2i'"
+        yield from _tasks(stage)
         if stage.steps < 1:
             yield f"stage {stage.name!r}: steps={stage.steps} must be at least 1"
         ema, updates = config.learner.ema, stage.steps * config.learner.updates_per_rollout
@@ -137,7 +139,28 @@ def _stages(config: RunConfig) -> Iterator[str]:
                 "shipped average would be the adapter it started from; lower learner.ema.every or set "
                 "learner.ema.enabled=false"
             )
-        yield from _rewards(f"stage {stage.name!r}", stage.rewards)
+        for part in stage_parts(stage):
+            yield from _rewards(f"stage {part.label!r}", part.rewards)
+
+
+def _tasks(stage: StageConfig) -> Iterator[str]:
+    """What a stage trains: one task, or the different ones of a joint stage."""
+    where, tasks = f"stage {stage.name!r}", stage_tasks(stage)
+    for task in tasks:
+        if task not in ("edit", "t2i"):
+            yield f"{where}: task={task!r} must be 'edit' or 't2i', or 'joint' with parts of these"
+    if stage.task != JOINT:
+        if not stage.prompts:
+            yield f"{where}: prompts is not set; name its JSONL file"
+        if stage.parts:
+            yield f"{where}: parts belong to a stage with task: joint; set that, or take them out"
+        return
+    if stage.prompts or stage.rewards:
+        yield f"{where}: a joint stage has no prompts and rewards of its own; give them to its parts"
+    if len(tasks) < 2 or len(set(tasks)) < len(tasks):
+        yield f"{where}: parts train {tasks}; a joint stage needs two tasks or more, each once"
+    if 1 <= stage.steps < len(tasks):
+        yield f"{where}: steps={stage.steps} end before each of its {len(tasks)} parts had its turn"
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
@@ -151,10 +174,10 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
             yield f"evaluation of {task_config.task}: num_prompts={task_config.num_prompts} must be at least 2"
         yield from _rewards(f"evaluation of {task_config.task}", task_config.rewards)
     if config.evaluation.every or config.gallery.prompts:
-        for stage in config.stages:
-            if stage.task not in tasks:
+        for part in [part for stage in config.stages for part in stage_parts(stage)]:
+            if part.task not in tasks:
                 yield (
-                    f"stage {stage.name!r} trains {stage.task}, of which evaluation.tasks holds no prompts to draw "
+                    f"stage {part.label!r} trains {part.task}, of which evaluation.tasks holds no prompts to draw "
                     "while it runs; add them, or set evaluation.every=0 and gallery.prompts=0"
                 )
 
@@ -168,7 +191,9 @@ def _rewards(where: str, rewards: list[RewardConfig]) -> Iterator[str]:
 
 def _services(config: RunConfig) -> Iterator[str]:
     known: dict[str, tuple[str, RewardConfig]] = {}
-    parts = [(f"stage {stage.name!r}", stage.rewards) for stage in config.stages]
+    parts = [
+        (f"stage {part.label!r}", part.rewards) for stage in config.stages for part in stage_parts(stage)
+    ]
     parts += [(f"evaluation of {task.task}", task.rewards) for task in config.evaluation.tasks]
     for where, reward in [(where, reward) for where, rewards in parts for reward in rewards]:
         if reward.service is None:

@@ -15,11 +15,11 @@ function stageBorders(runs) {
 }
 
 function trainingPoints(run, metric, panel) {
-  const { steps, stages, stageSteps, columns } = run.train;
+  const { steps, stages, parts, stageSteps, columns } = run.train;
   const at = (name, i) => (columns[name] ? columns[name][i] : null);
   const points = [];
   steps.forEach((step, i) => {
-    if (panel.stage !== null && stages[i] !== panel.stage) return;
+    if (panel.stage !== null && parts[i] !== panel.stage) return;
     points.push({
       x: panel.stage === null || stageSteps[i] === null ? step : stageSteps[i],
       y: at(metric, i),

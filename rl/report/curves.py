@@ -17,8 +17,8 @@ FROM_ZERO = ("share", "s", "groups", "images/s", "samples/s", "actors", "chunks"
 class Panel:
     """Metrics drawn on one axis. `metrics` are names, or families of names as in `rl.metric_table`.
 
-    `band` names two metrics between which the area is filled. With `by_stage` there is one such panel a stage,
-    since the rewards of two tasks do not share a curve.
+    `band` names two metrics between which the area is filled. With `by_stage` there is one such panel a stage, and
+    one a part of a joint stage, since the rewards of two tasks do not share a curve.
     """
 
     section: str
@@ -53,7 +53,8 @@ PANELS: tuple[Panel, ...] = (
 
 
 def training_table(records: Sequence[Record], notes: list[str], most_steps: int) -> dict[str, Any]:
-    """Columns of the training records: `steps`, `stages` and `stage_steps` [n], and `columns` of n numbers or None.
+    """Columns of the training records: `steps`, `stages`, `parts` and `stageSteps` [n], and `columns` of n numbers or
+    None. A part is named `<stage>.<part>`, and as its stage where that is not joint.
 
     Where steps have no record one row without numbers stands in their place, so that curves break there. Of more than
     `most_steps` rows an even choice is kept, with a note.
@@ -74,6 +75,9 @@ def training_table(records: Sequence[Record], notes: list[str], most_steps: int)
     return {
         "steps": kept,
         "stages": [row.get("stage") for row in found],
+        "parts": [
+            f"{row.get('stage')}.{row['part']}" if "part" in row else row.get("stage") for row in found
+        ],
         "stageSteps": [number(row.get("stage_step")) for row in found],
         "columns": {name: [number(row.get(name)) for row in found] for name in names},
     }
@@ -114,7 +118,7 @@ def _present(tables: Sequence[dict[str, Any]], families: Sequence[str], stage: s
             for name, column in table["columns"].items():
                 if _matches(name, family) and any(
                     value is not None and stage in (None, where)
-                    for value, where in zip(column, table["stages"], strict=True)
+                    for value, where in zip(column, table["parts"], strict=True)
                 ):
                     found.add(name)
         present += [name for name in sorted(found, key=_natural) if name not in present]
@@ -127,7 +131,7 @@ def _equal(tables: Sequence[dict[str, Any]], first: str, second: str, stage: str
         a == b
         for table in tables
         for a, b, where in zip(
-            table["columns"].get(first, []), table["columns"].get(second, []), table["stages"], strict=False
+            table["columns"].get(first, []), table["columns"].get(second, []), table["parts"], strict=False
         )
         if stage in (None, where)
     )

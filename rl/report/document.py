@@ -44,9 +44,9 @@ def report_document(folders: Sequence[Path], trace_links: Sequence[str | None]) 
         tables.append(table)
         all_scores.append(scores)
         entries.append(_run_entry(run, table, scores, spans, shelf, share) | {"trace": link})
-    stages = list(dict.fromkeys(stage.name for run in runs for stage in run.stages)) or list(
-        dict.fromkeys(str(stage) for table in tables for stage in table["stages"] if stage)
-    )
+    stages = list(
+        dict.fromkeys(part for run in runs for stage in run.stages for part in stage.parts)
+    ) or list(dict.fromkeys(str(part) for table in tables for part in table["parts"] if part))
     return {
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "version": __version__,

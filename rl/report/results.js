@@ -34,10 +34,10 @@ function resultTable(run) {
 }
 
 function runTable(report) {
-  const lastReward = (run) => run.stages.map((stage) => {
+  const lastReward = (run) => run.stages.flatMap((stage) => stage.parts).map((part) => {
     const values = run.train.columns['reward/mean'] || [];
-    const own = values.filter((value, i) => run.train.stages[i] === stage.name && value !== null);
-    return `${stage.name} ${own.length ? fixed(own[own.length - 1]) : '–'}`;
+    const own = values.filter((value, i) => run.train.parts[i] === part && value !== null);
+    return `${part} ${own.length ? fixed(own[own.length - 1]) : '–'}`;
   }).join(', ');
   const columns = [{ title: 'run' }, { title: 'state' }, { title: 'last training reward' },
     ...['images', 'time', 'restarts'].map((title) => ({ title, number: true })), { title: 'trace' }];

@@ -16,12 +16,13 @@ from rl.summary import SUMMARY_FILE
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of the recipe; `steps` planned."""
+    """A stage of the recipe; `steps` planned. `parts`: names of its curves, one a task."""
 
     name: str
     task: str
     steps: int
     rewards: tuple[str, ...]
+    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,21 @@ def reward_name(reward: Any) -> str:
 def _stages(config: Record) -> list[PlannedStage]:
     stages = config.get("stages")
     return [
-        PlannedStage(
-            str(stage.get("name", "?")),
-            str(stage.get("task", "?")),
-            stage["steps"] if isinstance(stage.get("steps"), int) else 0,
-            tuple(reward_name(reward) for reward in stage.get("rewards") or []),
-        )
-        for stage in (stages if isinstance(stages, list) else [])
-        if isinstance(stage, dict)
+        _stage(stage) for stage in (stages if isinstance(stages, list) else []) if isinstance(stage, dict)
     ]
+
+
+def _stage(stage: Record) -> PlannedStage:
+    name, listed = str(stage.get("name", "?")), stage.get("parts")
+    parts = [part for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
+    rewards = [reward for part in parts or [stage] for reward in part.get("rewards") or []]
+    return PlannedStage(
+        name,
+        str(stage.get("task", "?")),
+        stage["steps"] if isinstance(stage.get("steps"), int) else 0,
+        tuple(map(reward_name, rewards)),
+        tuple(f"{name}.{part.get('task', '?')}" for part in parts) or (name,),
+    )
 
 
 def _read_config(path: Path, notes: Notes) -> Record:

@@ -13,7 +13,15 @@ from rl.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from rl.config import ConfigError, RewardConfig, RunConfig, ServiceConfig, StageConfig, to_yaml
+from rl.config import (
+    ConfigError,
+    RewardConfig,
+    RunConfig,
+    ServiceConfig,
+    StageConfig,
+    StagePartConfig,
+    to_yaml,
+)
 from rl.state import RunState, StageProgress
 
 
@@ -202,9 +210,12 @@ def test_every_changed_key_is_named():
     assert keys == ["seed", *(f"stages.1.{key}" for key in ("name", "prompts", "rewards", "steps", "task"))]
 
 
-def judged(*, params=None, service=None, **keys):
+def judged(*, joint=False, params=None, service=None, **keys):
     given = {"protocol": "viescore", "model": "gpt-4.1", **(params or {})}
     reward = RewardConfig("judge", params=given, service=service and ServiceConfig(**service), **keys)
+    part = StagePartConfig("edit", "e.jsonl", [reward])
+    if joint:
+        return recipe(stages=[StageConfig("e", "joint", steps=2, parts=[part])])
     return recipe(stages=[StageConfig("e", "edit", "e.jsonl", 2, [reward])])
 
 
@@ -217,8 +228,9 @@ def judged(*, params=None, service=None, **keys):
         {"service": {"urls": ["http://a:8100"]}},
     ],
 )
-def test_how_a_score_is_obtained_may_change(change):
-    check_same_recipe(judged(), judged(**change))
+@pytest.mark.parametrize("joint", [False, True])
+def test_how_a_score_is_obtained_may_change(change, joint):
+    check_same_recipe(judged(joint=joint), judged(joint=joint, **change))
 
 
 @pytest.mark.parametrize(

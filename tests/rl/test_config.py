@@ -160,6 +160,17 @@ def test_missing_values_are_named_with_the_way_to_give_them(recipe):
     ]
 
 
+def test_the_parts_of_a_joint_stage_are_checked_key_by_key(recipe):
+    stages = [
+        {"name": "joint", "task": "joint", "steps": 4, "parts": [{"task": "edit", "promts": "e.jsonl"}]}
+    ]
+    problems = problems_of(recipe({"model": {"path": "m"}, "name": "x", "stages": stages}))
+    assert problems == [
+        "unknown key 'stages[0].parts[0].promts': did you mean 'stages[0].parts[0].prompts'?",
+        "key 'stages[0].parts[0].prompts' has no value; set it in the recipe or as stages[0].parts[0].prompts=...",
+    ]
+
+
 def test_all_errors_come_in_one_message(recipe):
     broken = RECIPE | {"model": {}, "learner": {"kl_bta": 1, "ranks": "many"}, "rollout": {"group_size": [4]}}
     text = "\n".join(problems_of(recipe(broken)))

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from rl import validate
-from rl.config import EvaluationTaskConfig, ModelConfig, RewardConfig, RunConfig, ServiceConfig, StageConfig
+from rl.config import (
+    EvaluationTaskConfig,
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+    ServiceConfig,
+    StageConfig,
+    StagePartConfig,
+)
 from rl.validate import find_problems
 
 
@@ -37,6 +45,12 @@ def served(name: str, unavailable_s: float = 120.0, **settings: Any) -> list[Rew
     """A stage's rewards: one, served elsewhere."""
     service = ServiceConfig(["http://host:8100"], unavailable_s=unavailable_s)
     return [RewardConfig(name, service=service, **settings)]
+
+
+def joint(*tasks: str, steps: int = 4, **settings: Any) -> list[StageConfig]:
+    """A joint stage of these tasks; `settings` are further keys of the stage."""
+    parts = [StagePartConfig(task, f"{task}.jsonl", [RewardConfig("shapes")]) for task in tasks]
+    return [StageConfig("joint", "joint", steps=steps, **({"parts": parts} | settings))]
 
 
 RULES: dict[str, tuple[dict[str, Any], str]] = {
@@ -80,6 +94,37 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "no stages": ({"stages": []}, "stages: name at least one"),
     "same stage name": ({"stages__1__name": "edit"}, "the name 'edit' is used more than once"),
     "stage task": ({"stages__0__task": "video"}, "task='video' must be 'edit' or 't2i'"),
+    "stage without prompts": ({"stages__0__prompts": None}, "stage 'edit': prompts is not set"),
+    "parts of a stage of one task": (
+        {"stages__0__parts": [StagePartConfig("t2i", "t.jsonl")]}, "stage 'edit': parts belong to .* task: joint",
+    ),
+    "joint with prompts": (
+        {"stages": joint("edit", "t2i", prompts="e.jsonl")}, "stage 'joint': .* no prompts and rewards of its own",
+    ),
+    "joint with rewards": (
+        {"stages": joint("edit", "t2i", rewards=[RewardConfig("a")])}, "a joint stage has no prompts and rewards",
+    ),
+    "joint without parts": ({"stages": joint()}, r"parts train \[\]; a joint stage needs two tasks or more"),
+    "joint of one task": ({"stages": joint("edit")}, r"parts train \['edit'\]; a joint stage needs two"),
+    "joint of a task twice": (
+        {"stages": joint("edit", "edit")}, r"parts train \['edit', 'edit'\]; .* each once",
+    ),
+    "joint part of no task": ({"stages": joint("edit", "video")}, "stage 'joint': task='video' must be"),
+    "joint too short": (
+        {"stages": joint("edit", "t2i", steps=1), "learner__ema__enabled": False},
+        "steps=1 end before each of its 2 parts had its turn",
+    ),
+    "joint part without rewards": (
+        {"stages": joint("edit", "t2i", parts=[StagePartConfig(t, f"{t}.jsonl") for t in ("edit", "t2i")])},
+        "stage 'joint.t2i': rewards is empty",
+    ),
+    "joint part with a stage's name": (
+        {"stages": [*joint("edit", "t2i"), StageConfig("joint.edit", "edit", "e.jsonl", 5, [RewardConfig("a")])]},
+        "the name 'joint.edit' is used more than once",
+    ),
+    "joint part that is not evaluated": (
+        {"stages": joint("edit", "t2i"), "evaluation__tasks": []}, "stage 'joint.t2i' trains t2i, of which .* no",
+    ),
     "stage steps": ({"stages__0__steps": 0}, "stage 'edit': steps=0 must be at least 1"),
     "stage without rewards": ({"stages__0__rewards": []}, "stage 'edit': rewards is empty"),
     "weightless rewards": (
@@ -151,6 +196,8 @@ def test_numbers_that_must_be_above_zero(key, value):
         {"learner__train_steps": 9},
         {"learner__zero_stage": 3, "resources__placement": "separate", "rollout__workers": 3},
         {"resources__placement": "inprocess"},
+        {"stages": joint("edit", "t2i")},
+        {"stages": joint("t2i", "edit", steps=5)},
         {"rollout__workers": 16},
         {"evaluation__tasks": [], "gallery__prompts": 0},
         {"stages__0__rewards": served("a:judge"), "stages__1__rewards": served("a:judge", weight=0.5)},
