@@ -8,6 +8,7 @@ from rl.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = ["recipes/shapes/pdtr.yaml", "recipes/shapes/pdtr_long.yaml", "recipes/examples/custom_reward.yaml"]
+DRIVEN_BY_EDITREWARD = ["recipes/shapes/edit_editreward.yaml", "recipes/shapes/reward_hacking.yaml"]
 FULL_SIZE = [
     "recipes/pdtr_sd35m_kontext.yaml",
     "recipes/edit_sd35m_kontext.yaml",
@@ -27,7 +28,7 @@ def rl_recipes():
 
 
 def test_no_recipe_is_left_out():
-    assert rl_recipes() == sorted(READY + FULL_SIZE)
+    assert rl_recipes() == sorted(READY + DRIVEN_BY_EDITREWARD + FULL_SIZE)
 
 
 @pytest.mark.parametrize("recipe", READY)
@@ -43,6 +44,15 @@ def test_small_recipes_fit_two_cores(recipe):
 
     plan = make_plan(load_config(ROOT / recipe))
     assert plan.cpus <= 2 and plan.gpus == 0 and len(plan.of("rollout")) >= 2 and len(plan.of("reward")) >= 1
+
+
+@pytest.mark.parametrize("recipe", DRIVEN_BY_EDITREWARD)
+def test_a_recipe_of_the_trained_reward_lacks_nothing_but_its_folder(recipe, capsys, tmp_path):
+    folder = str(tmp_path / "model")
+    rewards = ("stages[0].rewards[0]", "evaluation.tasks[0].rewards[2]")
+    assert main([recipe, *(f"{reward}.params.model={folder}" for reward in rewards), "--dry-run"]) == 2
+    problems = capsys.readouterr().out.partition("Not ready:\n")[2].splitlines()
+    assert len(problems) == 1 and f"{folder}: no such folder" in problems[0]
 
 
 @pytest.mark.parametrize("recipe", FULL_SIZE)
@@ -61,6 +71,15 @@ def test_full_size_recipes_print_the_plan_and_what_is_missing(recipe, capsys):
         "/data/prompts/",
     ):
         assert line in out, line
+
+
+@pytest.mark.parametrize("recipe", DRIVEN_BY_EDITREWARD)
+def test_a_recipe_of_the_trained_reward_lacks_nothing_but_its_folder(recipe, capsys, tmp_path):
+    folder = str(tmp_path / "model")
+    rewards = ("stages[0].rewards[0]", "evaluation.tasks[0].rewards[2]")
+    assert main([recipe, *(f"{reward}.params.model={folder}" for reward in rewards), "--dry-run"]) == 2
+    problems = capsys.readouterr().out.partition("Not ready:\n")[2].splitlines()
+    assert len(problems) == 1 and f"{folder}: no such folder" in problems[0]
 
 
 @pytest.mark.parametrize("recipe", FULL_SIZE)

@@ -1,0 +1,285 @@
+"""EditReward on the shapes world, from nothing to a reward that was worth optimising: a user's commands in order.
+
+generate, label (by the exact verifier behind the judge's wire protocol), train, export, evaluate; the same for a
+regressor that sees the result alone; then vLLM serves the first, PDTR's editing stage is driven by it and judged by the
+exact verifier; last, a reward that forgets the instruction provokes the alarm. Resumable: what is finished is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.accept.evidence import ROOT, write
+from rewards.shapes.prompts import edit_lines
+from rl.statistics import Difference, paired_bootstrap
+
+RUNS = ROOT / "runs" / "accept_editreward"
+RECIPE = "recipes/shapes/editreward.yaml"
+PROMPTS, PROMPT_SEED = 4096, 30
+SPEARMAN, PAIRWISE = 0.7, 0.8
+START_S, COMMAND_S = 600.0, 7200.0
+VIEWS = {
+    "full": ["name=editreward"],
+    "result": ["name=editreward-result", "input.view=result", "input.rubric=null"],
+    "preservation": ["name=editreward-preservation", "data.dimensions=[preservation]", "data.combine=mean"],
+}
+"""What each regressor is: the reward; one that sees the result alone; one that forgets the instruction."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One part of what has to be shown."""
+
+    text: str
+    measured: str
+    holds: bool
+
+
+def main() -> None:
+    """Write `docs/evidence/editreward.md`; exits 1 when a part does not hold."""
+    clock: dict[str, float] = {}
+    make_data(clock)
+    for view in VIEWS:
+        train(view, clock)
+    claims = regressor_claims()
+    served = drive("edit_editreward", "full", clock)
+    hacked = drive("reward_hacking", "preservation", clock)
+    claims += run_claims(served, hacked)
+    path = write_evidence(claims, clock, served, hacked)
+    sys.stdout.write(path.read_text())
+    if not all(claim.holds for claim in claims):
+        sys.exit(1)
+
+
+# ---- the commands -----------------------------------------------------------------------------------------
+
+
+def command(name: str, view: str, *words: str) -> None:
+    """One command of `rewards.editreward`, with all of its output."""
+    shards = [] if name in ("generate", "label") else [f"data.shards=[{RUNS}/editreward/labelled/*.tar]"]
+    line = [sys.executable, "-m", "rewards.editreward", name, RECIPE, f"output_dir={RUNS}", *VIEWS[view]]
+    subprocess.run([*line, *shards, *words], cwd=ROOT, check=True, timeout=COMMAND_S, env=one_thread())
+
+
+@contextlib.contextmanager
+def timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    """Seconds of a part, kept beside the runs so that a continued proof still knows them."""
+    kept = RUNS / "seconds.json"
+    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    began = time.monotonic()
+    yield
+    spent = time.monotonic() - began
+    clock[name] = known[name] = max(spent, known.get(name, 0.0))
+    kept.write_text(json.dumps(known, indent=2))
+
+
+def make_data(clock: dict[str, float]) -> None:
+    """Prompts that neither the training prompts of PDTR nor any held-out file contain, edits of them, labels."""
+    prompts = RUNS / "prompts" / "edit_train.jsonl"
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(line, separators=(",", ":")) for line in edit_lines("train", PROMPTS, PROMPT_SEED)]
+    prompts.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    with timed(clock, "generate"):
+        command("generate", "full", f"generate.prompts={prompts}")
+    with timed(clock, "label"), judge_endpoint() as url:
+        command("label", "full", f"label.judge.base_url={url}")
+
+
+def train(view: str, clock: dict[str, float]) -> None:
+    """Train, export and evaluate one regressor."""
+    folder = RUNS / VIEWS[view][0].removeprefix("name=")
+    with timed(clock, f"train {view}"):
+        command("train", view, "--resume", "auto")
+    if not (folder / "model").is_dir():
+        command("export", view)
+    against = (
+        [] if view == "full" else ["--against", str(RUNS / "editreward/evaluation-test/predictions.jsonl")]
+    )
+    # Exit code 1 is a failed probe, which the other two regressors are made to fail.
+    with contextlib.suppress(subprocess.CalledProcessError):
+        command("evaluate", view, *against)
+
+
+def drive(recipe: str, view: str, clock: dict[str, float]) -> Path:
+    """Run PDTR's editing stage under a regressor served by vLLM; returns the run's folder."""
+    folder = RUNS / recipe
+    if (folder / "summary.json").is_file():
+        return folder
+    model = RUNS / VIEWS[view][0].removeprefix("name=") / "model"
+    with timed(clock, recipe), served(model) as url:
+        words = [f"output_dir={RUNS}", f"name={recipe}"]
+        for reward in ("stages[0].rewards[0]", "evaluation.tasks[0].rewards[2]"):
+            words += [f"{reward}.params.model={model}", f"{reward}.params.urls=[{url}]"]
+        line = [sys.executable, "-m", "rl.train", f"recipes/shapes/{recipe}.yaml", *words]
+        resume = ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
+        subprocess.run([*line, *resume], cwd=ROOT, check=True, timeout=COMMAND_S)
+    return folder
+
+
+def one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+@contextlib.contextmanager
+def judge_endpoint() -> Iterator[str]:
+    """The exact verifier behind the judge's wire protocol; yields its base URL."""
+    ready = RUNS / "judge.url"
+    ready.unlink(missing_ok=True)
+    line = [sys.executable, "-m", "rewards.shapes.judge_endpoint", "--port-file", str(ready)]
+    with process(line, ready):
+        yield ready.read_text().strip()
+
+
+@contextlib.contextmanager
+def served(model: Path) -> Iterator[str]:
+    """The model behind a real vLLM; yields its URL."""
+    ready = RUNS / "serve.json"
+    ready.unlink(missing_ok=True)
+    line = [sys.executable, "-m", "rewards.editreward", "serve", str(model), "--device", "cpu", "--port", "0"]
+    with process([*line, "--ready-file", str(ready)], ready):
+        yield json.loads(ready.read_text())["urls"][0]
+
+
+@contextlib.contextmanager
+def process(line: list[str], ready: Path) -> Iterator[None]:
+    """A process that runs while the block does, once its ready file is there."""
+    with subprocess.Popen(line, cwd=ROOT, env=one_thread()) as running:
+        try:
+            deadline = time.monotonic() + START_S
+            while not ready.is_file():
+                if running.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{' '.join(line)} is not ready (exit code {running.poll()})")
+                time.sleep(0.5)
+            yield
+        finally:
+            running.send_signal(signal.SIGTERM)
+            running.wait(timeout=120)
+
+
+# ---- the claims -------------------------------------------------------------------------------------------
+
+
+def report(view: str) -> dict[str, Any]:
+    folder = RUNS / VIEWS[view][0].removeprefix("name=")
+    return json.loads((folder / "evaluation-test" / "report.json").read_text())
+
+
+def regressor_claims() -> list[Claim]:
+    """What the regressor has to be before it is a reward."""
+    full, against = report("full"), report("result")["against"]
+    claims = []
+    for name, bound in (("spearman", SPEARMAN), ("pairwise", PAIRWISE)):
+        figure = full["within_groups"][name]
+        claims.append(
+            Claim(
+                f"{name} within groups of held-out sources, at least {bound:g}",
+                show(figure),
+                figure["mean"] >= bound,
+            )
+        )
+        less = against[name]
+        claims.append(
+            Claim(
+                f"{name} within groups: the regressor that sees the result alone, minus it; interval below 0",
+                show(less),
+                less["high"] is not None and less["high"] < 0,
+            )
+        )
+    claims += [
+        Claim(
+            f"probe `{p['name']}`: fall in standard deviations of the score, at least 1",
+            show(p["drop"]),
+            p["passed"],
+        )
+        for p in full["probes"]
+    ]
+    return claims
+
+
+def run_claims(served_run: Path, hacked: Path) -> list[Claim]:
+    """What the reward has to do when it is optimised, and what the alarm has to notice."""
+    exact, learned, second = changes(served_run, "after_edit")
+    wrong_exact, wrong_learned, _ = changes(hacked, "after_edit")
+    alarms = alarm_lines(hacked)
+    return [
+        Claim("driven by the served regressor: the exact verifier's held-out score; interval above 0",
+              show(vars(exact)), above(exact)),
+        Claim("the same by the second scorer; interval above 0", show(vars(second)), above(second)),
+        Claim("the same by the regressor itself", show(vars(learned)), True),
+        Claim("that run raises no alarm", f"{len(alarm_lines(served_run))} lines", not alarm_lines(served_run)),
+        Claim("provoked: the reward that forgets the instruction rises on held-out prompts; interval above 0",
+              show(vars(wrong_learned)), above(wrong_learned)),
+        Claim("provoked: the exact verifier's score falls; interval below 0", show(vars(wrong_exact)),
+              wrong_exact.high is not None and wrong_exact.high < 0),
+        Claim("provoked: the alarm fires", alarms[0] if alarms else "silent", bool(alarms)),
+    ]  # fmt: skip
+
+
+def changes(run: Path, moment: str) -> tuple[Difference, Difference, Difference]:
+    """Paired changes since before: the exact verifier, the learned reward, the second scorer."""
+    before, after = (
+        json.loads((run / "evaluations" / when / "edit.json").read_text()) for when in ("before", moment)
+    )
+    pairs = [(before["rewards"], after["rewards"])]
+    pairs += [
+        (before["components"][name], after["components"][name])
+        for name in ("editreward", "edit_shapes_template")
+    ]
+    exact, learned, second = (paired_bootstrap(*pair) for pair in pairs)
+    return exact, learned, second
+
+
+def alarm_lines(run: Path) -> list[str]:
+    path = run / "alarms.txt"
+    return [line for line in path.read_text().splitlines() if "hacking" in line] if path.is_file() else []
+
+
+def above(change: Difference) -> bool:
+    return change.low is not None and change.low > 0
+
+
+def show(figure: dict[str, Any]) -> str:
+    numbers = ("-" if figure[key] is None else f"{figure[key]:+.3f}" for key in ("mean", "low", "high"))
+    return "{} [{}, {}]".format(*numbers)
+
+
+def write_evidence(claims: list[Claim], clock: dict[str, float], served_run: Path, hacked: Path) -> Path:
+    """The table of claims, what the steps took, and the curves' files."""
+    images = ROOT / "docs" / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    shutil.copy(RUNS / "editreward/evaluation-test/calibration.png", images / "editreward_calibration.png")
+    for name, run in (("editreward_edit", served_run), ("reward_hacking", hacked)):
+        shutil.copy(run / "samples" / "before_after_edit.png", images / f"{name}.png")
+    full = report("full")
+    lines = [
+        f"`{RECIPE}`: {PROMPTS} prompts of the training split, labels by the exact verifier behind the judge's wire "
+        f"protocol; {full['samples']} held-out edits in {full['groups']} groups. Then "
+        "`recipes/shapes/edit_editreward.yaml` and `recipes/shapes/reward_hacking.yaml` under a real vLLM. Intervals "
+        "at 95 %: over sources, over prompts.",
+        "",
+        "| part | measured | holds |",
+        "|---|---|---|",
+        *(f"| {c.text} | {c.measured} | {'yes' if c.holds else '**no**'} |" for c in claims),
+        "",
+        "Minutes: " + ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in clock.items()) + ".",
+        "",
+        "Pictures in `docs/images/`: `editreward_calibration.png`, `editreward_edit.png` (before and after), "
+        "`reward_hacking.png`.",
+    ]
+    data = {"claims": [vars(claim) for claim in claims], "seconds": clock, "report": full}
+    return write("editreward", "EditReward on the shapes world", lines, data)
+
+
+if __name__ == "__main__":
+    main()
