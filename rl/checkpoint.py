@@ -115,6 +115,7 @@ def _free(key: str, current: dict[str, Any]) -> bool:
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of everything that says something; an empty list or mapping does not."""
     if isinstance(node, dict):
         children = node.items()
     elif isinstance(node, list):
@@ -124,4 +125,4 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, child in children:
         flat |= _flat(child, f"{prefix}{key}.")
-    return flat or {prefix.rstrip("."): type(node)()}
+    return flat
