@@ -11,7 +11,7 @@ from models.latents import ASPECT_RATIOS
 from pretrain.data.config import Resolution
 
 Size = tuple[int, int]
-_AREA_WEIGHT = 0.1
+_AREA_WEIGHT = 0.15
 _CHUNK = 1 << 20
 
 
@@ -47,8 +47,9 @@ def nearest_buckets(widths: np.ndarray, heights: np.ndarray, *, bucketed: bool) 
 def bucket_size(bucket: int, area: int, multiple: int) -> Size:
     """(height, width) of a bucket's batches at about `area` pixels.
 
-    Rounding each side alone would cut 11 % off 16:9 pictures at 192 x 192; among the multiples around, this takes
-    the size with the least crop loss, a tenth of the change of area (in log) counting as loss too.
+    Rounding each side alone would cut 9 % off 16:9 pictures at 320 x 320 in multiples of 32. Among the multiples
+    around, this takes the size with the least crop loss, `_AREA_WEIGHT` of the change of area (in log) counting as
+    loss too: from 256 x 256 on at most 3.6 % is cut off a bucket's own shape, and 24 % of area is gained.
     """
     ratio = _ratio(bucket)
     ideal = math.sqrt(area / ratio), math.sqrt(area * ratio)

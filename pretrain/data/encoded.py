@@ -42,9 +42,10 @@ class Shards:
         self._lock = threading.Lock()
         self._open = lru_cache(maxsize=_FILES_KEPT)(lambda path: safe_open(path, framework="pt"))
 
-    def path(self, source: int, shard: int, prefix: str) -> Path:
-        """The file of a source's shard."""
-        return self.folder / self._sources[source].digest / f"{prefix}{shard:06d}.safetensors"
+    def path(self, source: int, shard: int, area: int) -> Path:
+        """The file of a source's shard; `area` 0 = of its texts."""
+        name = f"{area}-{shard:06d}" if area else f"{shard:06d}"
+        return self.folder / self._sources[source].digest / f"{name}.safetensors"
 
     def ordinals(self, source: int, shard: int) -> range:
         """The samples of a source's shard."""
@@ -54,13 +55,13 @@ class Shards:
         """Shards of a source."""
         return -(-len(self._sources[source]) // self._size)
 
-    def require(self, prefixes: Sequence[str]) -> None:
+    def require(self, areas: Sequence[int]) -> None:
         """Raises DataError unless every shard is there."""
         wanted = [
-            self.path(source, shard, prefix)
+            self.path(source, shard, area)
             for source in range(len(self._sources))
             for shard in range(self.count(source))
-            for prefix in prefixes
+            for area in areas
         ]
         there = {path for folder in {path.parent for path in wanted} for path in folder.glob("*.safetensors")}
         missing = [path for path in wanted if path not in there]
@@ -70,11 +71,11 @@ class Shards:
                 f"{missing[0]}; run `python -m pretrain.data.cache RECIPE` with these encoders and settings"
             )
 
-    def file(self, source: int, ordinal: int, prefix: str) -> tuple[Any, int]:
+    def file(self, source: int, ordinal: int, area: int) -> tuple[Any, int]:
         """The open shard of a sample, and its row there."""
         shard, row = divmod(ordinal, self._size)
         with self._lock:
-            return self._open(self.path(source, shard, prefix)), row
+            return self._open(self.path(source, shard, area)), row
 
 
 class EncodedLatents:
@@ -84,7 +85,7 @@ class EncodedLatents:
         settings = [FORMAT, data.multiple, data.aspect_buckets, data.cache.samples_per_shard]
         digest = encoders_digest(data, data.cache.vae, ["vae"], settings)
         self.shards = Shards(data, sources, Path(data.cache_dir) / "encoded" / f"latents-{digest}")
-        self.prefixes = [f"{area}-" for area in areas(data.resolution)]
+        self.areas = areas(data.resolution)
 
     def get(self, source: int, ordinal: int, area: int) -> tuple[Tensor, ...]:
         """(latents,), or (source's, target's) of an edit: C h w each.
@@ -92,7 +93,7 @@ class EncodedLatents:
         Raises:
             SampleError: one that could not be read when it was to be encoded.
         """
-        file, place = self.shards.file(source, ordinal, f"{area}-")
+        file, place = self.shards.file(source, ordinal, area)
         row = int(file.get_slice("rows")[place : place + 1])
         bucket = int(file.get_slice("buckets")[place : place + 1])
         if row < 0:
@@ -109,7 +110,7 @@ class EncodedTexts:
         settings = [FORMAT, cache.max_sequence_length, cache.text_dtype, cache.samples_per_shard]
         digest = encoders_digest(data, cache.text_encoders, TEXT_PARTS, settings)
         self.shards = Shards(data, sources, Path(data.cache_dir) / "encoded" / f"text-{digest}")
-        self.prefixes = [""]
+        self.areas = [0]
 
     def get(self, source: int, ordinal: int, number: int | None) -> tuple[Tensor, Tensor]:
         """Prompt embeddings L D and pooled ones P of a sample's `number`-th text; None: of the empty prompt.
@@ -117,7 +118,7 @@ class EncodedTexts:
         Raises:
             SampleError: one that could not be read when it was to be encoded.
         """
-        file, place = self.shards.file(source, ordinal, "")
+        file, place = self.shards.file(source, ordinal, 0)
         row = 0
         if number is not None:
             rows = file.get_slice("rows")[place : place + 1][0]

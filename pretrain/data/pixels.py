@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.data.buckets import Size, crop_box
+from pretrain.data.sources import Source
 
 
 def fitted(picture: Image.Image, size: Size) -> Image.Image:
@@ -28,6 +29,14 @@ def fitted_pair(source: Image.Image, target: Image.Image, size: Size) -> tuple[I
     across, down = source.width / target.width, source.height / target.height
     box = (left * across, top * down, right * across, bottom * down)
     return source.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box), fitted(target, size)
+
+
+def fitted_pictures(source: Source, ordinal: int, size: Size) -> tuple[Image.Image, ...]:
+    """A sample's pictures, cut and resized to (height, width). Raises SampleError."""
+    pictures = source.pictures(ordinal)
+    if len(pictures) == 2:
+        return fitted_pair(*pictures, size)
+    return (fitted(pictures[0], size),)
 
 
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:

@@ -60,12 +60,18 @@ def _open(number: int, config: SourceConfig, data: DataConfig) -> Source:
         log.warning(
             "data.sources[%d]: left out %d of %d as corrupt:\n%s", number, len(corrupt), total, named(corrupt)
         )
-    if len(corrupt) > data.max_corrupt_share * total:
-        raise DataError(
-            f"data.sources[{number}]: {len(corrupt)} of {total} samples are corrupt, above "
-            f"data.max_corrupt_share={data.max_corrupt_share}:\n{named(corrupt)}"
-        )
+    check_corrupt(data, number, source, 0, named(corrupt))
     return source
+
+
+def check_corrupt(data: DataConfig, number: int, source: Source, found: int, examples: str = "") -> None:
+    """Raises DataError where `found` broken samples, beside those known before, are too many of a source."""
+    broken, total = source.known_corrupt + found, source.known_corrupt + len(source)
+    if broken > data.max_corrupt_share * total:
+        raise DataError(
+            f"data.sources[{number}]: {broken} of {total} samples are corrupt, above "
+            f"data.max_corrupt_share={data.max_corrupt_share}: {examples or 'the log names them'}"
+        )
 
 
 class FileSource:

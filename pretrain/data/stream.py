@@ -16,9 +16,9 @@ from pretrain.data.encoded import EncodedLatents, EncodedTexts, stack
 from pretrain.data.errors import DataError, SampleError
 from pretrain.data.order import BatchOrder, Draw, Plan
 from pretrain.data.permutation import mixed
-from pretrain.data.pixels import fitted, fitted_pair, to_pixels
+from pretrain.data.pixels import fitted_pictures, to_pixels
 from pretrain.data.prefetch import Prefetch
-from pretrain.data.sources import Source, open_sources
+from pretrain.data.sources import Source, check_corrupt, open_sources
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class BatchStream:
         self._texts = EncodedTexts(config, self._sources) if config.cache.text else None
         for encoded in (self._latents, self._texts):
             if encoded:
-                encoded.shards.require(encoded.prefixes)
+                encoded.shards.require(encoded.areas)
         self._broken = BrokenSamples(config, self._sources)
 
     @property
@@ -177,17 +177,4 @@ class BrokenSamples:
                 self._found.add(draw)
                 log.warning("data.sources[%d]: skipped %s: %s: %s", draw.source, file, key, reason)
             found = sum(other.source == draw.source for other in self._found)
-        broken, total = source.known_corrupt + found, source.known_corrupt + len(source)
-        if broken > self._config.max_corrupt_share * total:
-            raise DataError(
-                f"data.sources[{draw.source}]: {broken} of {total} samples are corrupt, above "
-                f"data.max_corrupt_share={self._config.max_corrupt_share}; the last: {file}: {key}: {reason}"
-            )
-
-
-def fitted_pictures(source: Source, ordinal: int, size: tuple[int, int]) -> tuple[Image.Image, ...]:
-    """A sample's pictures, cut and resized to (height, width). Raises SampleError."""
-    pictures = source.pictures(ordinal)
-    if len(pictures) == 2:
-        return fitted_pair(*pictures, size)
-    return (fitted(pictures[0], size),)
+        check_corrupt(self._config, draw.source, source, found, f"the last: {file}: {key}: {reason}")

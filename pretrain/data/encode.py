@@ -1,0 +1,180 @@
+"""Encodes shards of samples: VAE latents by bucket, SD3's text embeddings by distinct text."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor
+
+import recipes
+from models.components import load_vae
+from models.latents import encode_images
+from models.text import SD3TextEncoder
+from pretrain.data.buckets import bucket_size, nearest_buckets
+from pretrain.data.config import DataConfig
+from pretrain.data.encoded import EncodedLatents, EncodedTexts, Shards, stack
+from pretrain.data.errors import SampleError
+from pretrain.data.pixels import fitted_pictures, to_pixels
+from pretrain.data.sources import Source, check_corrupt, open_sources
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to encode: of a source's latents at an area, or of its texts (area 0)."""
+
+    source: int
+    shard: int
+    area: int
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that could not be read: the source's number, and what messages say."""
+
+    source: int
+    file: str
+    key: str
+    reason: str
+
+
+class ShardEncoder:
+    """The shards of a recipe; its encoders are loaded when they are first needed."""
+
+    def __init__(self, data: DataConfig) -> None:
+        """Indexes the sources. Raises DataError, as opening sources and reading the encoders' files does."""
+        self._data = data
+        self._sources = open_sources(data)
+        self._latents = EncodedLatents(data, self._sources) if data.cache.latents else None
+        self._texts = EncodedTexts(data, self._sources) if data.cache.text else None
+
+    def jobs(self) -> list[Job]:
+        """Every shard, those that exist too."""
+        found = []
+        for encoded in (self._latents, self._texts):
+            if encoded is None:
+                continue
+            for area in encoded.areas:
+                for source in range(len(self._sources)):
+                    found += [Job(source, shard, area) for shard in range(encoded.shards.count(source))]
+        return found
+
+    def path(self, job: Job) -> Path:
+        """Where a job's shard goes."""
+        return self._shards(job).path(job.source, job.shard, job.area)
+
+    def run(self, job: Job) -> list[Broken]:
+        """Encode and write a shard, whole or not at all; returns its samples that could not be read."""
+        source, ordinals = self._sources[job.source], self._shards(job).ordinals(job.source, job.shard)
+        if job.area:
+            tensors, broken = encode_latents(self._data, source, ordinals, job.area, self._vae)
+        else:
+            tensors, broken = encode_texts(source, ordinals, self._text_encoder)
+        write_shard(self.path(job), tensors)
+        return [Broken(job.source, *source.name(ordinal), reason) for ordinal, reason in broken.items()]
+
+    def check_broken(self, source: int, found: int) -> None:
+        """Raises DataError where `found` broken samples, beside those known, are too many of a source."""
+        check_corrupt(self._data, source, self._sources[source], found)
+
+    def _shards(self, job: Job) -> Shards:
+        encoded = self._latents if job.area else self._texts
+        assert encoded is not None
+        return encoded.shards
+
+    @cached_property
+    def _vae(self) -> AutoencoderKL:
+        return load_vae(recipes.resolve(self._data.cache.vae), device=self._data.cache.device)
+
+    @cached_property
+    def _text_encoder(self) -> SD3TextEncoder:
+        cache = self._data.cache
+        return SD3TextEncoder.from_pretrained(
+            recipes.resolve(cache.text_encoders),
+            dtype=getattr(torch, cache.text_dtype),
+            device=cache.device,
+            max_sequence_length=cache.max_sequence_length,
+        )
+
+
+def encode_latents(
+    data: DataConfig, source: Source, ordinals: range, area: int, vae: AutoencoderKL
+) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """The tensors of a latent shard, as `encoded.py` describes them, and why samples are broken by ordinal."""
+    broken: dict[int, str] = {}
+    part = slice(ordinals.start, ordinals.stop)
+    buckets = nearest_buckets(source.widths[part], source.heights[part], bucketed=data.aspect_buckets)
+    rows = torch.full((len(ordinals),), -1, dtype=torch.int32)
+    tensors = {"rows": rows, "buckets": torch.from_numpy(buckets)}
+    for bucket in np.unique(buckets).tolist():
+        size = bucket_size(bucket, area, data.multiple)
+        done: list[tuple[Tensor, ...]] = []
+        places = np.flatnonzero(buckets == bucket).tolist()
+        for chunk in _chunks(places, data.cache.batch_size):
+            pictures = []
+            for place in chunk:
+                try:
+                    pictures.append(fitted_pictures(source, ordinals[place], size))
+                except SampleError as error:
+                    broken[ordinals[place]] = str(error)
+                    continue
+                rows[place] = sum(len(group[0]) for group in done) + len(pictures) - 1
+            if pictures:
+                done.append(
+                    tuple(
+                        encode_images(vae, to_pixels(column)).cpu() for column in zip(*pictures, strict=True)
+                    )
+                )
+        for name, parts in zip(("latents", "references"), _from_the_last(done), strict=False):
+            tensors[f"{name}.{bucket}"] = torch.cat(parts)
+    return tensors, broken
+
+
+def encode_texts(
+    source: Source, ordinals: range, encoder: SD3TextEncoder
+) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """The tensors of a text shard, as `encoded.py` describes them, and why samples are broken by ordinal."""
+    broken: dict[int, str] = {}
+    rows: list[list[int]] = []
+    numbers = {"": 0}
+    for ordinal in ordinals:
+        try:
+            texts = source.texts(ordinal)
+        except SampleError as error:
+            broken[ordinal], texts = str(error), ()
+        rows.append([numbers.setdefault(text, len(numbers)) for text in texts])
+    width = max(1, *map(len, rows))
+    embeds = encoder.encode(list(numbers))
+    prompt_embeds, pooled = stack([(item.prompt_embeds, item.pooled_prompt_embeds) for item in embeds])
+    tensors = {
+        "rows": torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32),
+        "prompt_embeds": prompt_embeds,
+        "pooled_prompt_embeds": pooled,
+    }
+    return tensors, broken
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a shard under another name and rename it, so that a killed process leaves no part of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.partial"):
+        stale.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.chmod(0o644)
+    partial.rename(path)
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _from_the_last(done: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """By role, (source, target) as (target, source): the picture that is made comes first."""
+    return list(zip(*(group[::-1] for group in done), strict=True))
