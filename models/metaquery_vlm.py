@@ -16,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from models.vlm import expand_pictures, load_vlm, prepare_pictures, refuse_control_tokens, token_side
+from models.vlm import expand_pictures, load_vlm, prepare_pictures, refuse_control_tokens
 
 PositionMode = Literal["flat", "mrope"]
 POSITION_MODES: tuple[PositionMode, ...] = ("flat", "mrope")
+VIEW_SCALE = 28 / 32
+"""The VLM sees a picture to edit at this share of the size at which it is edited, as in the released inference."""
 PIXELS_PER_TOKEN = 32
-"""Side in pixels of the edit image's part that one token of the VLM sees, whatever the VLM's patches are."""
+"""Side in pixels of the edit image's part that one token of the released VLM (28 pixels a token) then sees."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,7 @@ class QueryReader:
         grids: Any = iter(())
         counts: Any = iter(())
         if shown:
-            scale = token_side(self.image_processor) / PIXELS_PER_TOKEN
-            pictures = prepare_pictures(shown, self.image_processor, scale=scale)
+            pictures = prepare_pictures(shown, self.image_processor, scale=VIEW_SCALE)
             grids, counts = iter(pictures.grids.to(device)), iter(pictures.tokens)
             features = iter(
                 model.get_image_features(pictures.pixels.to(device), pictures.grids.to(device)).pooler_output
