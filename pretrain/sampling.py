@@ -16,10 +16,15 @@ def guided_velocity(
     references: Tensor | None,
     guidance: float,
 ) -> Tensor:
-    """u + s (c - u); at guidance 1 the unconditional half is not run.
+    """u + s (c - u), float32; at guidance 1 the unconditional half is not run.
 
-    latents B C H W; timestep B; prompt and negative (B L D, B P); the reference stays in both halves.
+    latents B C H W; timestep B; prompt and negative (B L D, B P); the reference stays in both halves. All but the
+    timestep are cast to the transformer's dtype.
     """
+    dtype = transformer.dtype
+    latents = latents.to(dtype)
+    references = None if references is None else references.to(dtype)
+    prompt, negative = ((embeds.to(dtype), pooled.to(dtype)) for embeds, pooled in (prompt, negative))
     if guidance == 1:
         return transformer(latents, *prompt, timestep, reference_hidden_states=references, return_dict=False)[
             0
@@ -54,7 +59,7 @@ def sample_latents(
     sigmas = scheduler.sigmas.tolist()
     latents = noise
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        timestep = torch.full((len(noise),), 1000 * sigma)
+        timestep = torch.full((len(noise),), 1000 * sigma, device=noise.device)
         velocity = guided_velocity(transformer, latents, timestep, prompt, negative, references, guidance)
         latents = latents + (following - sigma) * velocity
     return latents

@@ -1,0 +1,1 @@
+"""Flow matching at scale: kontext, align, unified under DeepSpeed; see ../README.md."""

@@ -1,0 +1,163 @@
+"""The run in numbers before it starts: parts, batches, memory of each ZeRO stage, images a second. No weights, no GPU.
+
+Memory of one rank, from P parameters under the engine of which Q are trained, V of the frozen VLM, R ranks, w bytes a
+weight (bf16 2, fp32 4):
+
+    ZeRO-1   w (P + V)     + w Q     + 16 Q / R      weights + gradients + fp32 master copy, both Adam moments and the
+    ZeRO-2   w (P + V)     + w Q / R + 16 Q / R      moving average
+    ZeRO-3   w (P / R + V) + w Q / R + 16 Q / R
+
+The position table (a buffer) counts with the weights and is never cut. With `deepspeed.offload: optimizer` the last
+term is in host memory, with `parameters` w P / R too. VAE and text encoders come on top. Activations are an estimate:
+with gradient checkpointing every block keeps its input alone, without it 34 numbers a token and channel (after
+Korthikanti et al., 2022, attention matrices not kept).
+"""
+
+from __future__ import annotations
+
+from pretrain.data.buckets import areas, bucket_size
+from pretrain.flow.config import FlowRecipe
+from pretrain.flow.costs import TEXT_TOKENS, sample_flops
+from pretrain.flow.peaks import PEAK_TFLOPS
+from pretrain.flow.sizes import ModelSizes, measure
+
+_GIB = 2**30
+_BYTES = {"float32": 4, "bfloat16": 2}
+MFU = 0.4
+"""Assumed share of the peak that training reaches."""
+
+
+def describe(recipe: FlowRecipe) -> list[str]:
+    """Lines for `--dry-run`."""
+    sizes = measure(recipe)
+    per_rank = recipe.batch_size // recipe.resources.ranks
+    return [
+        f"run {recipe.name}: stage {recipe.stage}, {recipe.steps} steps x {recipe.batch_size} = "
+        f"{recipe.steps * recipe.batch_size} samples; {recipe.batch_size} / {recipe.resources.ranks} ranks = "
+        f"{per_rank} a rank, in {per_rank // recipe.micro_batch_size} micro-batches of {recipe.micro_batch_size}",
+        *(f"note: {note}" for note in sizes.notes),
+        *part_lines(recipe, sizes),
+        *batch_lines(recipe),
+        *memory_lines(recipe, sizes),
+        *speed_lines(recipe, sizes),
+    ]
+
+
+def part_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:
+    """Parameters of each part, and the total that is trained."""
+    lines = []
+    for part in ("queries", "connector", "transformer"):
+        if part in sizes.parameters:
+            state = "trained" if recipe.trains(part) else "frozen"
+            lines.append(f"{part}: {sizes.parameters[part] / 1e6:.2f} M parameters, {state}")
+    if sizes.vlm is not None:
+        lines.append(f"VLM: {sizes.vlm.parameters / 1e6:.2f} M parameters, frozen")
+    return [*lines, f"trained in all: {trained_count(recipe, sizes) / 1e6:.2f} M parameters"]
+
+
+def batch_lines(recipe: FlowRecipe) -> list[str]:
+    """Tasks, and the sizes of the schedule's areas, square and widest."""
+    data = recipe.data
+    lines = [
+        f"batches: {data.edit_share:.0%} editing, {1 - data.edit_share:.0%} text-to-image, in turn; reference to "
+        + " and ".join(
+            name
+            for name, on in (
+                ("transformer", recipe.references.transformer),
+                ("VLM", recipe.uses_vlm and recipe.references.vlm),
+            )
+            if on
+        )
+    ]
+    ratios = {"1:1": 0, "16:9": 5} if data.aspect_buckets else {"1:1": 0}
+    for area in areas(data.resolution):
+        shapes = (
+            f"{name} {'x'.join(map(str, bucket_size(k, area, data.multiple)))}" for name, k in ratios.items()
+        )
+        lines.append(f"size about {area} px (height x width): {', '.join(shapes)}")
+    return lines
+
+
+def trained_count(recipe: FlowRecipe, sizes: ModelSizes) -> int:
+    """Parameters that are trained."""
+    return sum(count for part, count in sizes.parameters.items() if recipe.trains(part))
+
+
+def state_bytes(recipe: FlowRecipe, sizes: ModelSizes, stage: int) -> tuple[float, float]:
+    """(device, host) bytes of one rank's weights, gradients, optimizer and average; see the module's table."""
+    width, ranks = _BYTES[recipe.model.dtype], recipe.resources.ranks
+    count = trained_count(recipe, sizes)
+    weights = width * sum(sizes.parameters.values()) / (ranks if stage == 3 else 1)
+    fixed = width * ((sizes.vlm.parameters if sizes.vlm else 0) + sizes.position_values)
+    gradients = width * count / (ranks if stage >= 2 else 1)
+    optimizer = 16 * count / ranks
+    if recipe.deepspeed.offload == "none":
+        return weights + fixed + gradients + optimizer, 0.0
+    if recipe.deepspeed.offload == "parameters" and stage == 3:
+        return fixed + gradients, optimizer + weights
+    return weights + fixed + gradients, optimizer
+
+
+def activation_bytes(recipe: FlowRecipe, sizes: ModelSizes) -> float:
+    """Estimate for one micro-batch at the largest area of the schedule."""
+    shape = sizes.transformer
+    side = sizes.factor * shape["patch_size"]
+    image = max(areas(recipe.data.resolution)) // side**2
+    tokens = image * (2 if recipe.references.transformer and recipe.data.edit_share > 0 else 1)
+    width = shape["num_attention_heads"] * shape["attention_head_dim"]
+    streams = [((tokens + sizes.text_tokens), width, shape["num_layers"])]
+    if sizes.conditioner is not None and (recipe.trains("connector") or recipe.trains("queries")):
+        connector = sizes.conditioner.connector_config
+        streams.append((sizes.conditioner.num_queries, connector.hidden_size, connector.num_hidden_layers))
+    if sizes.vlm is not None and sizes.conditioner is not None and recipe.trains("queries"):
+        length = sizes.conditioner.num_queries + TEXT_TOKENS
+        streams.append((length, sizes.vlm.width, sizes.vlm.layers))
+    kept = sum(n * d * layers for n, d, layers in streams)
+    numbers = (
+        kept + 34 * max(n * d for n, d, _ in streams) if recipe.model.gradient_checkpointing else 34 * kept
+    )
+    return recipe.micro_batch_size * _BYTES[recipe.model.dtype] * numbers
+
+
+def memory_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:
+    """One line a ZeRO stage; the recipe's own is marked."""
+    activations = activation_bytes(recipe, sizes) / _GIB
+    lines = []
+    for stage in (1, 2, 3):
+        device, host = (value / _GIB for value in state_bytes(recipe, sizes, stage))
+        mark = " <- deepspeed.zero_stage" if stage == recipe.deepspeed.zero_stage else ""
+        off = f", {host:.1f} GiB more in host memory" if host else ""
+        lines.append(
+            f"memory of a rank, ZeRO-{stage}: {device:.1f} GiB of weights, gradients, optimizer and average + about "
+            f"{activations:.1f} GiB of activations (estimate) = {device + activations:.1f} GiB{off}{mark}"
+        )
+    width = _BYTES[recipe.model.dtype]
+    loading = width * (sum(sizes.parameters.values()) + (sizes.vlm.parameters if sizes.vlm else 0)) / _GIB
+    lines.append(
+        f"host memory while loading: {loading:.1f} GiB a rank, also with ZeRO-3; VAE and text encoders on top"
+    )
+    return lines
+
+
+def speed_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:
+    """The estimate with everything that went into it; none without a card, since no peak is known."""
+    area = max(areas(recipe.data.resolution))
+    height, width = bucket_size(0, area, recipe.data.multiple)
+    lines, mean = [], 0.0
+    for task, share in (("t2i", 1 - recipe.data.edit_share), ("edit", recipe.data.edit_share)):
+        if share > 0:
+            operations = sample_flops(recipe, sizes, height=height, width=width, edit=task == "edit")
+            lines.append(
+                f"a {task} sample of {height} x {width} px: {operations / 1e12:.4g} TFLOP, forward and backward"
+            )
+            mean += share * operations
+    card, ranks = recipe.resources.card, recipe.resources.ranks
+    if card is not None:
+        rate = ranks * PEAK_TFLOPS[card] * 1e12 * MFU / mean
+        hours = recipe.steps * recipe.batch_size / rate / 3600
+        lines.append(
+            f"images/s = ranks x peak x MFU / operations = {ranks} x {PEAK_TFLOPS[card]:g} TFLOP/s ({card}) x "
+            f"{MFU:g} / {mean / 1e12:.4g} TFLOP = {rate:.1f}; {recipe.steps} steps take about {hours:.0f} h at the "
+            "last resolution (an estimate, not a measurement; encoding by VAE and text encoders comes on top)"
+        )
+    return lines

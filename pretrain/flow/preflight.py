@@ -1,0 +1,111 @@
+"""What would stop a run, found without loading weights or decoding pictures, Ray or a GPU: all of it, in one list."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import recipes
+from models.components import METAQUERY_PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
+from models.metaquery_config import MetaQueryConfig
+from models.sizes import geometry
+from pretrain.data.buckets import areas, bucket_size
+from pretrain.data.errors import DataError
+from pretrain.data.index import source_files
+from pretrain.flow.config import FlowRecipe
+from rl.preflight import submitted_job
+
+
+def preflight(recipe: FlowRecipe) -> list[str]:
+    """Every problem with files, sizes and paths; empty when the run may start."""
+    problems = [*_model_problems(recipe), *_data_problems(recipe), *_path_problems(recipe)]
+    if not problems:
+        problems += [*_fit_problems(recipe), *_size_problems(recipe)]
+    return problems
+
+
+def _model_problems(recipe: FlowRecipe) -> Iterator[str]:
+    model = recipe.model
+    parts = ("transformer", "vae", "scheduler")
+    if not recipe.uses_vlm and not recipe.data.cache.text:
+        parts += TEXT_PARTS
+    yield from (
+        f"model.path: {problem}" for problem in check_model_folder(recipes.resolve(model.path), parts)
+    )
+    if recipe.uses_vlm:
+        yield from (f"model.vlm: {problem}" for problem in check_vlm_folder(recipes.resolve(str(model.vlm))))
+        if model.conditioner is not None:
+            folder = recipes.resolve(model.conditioner)
+            yield from (
+                f"model.conditioner: {problem}" for problem in check_model_folder(folder, METAQUERY_PARTS[3:])
+            )
+
+
+def _data_problems(recipe: FlowRecipe) -> Iterator[str]:
+    for source in recipe.data.sources:
+        if source.kind == "shapes":
+            continue
+        try:
+            source_files(source)
+        except DataError as error:
+            yield str(error)
+
+
+def _fit_problems(recipe: FlowRecipe) -> Iterator[str]:
+    """Whether a saved conditioner fits its neighbours."""
+    if recipe.model.conditioner is None:
+        return
+    conditioner = MetaQueryConfig.from_dict(
+        _read(recipes.resolve(recipe.model.conditioner) / "conditioner" / "config.json")
+    )
+    transformer = _read(recipes.resolve(recipe.model.path) / "transformer" / "config.json")
+    vlm = _read(recipes.resolve(str(recipe.model.vlm)) / "config.json")
+    width = vlm.get("text_config", vlm)["hidden_size"]
+    for name, found, wanted, owner in (
+        ("llm_hidden_size", conditioner.llm_hidden_size, width, "model.vlm has"),
+        ("joint_attention_dim", conditioner.joint_attention_dim, transformer["joint_attention_dim"], "model.path has"),
+        ("pooled_projection_dim", conditioner.pooled_projection_dim, transformer["pooled_projection_dim"],
+         "model.path has"),
+    ):  # fmt: skip
+        if found != wanted:
+            yield f"model.conditioner: its {name} is {found}, {owner} {wanted}; take a conditioner made for them"
+
+
+def _size_problems(recipe: FlowRecipe) -> Iterator[str]:
+    """Whether the transformer can make pictures of the buckets' sizes."""
+    model = geometry(recipes.resolve(recipe.model.path))
+    if recipe.data.multiple % model.multiple:
+        yield (
+            f"data.multiple={recipe.data.multiple} is no multiple of {model.multiple}, the VAE's factor times the "
+            "transformer's patch size"
+        )
+    for area in areas(recipe.data.resolution):
+        largest = max(
+            max(bucket_size(k, area, recipe.data.multiple))
+            for k in range(7 if recipe.data.aspect_buckets else 1)
+        )
+        if largest > model.largest:
+            yield (
+                f"data.resolution: about {area} px make sides of {largest}, the transformer's position table ends at "
+                f"{model.largest}"
+            )
+
+
+def _path_problems(recipe: FlowRecipe) -> Iterator[str]:
+    """Under a submitted job the driver runs in a temporary copy, where relative results would be lost."""
+    if not submitted_job():
+        return
+    paths = {
+        "output_dir": recipe.output_dir, "model.path": recipe.model.path, "model.vlm": recipe.model.vlm,
+        "model.conditioner": recipe.model.conditioner, "data.cache_dir": recipe.data.cache_dir or None,
+    }  # fmt: skip
+    for key, path in paths.items():
+        if path is not None and not Path(path).is_absolute():
+            if key != "output_dir" and recipes.is_packaged(path):
+                continue
+            yield f"{key}={path!r} is relative, and a submitted job runs in a temporary copy; give an absolute path"
+
+
+def _read(path: Path) -> dict:  # type: ignore[type-arg]
+    return json.loads(path.read_text(encoding="utf-8"))
