@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.components import read_weights
-from models.metaquery_config import ConnectorConfig, MetaQueryConfig
+from models.metaquery_config import ConnectorConfig, MetaQueryConfig, read_metaquery_config
 
 logger = logging.getLogger(__name__)
 
@@ -155,13 +155,7 @@ class MetaQueryConditioner(nn.Module):
                 exactly those it asks for; every difference is listed.
         """
         folder = Path(folder)
-        path = folder / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing config file; give the conditioner/ folder of a model")
-        try:
-            config = MetaQueryConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        config = read_metaquery_config(folder)
         with torch.device("meta"):
             conditioner = cls(config)
         state = read_weights(folder)

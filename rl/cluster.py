@@ -175,6 +175,9 @@ def _start_encoder(config: RunConfig, actor: ActorPlan, group: Any) -> Any:
         max_sequence_length=config.model.max_sequence_length,
         cache_bytes=int(config.model.embedding_cache_gib * 2**30),
         threads=config.resources.threads,
+        vlm_path=None if config.model.vlm is None else str(recipes.resolve(config.model.vlm)),
+        position_mode=config.model.position_mode,  # type: ignore[arg-type]
+        negative_prompt=config.rollout.negative_prompt,
     )
     options = actor_options(actor, group, restarts=config.resources.max_restarts)
     return EncodeWorker.options(**options, max_task_retries=config.resources.max_restarts).remote(spec)

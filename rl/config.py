@@ -31,9 +31,15 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """`path` is a folder in the released layout; sizes are in pixels."""
+    """`path` is a folder in the released layout; sizes are in pixels.
+
+    With `conditioner/` in it the model is a UniPic2-MetaQuery, and `vlm` is the folder of its Qwen2.5-VL, which sees
+    positions by `position_mode`: flat, as the released inference does, or mrope.
+    """
 
     path: str = MISSING
+    vlm: str | None = None
+    position_mode: str = "flat"
     dtype: str = "bfloat16"
     height: int = 512
     width: int = 512

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 import recipes
+from models.metaquery_config import MetaQueryConfig
 from rl.config import RunConfig
 from rl.placement import describe_plan, make_plan
 from rl.stage_parts import stage_tasks
@@ -74,9 +75,17 @@ def measure_model(config: RunConfig) -> ModelSize:
         shape["num_attention_heads"] * shape["attention_head_dim"],
         shape["num_layers"],
         (rows // patch) * (columns // patch),
-        77 + config.model.max_sequence_length,
+        _text_tokens(config),
         rows * columns * shape["in_channels"],
     )
+
+
+def _text_tokens(config: RunConfig) -> int:
+    """CLIP's and T5's, or MetaQuery's queries."""
+    if config.model.vlm is None:
+        return 77 + config.model.max_sequence_length
+    path = recipes.resolve(config.model.path) / "conditioner" / "config.json"
+    return json.loads(path.read_text())["num_queries"] if path.is_file() else MetaQueryConfig().num_queries
 
 
 def _batch_lines(config: RunConfig, size: ModelSize) -> list[str]:

@@ -141,10 +141,10 @@ def _check_model(config: RunConfig) -> list[str]:
     problems = [f"model.path: {problem}" for problem in problems]
     if metaquery and vlm is None:
         problems.append(
-            f"model.vlm is not set, and model.path={config.model.path} is a MetaQuery model (it has conditioner/): give "
-            "the folder of its Qwen2.5-VL"
+            f"model.vlm is not set, and model.path={config.model.path} is a MetaQuery model (it has conditioner/): "
+            "give the folder of its Qwen2.5-VL"
         )
-    elif vlm is not None and not metaquery:
+    elif vlm is not None and not metaquery and folder.is_dir():
         problems.append(
             f"model.vlm={vlm}: model.path={config.model.path} has no conditioner/ and reads prompts with its text "
             "encoders; leave model.vlm out, or give the folder of a MetaQuery model"

@@ -9,6 +9,7 @@ import pytest
 from rewards.base import ServiceSpec
 from rl.config import load_config
 from rl.preflight import preflight, submitted_job
+from tests.tiny_metaquery import make_tiny_conditioner, make_tiny_metaquery
 from tests.tiny_run import tiny_recipe
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -67,6 +68,23 @@ def test_a_sound_recipe_passes_with_its_rewards(recipe):
 def test_one_thing_wrong_is_one_problem(recipe, override, expected):
     (problem,) = problems_of(recipe, override)
     assert expected in problem
+
+
+def test_metaquery_needs_its_vlm_and_kontext_has_none(recipe, tmp_path):
+    folder, vlm = make_tiny_metaquery(tmp_path)
+    assert problems_of(recipe, f"model.path={folder}", f"model.vlm={vlm}") == []
+    (problem,) = problems_of(recipe, f"model.path={folder}")
+    assert problem.startswith("model.vlm is not set, and model.path=")
+    (problem,) = problems_of(recipe, f"model.vlm={vlm}")
+    assert problem.startswith(f"model.vlm={vlm}: model.path=") and "has no conditioner/" in problem
+    (problem,) = problems_of(recipe, f"model.path={folder}", "model.vlm=/absent")
+    assert problem.startswith("model.vlm: /absent: no such folder")
+    make_tiny_conditioner(llm_hidden_size=32, joint_attention_dim=20).save_pretrained(folder / "conditioner")
+    problems = problems_of(recipe, f"model.path={folder}", f"model.vlm={vlm}", "model.position_mode=rope")
+    for part in ("model.position_mode='rope': choose", "llm_hidden_size=32, but hidden_size of",
+                 "joint_attention_dim=20, but joint_attention_dim of"):  # fmt: skip
+        assert sum(part in problem for problem in problems) == 1, problems
+    assert len(problems) == 3
 
 
 def test_a_reward_file_without_the_function(recipe):

@@ -17,13 +17,16 @@ FULL_SIZE = [
     "recipes/edit_judge_sd35m_kontext.yaml",
     "recipes/edit_inprocess_sd35m_kontext.yaml",
     "recipes/pdtr_judge_sd35m_kontext.yaml",
+    "recipes/pdtr_sd35m_metaquery.yaml",
 ]
 
 
 def rl_recipes():
-    """All packaged recipes of `rl.train`: those with stages."""
+    """All packaged recipes of `rl.train`: those with stages, and those that stand on one of them."""
     return sorted(
-        str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.yaml") if "\nstages:" in p.read_text()
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "recipes").rglob("*.yaml")
+        if any(key in p.read_text() for key in ("\nstages:", "\nbase:"))
     )
 
 
@@ -71,15 +74,6 @@ def test_full_size_recipes_print_the_plan_and_what_is_missing(recipe, capsys):
         "/data/prompts/",
     ):
         assert line in out, line
-
-
-@pytest.mark.parametrize("recipe", DRIVEN_BY_EDITREWARD)
-def test_a_recipe_of_the_trained_reward_lacks_nothing_but_its_folder(recipe, capsys, tmp_path):
-    folder = str(tmp_path / "model")
-    rewards = ("stages[0].rewards[0]", "evaluation.tasks[0].rewards[2]")
-    assert main([recipe, *(f"{reward}.params.model={folder}" for reward in rewards), "--dry-run"]) == 2
-    problems = capsys.readouterr().out.partition("Not ready:\n")[2].splitlines()
-    assert len(problems) == 1 and f"{folder}: no such folder" in problems[0]
 
 
 @pytest.mark.parametrize("recipe", FULL_SIZE)
