@@ -89,6 +89,29 @@ def paired_bootstrap(before: Values, after: Values, *, resamples: int = 10_000, 
     )
 
 
+def seeds_bootstrap(values: NDArray[np.floating], *, resamples: int = 10_000, seed: int = 0) -> Estimate:
+    """Mean of `values` [training seeds, prompts] with its interval over both.
+
+    Training seeds are drawn with replacement and so are prompts, the same ones for every seed, since all runs are
+    evaluated on the same prompts. With one seed the interval covers prompts alone. NaN means *not scored*; a prompt
+    that is not scored in every run is left out, and `n` counts those that are not.
+    """
+    scored = values[:, ~np.isnan(values).any(axis=0)] if len(values) else values
+    rows, count = scored.shape
+    missing = values.shape[1] - count
+    if scored.size == 0:
+        return Estimate(None, None, None, 0, missing)
+    low = high = None
+    if count > 1:
+        rng = np.random.default_rng(seed)
+        prompts = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+        seeds = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+        means = (seeds * (prompts @ scored.T)).sum(axis=1) / scored.size
+        tail = 100 * (1 - CONFIDENCE) / 2
+        low, high = (float(bound) for bound in np.percentile(means, [tail, 100 - tail]))
+    return Estimate(float(scored.mean()), low, high, count, missing)
+
+
 def _as_array(values: Values, name: str) -> NDArray[np.float64]:
     array = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     if array.ndim != 1:

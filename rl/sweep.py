@@ -1,30 +1,32 @@
-"""Command line: `python -m rl.sweep GRID [key=value ...] [--only ROW] [--seeds 0 1] [--dry-run]`: an ablation grid.
+"""Command line: `python -m rl.sweep GRID [key=value ...] [--only ROW] [--seeds 0 1] [--parallel N] [--dry-run]`.
 
-A grid is a YAML file: a recipe, seeds, and rows that each change something in the recipe.
+An ablation grid is a YAML file: a recipe, seeds, and rows that each change something in the recipe.
 
     name: table4
     recipe: pdtr.yaml                # relative to the grid's own folder
     seeds: [0, 1, 2]
     rows:
       - {name: none, untrained: true}                         # the model before any training
-      - {name: editing only, changes: {stages: [...]}}        # keys of the recipe; lists are replaced whole
+      - {name: both, changes: {stages: [...]}}                # keys of the recipe; lists are replaced whole
+      - {name: editing only, of: both, moment: after_edit}    # read from that row's run, half-way
 
-Runs go one after the other, each as `python -m rl.train`, to `OUTPUT_DIR/NAME/ROW-seedK`. A finished run is kept, an
-unfinished one is resumed: run the same command again after anything. The table is written after every run.
+Each run is a `python -m rl.train` of its own, to `OUTPUT_DIR/NAME/ROW-seedK`; `parallel` of them at once, which changes
+nothing in their results. A finished run is kept, an unfinished one is resumed: run the same command again after
+anything. The table is written after every run.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rl.atomic import atomic_write_json, atomic_write_text
 from rl.config import ConfigError
-from rl.sweep_config import SweepConfig, load_sweep, row_recipe
+from rl.sweep_config import SweepConfig, load_sweep, row_recipe, run_name
 from rl.sweep_table import collect_rows, table_document, table_markdown
 
 log = logging.getLogger("rl.sweep")
@@ -35,18 +37,26 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        grid = load_sweep(arguments.grid, arguments.overrides, only=arguments.only, seeds=arguments.seeds)
+        grid = load_sweep(
+            arguments.grid,
+            arguments.overrides,
+            only=arguments.only,
+            seeds=arguments.seeds,
+            parallel=arguments.parallel,
+            output_dir=arguments.output_dir,
+        )
         plans = write_recipes(grid)
     except ConfigError as error:
         sys.stderr.write(f"This grid cannot run:\n{error}\n")
         return 2
-    problems = check(plans)
+    # The seed changes nothing that could be found wrong.
+    problems = check({name: plans[name] for name in (run_name(r.name, grid.seeds[0]) for r in grid.trained)})
     if problems or arguments.dry_run:
         sys.stdout.write(
             "\n".join([*(f"- {p}" for p in problems), f"{len(plans)} runs in {grid.folder}"]) + "\n"
         )
         return 2 if problems else 0
-    failed = [name for name, recipe in plans.items() if not run(grid, name, recipe)]
+    failed = run_all(grid, plans)
     sys.stdout.write(write_table(grid).read_text())
     for name in failed:
         sys.stderr.write(f"run {name} failed; its log is {grid.folder / name}.log\n")
@@ -56,9 +66,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rl.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("grid", help="path of a YAML grid, for example recipes/shapes/table4.yaml")
-    parser.add_argument("overrides", nargs="*", help="key=value of the recipe, for every row")
+    parser.add_argument(
+        "overrides", nargs="*", help="key=value of the recipe, for every row; values.NAME=... of the grid"
+    )
     parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the grid's seeds")
+    parser.add_argument("--output-dir", metavar="DIR", help="instead of the grid's output_dir")
+    parser.add_argument("--parallel", type=int, metavar="N", help="runs at once, instead of the grid's own")
     parser.add_argument("--dry-run", action="store_true", help="check every recipe; train nothing")
     return parser.parse_intermixed_args(argv)
 
@@ -69,8 +83,8 @@ def write_recipes(grid: SweepConfig) -> dict[str, Path]:
     Raises ConfigError with the problems of all rows.
     """
     plans, problems = {}, []
-    for row in grid.rows:
-        for seed in [] if row.untrained else grid.seeds:
+    for row in grid.trained:
+        for seed in grid.seeds:
             name = run_name(row.name, seed)
             try:
                 text = row_recipe(grid, row, name, seed)
@@ -85,11 +99,6 @@ def write_recipes(grid: SweepConfig) -> dict[str, Path]:
     return plans
 
 
-def run_name(row: str, seed: int) -> str:
-    """`GenEval only`, 2 -> `geneval-only-seed2`."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-seed{seed}"
-
-
 def check(plans: dict[str, Path]) -> list[str]:
     """The preflight's problems of every recipe, before the first run takes anything."""
     from rl.config import load_config
@@ -102,6 +111,22 @@ def check(plans: dict[str, Path]) -> list[str]:
     return [f"{name}: {problem}" for problem, name in found.items()]
 
 
+def run_all(grid: SweepConfig, plans: dict[str, Path]) -> list[str]:
+    """Train every run, at most `grid.parallel` at once, in the order of the grid; the names of those that failed."""
+    failed = []
+    with ThreadPoolExecutor(grid.parallel) as pool:
+        started = {pool.submit(run, grid, name, recipe): name for name, recipe in plans.items()}
+        try:
+            for done in as_completed(started):
+                if not done.result():
+                    failed.append(started[done])
+                write_table(grid)
+        except BaseException:  # Ctrl-C ends the runs under way too; the others are not begun
+            pool.shutdown(cancel_futures=True)
+            raise
+    return sorted(failed)
+
+
 def run(grid: SweepConfig, name: str, recipe: Path) -> bool:
     """Train one run, or what is left of it; its output goes to a log file. True when it is finished."""
     folder = grid.folder / name
@@ -112,16 +137,19 @@ def run(grid: SweepConfig, name: str, recipe: Path) -> bool:
     command += ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
     log.info("%s: %s", name, " ".join(command))
     with open(f"{folder}.log", "ab") as output:
-        done = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=grid.timeout_s
-        )
-    write_table(grid)
+        try:
+            done = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=grid.timeout_s
+            )
+        except subprocess.TimeoutExpired:
+            log.error("%s: not finished within timeout_s=%g; stopped", name, grid.timeout_s)
+            return False
     return done.returncode == 0
 
 
 def write_table(grid: SweepConfig) -> Path:
     """`table.md` and `table.json` from the runs that are finished so far."""
-    rows = collect_rows(grid, run_name)
+    rows = collect_rows(grid)
     atomic_write_json(grid.folder / "table.json", table_document(rows))
     path = grid.folder / "table.md"
     atomic_write_text(path, table_markdown(grid.name, rows))

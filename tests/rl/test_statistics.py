@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from rl import statistics
-from rl.statistics import Difference, Estimate, bootstrap_mean, paired_bootstrap
+from rl.statistics import Difference, Estimate, bootstrap_mean, paired_bootstrap, seeds_bootstrap
 
 
 def test_the_interval_agrees_with_scipy() -> None:
@@ -78,3 +78,29 @@ def test_bad_input_is_refused() -> None:
         bootstrap_mean(np.ones((2, 2)))
     with pytest.raises(ValueError, match="at least 1, not 0"):
         bootstrap_mean([1.0, 2.0], resamples=0)
+
+
+def test_seeds_and_prompts_are_both_drawn_as_in_a_plain_loop() -> None:
+    rng = np.random.default_rng(5)
+    values = rng.normal(0.3, 0.1, (3, 40)) + rng.normal(0.0, 0.2, (3, 1))
+    means = [values[rng.integers(0, 3, 3)][:, rng.integers(0, 40, 40)].mean() for _ in range(20_000)]
+    found = seeds_bootstrap(values)
+    assert found.mean == pytest.approx(values.mean()) and (found.n, found.missing) == (40, 0)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.01)
+
+
+def test_one_seed_is_the_bootstrap_over_prompts() -> None:
+    values = np.random.default_rng(6).normal(0.0, 1.0, 200)
+    one, prompts = seeds_bootstrap(values[None]), bootstrap_mean(values)
+    assert one.mean == pytest.approx(prompts.mean)
+    assert (one.low, one.high) == pytest.approx((prompts.low, prompts.high), abs=0.01)
+
+
+def test_prompts_that_a_seed_lacks_count_for_no_seed() -> None:
+    values = np.array([[0.1, np.nan, 0.3], [0.2, 9.0, 0.4]])
+    assert seeds_bootstrap(values).mean == pytest.approx(0.25)
+    assert (seeds_bootstrap(values).n, seeds_bootstrap(values).missing) == (2, 1)
+    assert seeds_bootstrap(values[:, 1:2]) == Estimate(None, None, None, 0, 1)
+    assert seeds_bootstrap(values[:0]).mean is None
+    lone = seeds_bootstrap(values[:, :1])
+    assert lone.mean == pytest.approx(0.15) and lone.low is None
