@@ -50,6 +50,8 @@ accept: extras
 	$(PY) -m bench.accept.demo
 	$(PY) -m bench.accept.base
 	$(PY) -m bench.accept.learning
+	$(PY) -m bench.accept.editreward
+	$(PY) -m bench.accept.table4
 
 bench: extras
 	$(PY) -m bench engine
