@@ -133,18 +133,45 @@ class KontextRecipe(Recipe):
 
 
 @dataclass
+class VisionModel:
+    """Sizes of the vision tower of a Qwen2.5-VL."""
+
+    layers: int = 3
+    width: int = 96
+    heads: int = 3
+    mlp_width: int = 192
+    token_width: int = 128
+    """Of its tokens: the hidden size of the language model that reads them."""
+
+
+@dataclass
+class Disturbance:
+    """What is done to training pictures, since those that a model draws are not exact."""
+
+    share: float = 0.6
+    """Of the pictures that get blur and noise, each of random strength."""
+    blur: float = 0.6
+    """Largest weight of the 3 x 3 mean."""
+    noise: float = 0.08
+    """Largest standard deviation of noise on [0, 1]."""
+
+
+@dataclass
+class VisionRecipe(Recipe):
+    model: VisionModel = field(default_factory=VisionModel)
+    disturbance: Disturbance = field(default_factory=Disturbance)
+    probe_pictures: int = 2000
+    """Held-out pictures on which the finished tower is probed."""
+
+
+@dataclass
 class VlmModel:
-    """Sizes of the Qwen2.5-VL. Its heads are 64 wide (what vLLM serves), its hidden size 64 times their number."""
+    """Sizes of the language model. Its heads are 64 wide (what vLLM serves), its hidden size 64 times their number."""
 
     max_vocabulary: int = 1000
     layers: int = 3
     heads: int = 2
     mlp_width: int = 256
-    vision_layers: int = 3
-    vision_width: int = 96
-    vision_heads: int = 3
-    vision_mlp_width: int = 192
-    initializer_range: float = 0.02
 
 
 @dataclass
@@ -152,9 +179,9 @@ class VlmRecipe(Recipe):
     """`batch_size` counts rows: no, one or two pictures with several questions about them."""
 
     model: VlmModel = field(default_factory=VlmModel)
-    vision_steps: int = 600
-    """First steps, on pictures alone: the vision tower learns to tell what stands in each cell."""
-    vision_batch_size: int = 64
+    vision: str = MISSING
+    """Folder that holds `visual/`, the trained tower; it stays as it is."""
+    disturbance: Disturbance = field(default_factory=Disturbance)
     pair_share: float = 0.4
     """Share of rows that show source and result of an edit."""
     text_share: float = 0.1
@@ -165,12 +192,6 @@ class VlmRecipe(Recipe):
     questions_of_pair: int = 5
     questions_of_text: int = 8
     """Conversations of a row at most."""
-    disturbed_share: float = 0.6
-    """Share of pictures with blur and noise."""
-    blur: float = 0.6
-    """Largest weight of the 3 x 3 mean."""
-    noise: float = 0.08
-    """Largest standard deviation of noise on [0, 1]."""
     vocabulary_scenes: int = 2000
     """Scenes and pairs from whose questions the tokenizer is made."""
 
@@ -179,6 +200,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "vae": VaeRecipe,
     "text": TextRecipe,
     "kontext": KontextRecipe,
+    "vision": VisionRecipe,
     "vlm": VlmRecipe,
 }
 

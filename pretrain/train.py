@@ -1,6 +1,6 @@
 """Train one part of a base model: `python -m pretrain.train RECIPE [key=value …] [--resume auto|CHECKPOINT]`.
 
-Stages: `vae`, `text`, `kontext`, `vlm`; the recipe's `stage` key chooses. Output goes to the recipe's `output_dir`.
+Stages: `vae`, `text`, `kontext`, `vision`, `vlm`; the recipe's `stage` key chooses. Output goes to its `output_dir`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pretrain.config import (
     RecipeError,
     TextRecipe,
     VaeRecipe,
+    VisionRecipe,
     VlmRecipe,
     load_recipe,
 )
@@ -34,6 +35,10 @@ def build_stage(recipe: Recipe) -> Stage:
         from pretrain.text import TextStage
 
         return TextStage(cast(TextRecipe, recipe))
+    if recipe.stage == "vision":
+        from pretrain.vision import VisionStage
+
+        return VisionStage(cast(VisionRecipe, recipe))
     if recipe.stage == "vlm":
         from pretrain.vlm import VlmStage
 

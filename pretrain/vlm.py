@@ -10,48 +10,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from pretrain.config import VlmRecipe
 from pretrain.randomness import numpy_generator
 from pretrain.stage import StageLoss
-from pretrain.vlm_batch import MERGE_SIZE, PATCH_SIZE, VLM_SIZE, Packer, VlmBatch, sample_scenes, shown
-from pretrain.vlm_cells import CellReader, cell_labels
+from pretrain.vlm_batch import Packer, VlmBatch
 from pretrain.vlm_edits import PAIR_KINDS, pair_question, sample_pair
 from pretrain.vlm_model import answer_logits, vision_features, vlm_config
+from pretrain.vlm_pictures import MAX_PIXELS, MERGE_SIZE, MIN_PIXELS, PATCH_SIZE
 from pretrain.vlm_questions import SCENE_KINDS, Question, caption_question, scene_of_split, scene_question
 from pretrain.vlm_tokenizer import vlm_tokenizer
 from rewards.editreward.settings import RESULT_RUBRIC, RUBRIC
 
-MIN_PIXELS, MAX_PIXELS = VLM_SIZE**2, 30 * 30
-"""Limits that make 28 x 28 of a picture of 28 or of 32 (which would round to 35 x 35)."""
 _CORPUS_STREAM = 106
 
 
 class VlmStage:
-    """Cross-entropy of the answers' tokens, each with weight 1."""
+    """Cross-entropy of the answers' tokens, each with weight 1; the vision tower stays as stage `vision` made it."""
 
     def __init__(self, recipe: VlmRecipe) -> None:
         self.recipe = recipe
         self.tokenizer = vlm_tokenizer(corpus(recipe), max_vocabulary=recipe.model.max_vocabulary)
         self.packer = Packer(self.tokenizer, recipe)
-        config = vlm_config(recipe.model, self.tokenizer)
-        self.model = Qwen2_5_VLForConditionalGeneration(config)
-        self.reader = CellReader(config.vision_config.out_hidden_size)
-        self.modules: list[nn.Module] = [self.model, self.reader]
+        visual = _load_tower(Path(recipe.vision) / "visual")
+        self.model = Qwen2_5_VLForConditionalGeneration(
+            vlm_config(recipe.model, visual.config, self.tokenizer)
+        )
+        self.model.model.visual.load_state_dict(visual.state_dict())
+        self.model.model.visual.requires_grad_(False)
+        self.modules: list[nn.Module] = [self.model]
 
     def loss(self, step: int) -> StageLoss:
-        if step < self.recipe.vision_steps:
-            scenes = sample_scenes(self.recipe, step, self.recipe.vision_batch_size)
-            tokens = vision_features(self.model.model.visual, shown(self.recipe, step, scenes))
-            loss, share = self.reader.loss(tokens, cell_labels(scenes))
-            return StageLoss(loss, {"cells": loss.item(), "cells_right": share})
         batch = self.packer.batch(step)
-        tokens = vision_features(self.model.model.visual, batch.pixels)
-        cells, share = self.reader.loss(tokens, cell_labels(batch.scenes))
-        logits = answer_logits(self.model, batch, tokens.detach())
-        answers = F.cross_entropy(logits, batch.targets)
-        figures = {"answers": answers.item(), "cells": cells.item(), "cells_right": share}
-        return StageLoss(answers + cells, {**figures, **exact_shares(logits, batch)})
+        with torch.no_grad():
+            tokens = vision_features(self.model.model.visual, batch.pixels)
+        logits = answer_logits(self.model, batch, tokens)
+        loss = F.cross_entropy(logits, batch.targets)
+        return StageLoss(loss, {"questions": float(len(batch.kinds)), **exact_shares(logits, batch)})
 
     def sample_grid(self) -> None:
         """There is nothing to look at."""
@@ -66,6 +62,17 @@ class VlmStage:
             patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
         ).save_pretrained(folder)
         return {"parameters": float(sum(p.numel() for p in rounded.parameters()))}
+
+
+def _load_tower(folder: Path) -> Qwen2_5_VisionTransformerPretrainedModel:
+    """Raises FileNotFoundError where there is none, ValueError where its weights do not fit its config one for one."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no vision tower there; make it with recipes/shapes/vision.yaml")
+    tower, report = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(folder, output_loading_info=True)
+    wrong = {key: sorted(names) for key, names in report.items() if names}
+    if wrong:
+        raise ValueError(f"{folder}: weights and config.json differ: {wrong}")
+    return tower.float()
 
 
 def corpus(recipe: VlmRecipe) -> list[str]:

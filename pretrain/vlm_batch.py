@@ -15,24 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from transformers import Qwen2Tokenizer
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pretrain.config import VlmRecipe
 from pretrain.randomness import numpy_generator, torch_generator
 from pretrain.vlm_edits import PAIR_KINDS, pair_question, sample_pair
+from pretrain.vlm_pictures import GRID, shown
 from pretrain.vlm_questions import SCENE_KINDS, Question, caption_question, scene_of_split, scene_question
-from rewards.shapes.render import render_batch
 from rewards.shapes.world import Scene
-
-VLM_SIZE = 28
-"""Pixels a side at which the model sees a picture of 32: 28/32 of it (DESIGN section 4)."""
-PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH = 7, 1, 2
-GRID = VLM_SIZE // PATCH_SIZE
-"""Patches and tokens a side: one for each 8 x 8 px of the world."""
 
 _ROWS_STREAM, _NOISE_STREAM = 104, 105
 _START, _TURN, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
@@ -51,7 +42,7 @@ class VlmBatch:
     """Inputs and targets of one step.
 
     input_ids [R, T]; positions [3, R, T] (temporal, height, width); mask [R, 1, T, T], True where attended;
-    pixels [N, P, D], in the order of the image tokens, of the pictures of `scenes`.
+    pixels [N, P, D], in the order of the image tokens.
     rows, columns [A]: the places whose next token is in targets [A]; conversations [A]: the conversation of each.
     kinds [Q]: the kind of each conversation's question.
     """
@@ -60,7 +51,6 @@ class VlmBatch:
     positions: Tensor
     mask: Tensor
     pixels: Tensor
-    scenes: tuple[Scene, ...]
     rows: Tensor
     columns: Tensor
     targets: Tensor
@@ -103,46 +93,6 @@ def _distinct(questions: Sequence[Question | None]) -> tuple[Question, ...]:
     return tuple({question.text: question for question in questions if question is not None}.values())
 
 
-def shrink(images: np.ndarray) -> np.ndarray:
-    """uint8 [N, 32, 32, 3] -> uint8 [N, 28, 28, 3], by PIL as the image processor does it."""
-    size = (VLM_SIZE, VLM_SIZE)
-    return np.stack([np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in images])
-
-
-def disturb(pictures: Tensor, recipe: VlmRecipe, generator: torch.Generator) -> Tensor:
-    """Pictures [N, 3, H, W] in [0, 1]; a share of them gets blur and noise of random strength, as drawn ones have."""
-    shape = (len(pictures), 1, 1, 1)
-    hit = (torch.rand(shape, generator=generator) < recipe.disturbed_share).float()
-    blur = hit * recipe.blur * torch.rand(shape, generator=generator)
-    noise = hit * recipe.noise * torch.rand(shape, generator=generator)
-    padded = F.pad(pictures, (1, 1, 1, 1), mode="replicate")
-    mixed = torch.lerp(pictures, F.avg_pool2d(padded, 3, stride=1), blur)
-    return (mixed + noise * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
-
-
-def patches(pictures: Tensor) -> Tensor:
-    """Pictures [N, 3, H, W] in [0, 1] -> normalised patches [N, P, 3 * 2 * 7 * 7].
-
-    A patch holds its picture twice, a still as two frames: the layout of transformers' `Qwen2VLImageProcessor`.
-    """
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    cells = ((pictures - mean) / std).view(len(pictures), 3, GRID, PATCH_SIZE, GRID, PATCH_SIZE)
-    cells = cells.permute(0, 2, 4, 1, 3, 5).unsqueeze(4)
-    return cells.expand(-1, -1, -1, -1, TEMPORAL_PATCH, -1, -1).reshape(len(pictures), GRID**2, -1)
-
-
-def shown(recipe: VlmRecipe, step: int, scenes: Sequence[Scene]) -> Tensor:
-    """Patches [N, P, D] of the scenes, a share of them disturbed, as a function of seed and step."""
-    pictures = torch.from_numpy(shrink(render_batch(scenes))).permute(0, 3, 1, 2).float() / 255
-    return patches(disturb(pictures, recipe, torch_generator(recipe.seed, step, _NOISE_STREAM)))
-
-
-def sample_scenes(recipe: VlmRecipe, step: int, count: int) -> list[Scene]:
-    """Pictures alone, for the steps that teach the vision tower."""
-    rng = numpy_generator(recipe.seed, step, _ROWS_STREAM)
-    return [scene_of_split(rng, "train") for _ in range(count)]
-
-
 class Packer:
     """Rows to tensors, with one tokenizer and one size of patches."""
 
@@ -157,8 +107,9 @@ class Packer:
     def batch(self, step: int) -> VlmBatch:
         """The training batch of a step."""
         rows = [self.fit(row) for row in sample_rows(self.recipe, step)]
-        pixels = shown(self.recipe, step, [scene for row in rows for scene in row.scenes])
-        return self.pack(rows, pixels)
+        scenes = [scene for row in rows for scene in row.scenes]
+        noise = torch_generator(self.recipe.seed, step, _NOISE_STREAM)
+        return self.pack(rows, shown(scenes, self.recipe.disturbance, noise))
 
     def fit(self, row: Row) -> Row:
         """The row with as many of its questions, from the first on, as `row_tokens` have room for."""
@@ -186,7 +137,6 @@ class Packer:
             positions=position_ids,
             mask=((same | shared) & causal)[:, None],
             pixels=pixels,
-            scenes=tuple(scene for row in rows for scene in row.scenes),
             kinds=tuple(question.kind for row in rows for question in row.questions),
             **self._targets(rows, input_ids),
         )

@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     apply_rotary_pos_emb_vision,
 )
 
-from pretrain.config import VlmModel
-from pretrain.vlm_batch import GRID, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH, VlmBatch
+from pretrain.config import VisionModel, VlmModel
+from pretrain.vlm_batch import VlmBatch
+from pretrain.vlm_pictures import GRID, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH
 
 HEAD_DIM = 64
 """Of the language model: the smallest that every build of vLLM serves."""
@@ -22,8 +24,25 @@ _ROPE_THETA = 100.0
 _MAX_POSITIONS = 4096
 
 
-def vlm_config(model: VlmModel, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
-    """The released layout at the recipe's size. Every vision block sees its whole picture."""
+def vision_config(model: VisionModel) -> Qwen2_5_VLVisionConfig:
+    """Every block sees its whole picture: there are no windows of 28 pixels."""
+    return Qwen2_5_VLVisionConfig(
+        depth=model.layers,
+        hidden_size=model.width,
+        intermediate_size=model.mlp_width,
+        num_heads=model.heads,
+        out_hidden_size=model.token_width,
+        fullatt_block_indexes=list(range(model.layers)),
+        patch_size=PATCH_SIZE,
+        spatial_merge_size=MERGE_SIZE,
+        temporal_patch_size=TEMPORAL_PATCH,
+    )
+
+
+def vlm_config(
+    model: VlmModel, vision: Qwen2_5_VLVisionConfig, tokenizer: Qwen2Tokenizer
+) -> Qwen2_5_VLConfig:
+    """The released layout at the recipe's size."""
     token = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
         text_config={
@@ -39,23 +58,11 @@ def vlm_config(model: VlmModel, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
                 "mrope_section": _MROPE_SECTION,
                 "rope_theta": _ROPE_THETA,
             },
-            "initializer_range": model.initializer_range,
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
             "pad_token_id": token("<|endoftext|>"),
         },
-        vision_config={
-            "depth": model.vision_layers,
-            "hidden_size": model.vision_width,
-            "intermediate_size": model.vision_mlp_width,
-            "num_heads": model.vision_heads,
-            "out_hidden_size": model.heads * HEAD_DIM,
-            "fullatt_block_indexes": list(range(model.vision_layers)),
-            "patch_size": PATCH_SIZE,
-            "spatial_merge_size": MERGE_SIZE,
-            "temporal_patch_size": TEMPORAL_PATCH,
-            "initializer_range": model.initializer_range,
-        },
+        vision_config=vision.to_dict(),
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
