@@ -29,6 +29,7 @@ def tiny_settings(dimensions: tuple[str, ...] = DIMENSIONS, **changes: object) -
         "add_generation_prompt": True,
         "min_pixels": 4 * 28 * 28,
         "max_pixels": 16 * 28 * 28,
+        "token_pixels": 28,
     }
     return EditRewardSettings(**(values | changes))  # type: ignore[arg-type]
 

@@ -44,7 +44,7 @@ class InputSection:
     """What the model is shown; saved with it. `rubric: null` is the one of `settings.py` for the view.
 
     `view: result` hides source and instruction: the baseline that a reward for editing has to beat.
-    Pixels are those of one picture; a token sees 28 x 28.
+    Pixels are those of one picture; a token of a released model sees 28 x 28.
     """
 
     view: str = "full"

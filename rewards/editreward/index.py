@@ -21,7 +21,7 @@ from PIL import Image
 import recipes
 from rewards.editreward.config import DataSection, Recipe
 from rewards.editreward.data import DataError, EditSample, Member, SampleError, read_sample, shard_members
-from rewards.editreward.processing import InputError, refuse_reserved, shown_size
+from rewards.editreward.processing import InputError, read_token_pixels, refuse_reserved, shown_size
 from rl.atomic import atomic_write_text
 from rl.progress import Progress
 
@@ -137,6 +137,7 @@ def _assemble(shards: list[Path], recipe: Recipe, index_dir: Path) -> Corpus:
     splits: dict[str, list[Entry]] = {name: [] for name in SPLITS}
     corrupt: list[tuple[str, str, str]] = []
     seen = unlabelled = 0
+    token_pixels = read_token_pixels(recipes.resolve(recipe.model.path))
     for shard in shards:
         record = json.loads(_index_file(shard, index_dir).read_text(encoding="utf-8"))
         corrupt += [(str(shard), key, reason) for key, reason in record["corrupt"]]
@@ -146,7 +147,7 @@ def _assemble(shards: list[Path], recipe: Recipe, index_dir: Path) -> Corpus:
             if any(score is None for score in scores):
                 unlabelled += 1
                 continue
-            reason = _unusable(item, scores, recipe)
+            reason = _unusable(item, scores, recipe, token_pixels)
             if reason:
                 corrupt.append((str(shard), item["key"], reason))
                 continue
@@ -171,7 +172,7 @@ def _assemble(shards: list[Path], recipe: Recipe, index_dir: Path) -> Corpus:
     return corpus
 
 
-def _unusable(item: dict, scores: list[float], recipe: Recipe) -> str | None:
+def _unusable(item: dict, scores: list[float], recipe: Recipe, token_pixels: int) -> str | None:
     """Why a sample that can be read cannot be used by this recipe."""
     low, high = recipe.data.score_low, recipe.data.score_high
     outside = [score for score in scores if not low <= score <= high]
@@ -180,7 +181,7 @@ def _unusable(item: dict, scores: list[float], recipe: Recipe) -> str | None:
     try:
         refuse_reserved(item["instruction"])
         for width, height in item["sizes"]:
-            shown_size(width, height, recipe.input.min_pixels, recipe.input.max_pixels)
+            shown_size(width, height, recipe.input.min_pixels, recipe.input.max_pixels, token_pixels)
     except InputError as error:
         return str(error)
     return None

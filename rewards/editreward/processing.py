@@ -23,8 +23,6 @@ from rewards.editreward.settings import EditRewardSettings, SettingsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-PATCH = 28
-"""Pixels a side of what one image token sees: patches of 14, merged 2 x 2 (all Qwen2.5-VL models)."""
 RESERVED = "<|"
 
 
@@ -56,14 +54,16 @@ class EditBatch:
         return EditBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def shown_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Width and height at which the model sees a picture: sides divisible by 28, area within the limits.
+def shown_size(
+    width: int, height: int, min_pixels: int, max_pixels: int, token_pixels: int
+) -> tuple[int, int]:
+    """Width and height at which the model sees a picture: sides divisible by `token_pixels`, area within the limits.
 
     Raises InputError where the aspect ratio leaves no such size.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    limits = {"factor": PATCH, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    limits = {"factor": token_pixels, "min_pixels": min_pixels, "max_pixels": max_pixels}
     try:
         rows, columns = smart_resize(height, width, **limits)
         settled = smart_resize(rows, columns, **limits) == (rows, columns)
@@ -72,14 +72,14 @@ def shown_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tup
     if not settled:
         raise InputError(
             f"a picture of {width} x {height} has no size of [{min_pixels}, {max_pixels}] pixels with sides "
-            f"divisible by {PATCH}; crop it"
+            f"divisible by {token_pixels}; crop it"
         )
     return columns, rows
 
 
 def prepare_picture(picture: Image.Image, settings: EditRewardSettings) -> Image.Image:
     """RGB at the size the model sees. Raises InputError as `shown_size` does."""
-    size = shown_size(*picture.size, settings.min_pixels, settings.max_pixels)
+    size = shown_size(*picture.size, settings.min_pixels, settings.max_pixels, settings.token_pixels)
     rgb = picture.convert("RGB")
     return rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BICUBIC)
 
@@ -120,6 +120,19 @@ def classify_request(
     }
 
 
+def read_token_pixels(folder: str | Path) -> int:
+    """Pixels a side of what one image token of a Qwen2.5-VL folder sees: 28 in the released ones (14, merged 2 x 2).
+
+    Raises SettingsError for a folder without a readable config.json.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        vision = json.loads(path.read_text(encoding="utf-8")).get("vision_config", {})
+        return int(vision.get("patch_size", 14)) * int(vision.get("spatial_merge_size", 2))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SettingsError(f"{path}: no readable config of a Qwen2.5-VL ({error})") from error
+
+
 def read_chat_template(folder: str | Path) -> str:
     """The chat template of a released Qwen2.5-VL folder: the processor's, else the tokenizer's.
 
@@ -154,9 +167,9 @@ class EditProcessor:
             folder, size={"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
         )
         side = self.image_processor.patch_size * self.image_processor.merge_size
-        if side != PATCH:
+        if side != settings.token_pixels:
             raise InputError(
-                f"{folder}: an image token sees {side} x {side} pixels, this code expects {PATCH}"
+                f"{folder}: an image token sees {side} x {side} pixels, the settings say {settings.token_pixels}"
             )
         pictures = 2 if settings.view == "full" else 1
         found = self._tokens("an instruction", pictures).count(self.image_token_id)

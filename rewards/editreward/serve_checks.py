@@ -17,7 +17,6 @@ from rewards.editreward.export import export_problems
 from rl.atomic import verify_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
-PATCH_AREA = 28**2
 TEXT_TOKENS = 2048
 """Of a request, kept free for rubric and instruction beside the pictures."""
 
@@ -69,7 +68,7 @@ def check_model(folder: str | Path) -> tuple[ModelCard, EngineFacts]:
     card = read_card(folder)
     text = config.get("text_config", config)
     pictures = 2 if card.settings.view == "full" else 1
-    wanted = pictures * card.settings.max_pixels // PATCH_AREA + TEXT_TOKENS
+    wanted = pictures * card.settings.max_pixels // card.settings.token_pixels**2 + TEXT_TOKENS
     return card, EngineFacts(
         dtype=config["dtype"],
         attention_heads=text["num_attention_heads"],

@@ -39,6 +39,7 @@ class EditRewardSettings:
     view: `full` shows source, result and instruction; `result` shows the result alone (the blur meter to beat).
     rubric: the user text, with `{instruction}` once (for the view `result`: without it).
     chat_template: Jinja, as the tokenizer renders it. min_pixels, max_pixels: of a picture as the model sees it.
+    token_pixels: pixels a side of what one image token sees.
     """
 
     dimensions: tuple[str, ...]
@@ -53,6 +54,7 @@ class EditRewardSettings:
     add_generation_prompt: bool
     min_pixels: int
     max_pixels: int
+    token_pixels: int
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -81,6 +83,7 @@ class EditRewardSettings:
             ),
             (bool(self.chat_template), "chat_template is empty"),
             (0 < self.min_pixels <= self.max_pixels, f"pixels [{self.min_pixels}, {self.max_pixels}] is no range"),
+            (self.token_pixels > 0, f"token_pixels={self.token_pixels} must be above 0"),
         ]  # fmt: skip
         return [message for fine, message in checks if not fine]
 

@@ -97,7 +97,7 @@ def preflight(recipe: Recipe) -> list[str]:
 def train(recipe: Recipe, *, resume: str | None = None) -> int:
     """Index the data, start the ranks, train to the end."""
     from rewards.editreward.index import label_statistics, load_corpus, whole_groups
-    from rewards.editreward.processing import EditProcessor, read_chat_template
+    from rewards.editreward.processing import EditProcessor, read_chat_template, read_token_pixels
     from rewards.editreward.train_rank import INDEX, TrainRank
     from rewards.editreward.train_run import RECIPE, RunState, TrainingRun, find_checkpoint, read_state
     from rewards.editreward.validate import make_settings
@@ -114,7 +114,13 @@ def train(recipe: Recipe, *, resume: str | None = None) -> int:
     for line in corpus.lines():
         log.info(line)
     means, stds = label_statistics(corpus.splits["train"])
-    settings = make_settings(recipe, means=means, stds=stds, chat_template=read_chat_template(base))
+    settings = make_settings(
+        recipe,
+        means=means,
+        stds=stds,
+        chat_template=read_chat_template(base),
+        token_pixels=read_token_pixels(base),
+    )
     if checkpoint is not None and json.loads((checkpoint / FILE).read_text()) != json.loads(
         json.dumps(settings.to_json())
     ):

@@ -29,7 +29,6 @@ from typing import Any
 
 import recipes
 from rewards.editreward.config import Recipe
-from rewards.editreward.processing import PATCH
 
 _GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -158,16 +157,17 @@ def state_bytes(recipe: Recipe, size: ModelSize, stage: int) -> float:
     return weights + gradients + 12 * size.trained / ranks
 
 
-def sample_tokens(recipe: Recipe) -> tuple[int, int]:
+def sample_tokens(recipe: Recipe, size: ModelSize) -> tuple[int, int]:
     """(text-model tokens, vision patches) of one sample whose pictures fill `input.max_pixels`."""
     pictures = 2 if recipe.input.view == "full" else 1
-    merged = pictures * (recipe.input.max_pixels // PATCH**2)
-    return merged + TEXT_TOKENS, 4 * merged
+    merge = size.vision_shape.spatial_merge_size
+    merged = pictures * (recipe.input.max_pixels // (size.vision_shape.patch_size * merge) ** 2)
+    return merged + TEXT_TOKENS, merge**2 * merged
 
 
 def activation_bytes(recipe: Recipe, size: ModelSize) -> float:
     """Estimate for one micro-batch."""
-    tokens, patches = sample_tokens(recipe)
+    tokens, patches = sample_tokens(recipe, size)
     width, micro = _BYTES[recipe.model.dtype], recipe.train.micro_batch_size
     text, vision = size.language_shape, size.vision_shape
     streams = [
@@ -189,7 +189,7 @@ def activation_bytes(recipe: Recipe, size: ModelSize) -> float:
 
 def sample_flops(recipe: Recipe, size: ModelSize) -> float:
     """Operations of training on one sample; see the module's formula."""
-    tokens, patches = sample_tokens(recipe)
+    tokens, patches = sample_tokens(recipe, size)
     text, vision = size.language_shape, size.vision_shape
     attention = 2 * tokens**2 * text.hidden_size * text.num_hidden_layers
     pictures = 2 if recipe.input.view == "full" else 1
@@ -208,7 +208,7 @@ def speed_lines(recipe: Recipe, size: ModelSize) -> list[str]:
     if recipe.resources.device == "cpu":
         return []
     operations, train = sample_flops(recipe, size), recipe.train
-    tokens, patches = sample_tokens(recipe)
+    tokens, patches = sample_tokens(recipe, size)
     rate = train.ranks * PEAK_TFLOPS * 1e12 * MFU / operations
     hours = train.steps * train.batch_size / rate / 3600
     return [

@@ -72,7 +72,12 @@ def recipe_problems(recipe: Recipe) -> list[str]:
 
 
 def make_settings(
-    recipe: Recipe, *, means: tuple[float, ...], stds: tuple[float, ...], chat_template: str
+    recipe: Recipe,
+    *,
+    means: tuple[float, ...],
+    stds: tuple[float, ...],
+    chat_template: str,
+    token_pixels: int,
 ) -> EditRewardSettings:
     """The constants that a run of this recipe saves with its model. Raises SettingsError."""
     view = recipe.input.view
@@ -92,6 +97,7 @@ def make_settings(
         add_generation_prompt=recipe.input.add_generation_prompt,
         min_pixels=recipe.input.min_pixels,
         max_pixels=recipe.input.max_pixels,
+        token_pixels=token_pixels,
     )
 
 
@@ -128,7 +134,7 @@ def _joint_problems(recipe: Recipe) -> list[str]:
 def _settings_problems(recipe: Recipe) -> list[str]:
     k = len(recipe.data.dimensions)
     try:
-        make_settings(recipe, means=(0.0,) * k, stds=(1.0,) * k, chat_template="-")
+        make_settings(recipe, means=(0.0,) * k, stds=(1.0,) * k, chat_template="-", token_pixels=1)
     except SettingsError as error:
         return [f"data and input: {error}"]
     return []

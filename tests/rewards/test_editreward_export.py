@@ -36,7 +36,7 @@ def make_settings(base, **changes):
         "dimensions": ("instruction", "quality"), "means": (5.0, 6.0), "stds": (2.0, 1.0), "score_low": 0.0,
         "score_high": 10.0, "combine": "geometric_mean", "view": "full", "rubric": RUBRIC,
         "chat_template": read_chat_template(base), "add_generation_prompt": True, "min_pixels": 4 * 784,
-        "max_pixels": 16 * 784,
+        "max_pixels": 16 * 784, "token_pixels": 28,
     }  # fmt: skip
     return EditRewardSettings(**values | changes)
 

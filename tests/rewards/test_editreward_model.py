@@ -37,6 +37,7 @@ def make_settings(base, **changes):
         "dimensions": ("overall",), "means": (5.0,), "stds": (2.0,), "score_low": 0.0, "score_high": 10.0,
         "combine": "mean", "view": "full", "rubric": RUBRIC, "chat_template": read_chat_template(base),
         "add_generation_prompt": True, "min_pixels": 4 * 784, "max_pixels": 16 * 784,
+        "token_pixels": 28,
     }  # fmt: skip
     return EditRewardSettings(**values | changes)
 
@@ -93,7 +94,7 @@ def test_a_prepared_picture_keeps_its_shape_and_the_limits(base):
         assert width % 28 == height % 28 == 0 and 4 * 784 <= width * height <= 16 * 784
         again = prepare_picture(picture((width, height), 0), settings)
         assert again.size == (width, height)
-        assert shown_size(*size, settings.min_pixels, settings.max_pixels) == (width, height)
+        assert shown_size(*size, settings.min_pixels, settings.max_pixels, 28) == (width, height)
     with pytest.raises(InputError, match="crop it"):
         prepare_picture(picture((3000, 20), 0), settings)
     with pytest.raises(InputError, match="aspect ratio"):
@@ -246,7 +247,7 @@ from rewards.editreward.processing import EditProcessor, read_chat_template
 from rewards.editreward.settings import EditRewardSettings
 base = sys.argv[1]
 settings = EditRewardSettings(("a",), (0.0,), (1.0,), 0.0, 1.0, "mean", "full", "{instruction}",
-                              read_chat_template(base), True, 3136, 12544)
+                              read_chat_template(base), True, 3136, 12544, 28)
 processor = EditProcessor(base, settings)
 picture = Image.new("RGB", (70, 50), (200, 10, 10))
 batch = processor.collate([processor.encode(picture, picture, "x")])

@@ -21,6 +21,7 @@ SETTINGS = EditRewardSettings(
     add_generation_prompt=True,
     min_pixels=3136,
     max_pixels=12544,
+    token_pixels=28,
 )
 
 
