@@ -52,12 +52,15 @@ def bucket_size(bucket: int, area: int, multiple: int) -> Size:
     loss too: from 256 x 256 on at most 3.6 % is cut off a bucket's own shape, and 24 % of area is gained.
     """
     ratio = _ratio(bucket)
-    ideal = math.sqrt(area / ratio), math.sqrt(area * ratio)
-    sides = [[max(1, math.floor(side / multiple) + k) * multiple for k in (-1, 0, 1, 2)] for side in ideal]
+    height, width = math.sqrt(area / ratio), math.sqrt(area * ratio)
+
+    def around(side: float) -> list[int]:
+        return [max(1, math.floor(side / multiple) + k) * multiple for k in (-1, 0, 1, 2)]
+
     return min(
-        itertools.product(*sides),
+        itertools.product(around(height), around(width)),
         key=lambda size: (
-            crop_loss(ideal[1], ideal[0], size) + _AREA_WEIGHT * abs(math.log(size[0] * size[1] / area)),
+            crop_loss(width, height, size) + _AREA_WEIGHT * abs(math.log(size[0] * size[1] / area)),
             size,
         ),
     )
