@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def picture_bytes(source: str | Path, name: str | None = None) -> bytes:
         return Path(source).read_bytes()
     except (OSError, ValueError, IndexError) as error:
         raise ValueError(f"{name or picture_name(source)} is unreadable ({error})") from error
+
+
+def unchanged_bytes(source: str | Path, sha256: str) -> bytes:
+    """`picture_bytes` with this sha256. Raises ValueError for a source that has changed, or as that does."""
+    data = picture_bytes(source)
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{picture_name(source)} has changed: its sha256 is {found} and not {sha256}")
+    return data
 
 
 def decode_picture(data: bytes, name: str) -> Image.Image:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 
 from models.lora import LoraSettings
 from rewards.base import RewardSet
 from rewards.worker import RewardWorker
 from rl.benchmark_plan import Plan
 from rl.benchmark_workers import SizedEncodeWorker, SizedRolloutWorker
-from rl.cluster import ClusterError, actor_options, wait_ready
+from rl.cluster import actor_options, reserve, wait_ready
 from rl.dispatch import Dispatcher
 from rl.placement import ActorPlan, ResourcePlan
 from rollout.engine import ReplicaSpec
@@ -78,20 +78,9 @@ def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSetting
     """
     placement = make_placement(plan, generate=adapter is not None, score=bool(reward_sets))
     log.info("%d actors on %g CPU, %g GPU", len(placement.actors), placement.cpus, placement.gpus)
-    for name, wanted in (("CPU", placement.cpus), ("GPU", placement.gpus)):
-        have = ray.cluster_resources().get(name, 0.0)
-        if wanted > have + 1e-6:
-            raise ClusterError(
-                f"the evaluation needs {wanted:g} {name}s, the cluster has {have:g}; add nodes (ray start "
-                f"--address=...), or lower --workers or the {name.lower()}s of --resources"
-            )
-    group = placement_group(list(placement.bundles), strategy="PACK")
+    way_out = "lower --workers or the {}s of --resources"
+    group = reserve(placement, "the evaluation", way_out, plan.resources.placement_timeout_s)
     try:
-        if not group.wait(timeout_seconds=plan.resources.placement_timeout_s):
-            raise ClusterError(
-                f"no room after placement_timeout_s={plan.resources.placement_timeout_s:g} s: the cluster is large "
-                f"enough but busy ({ray.available_resources()} free); see `ray status`"
-            )
         return _start_actors(plan, placement, reward_sets, adapter, group)
     except BaseException:
         remove_placement_group(group)

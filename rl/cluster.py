@@ -183,6 +183,33 @@ def _start_encoder(config: RunConfig, actor: ActorPlan, group: Any) -> Any:
     return EncodeWorker.options(**options, max_task_retries=config.resources.max_restarts).remote(spec)
 
 
+def reserve(plan: ResourcePlan, what: str, way_out: str, timeout_s: float) -> Any:
+    """A placement group for the bundles of `plan`, once the cluster has room.
+
+    Args:
+        what: who asks, as messages begin.
+        way_out: how to ask for less; `{}` becomes CPU or GPU.
+
+    Raises:
+        ClusterError: the cluster is too small, or busy for longer than `timeout_s`.
+    """
+    for name, wanted in (("CPU", plan.cpus), ("GPU", plan.gpus)):
+        have = ray.cluster_resources().get(name, 0.0)
+        if wanted > have + 1e-6:
+            raise ClusterError(
+                f"{what} needs {wanted:g} {name}s, the cluster has {have:g}; add nodes (ray start --address=...), or "
+                + way_out.format(name)
+            )
+    group = placement_group(list(plan.bundles), strategy="PACK")
+    if not group.wait(timeout_seconds=timeout_s):
+        remove_placement_group(group)
+        raise ClusterError(
+            f"{what} found no room in {timeout_s:g} s: the cluster is large enough but busy "
+            f"({ray.available_resources()} free); see `ray status`"
+        )
+    return group
+
+
 def actor_options(actor: ActorPlan, group: Any, *, restarts: int) -> dict[str, Any]:
     """Ray's options for an actor in its bundle of the placement group."""
     return {
