@@ -58,17 +58,13 @@ def part_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:
 def batch_lines(recipe: FlowRecipe) -> list[str]:
     """Tasks, and the sizes of the schedule's areas, square and widest."""
     data = recipe.data
-    lines = [
-        f"batches: {data.edit_share:.0%} editing, {1 - data.edit_share:.0%} text-to-image, in turn; reference to "
-        + " and ".join(
-            name
-            for name, on in (
-                ("transformer", recipe.references.transformer),
-                ("VLM", recipe.uses_vlm and recipe.references.vlm),
-            )
-            if on
-        )
-    ]
+    lines = [f"batches: {data.edit_share:.0%} editing, {1 - data.edit_share:.0%} text-to-image, in turn"]
+    if data.edit_share > 0:
+        sees = {
+            "transformer": recipe.references.transformer,
+            "VLM": recipe.uses_vlm and recipe.references.vlm,
+        }
+        lines[0] += "; the reference goes to " + " and ".join(name for name, on in sees.items() if on)
     ratios = {"1:1": 0, "16:9": 5} if data.aspect_buckets else {"1:1": 0}
     for area in areas(data.resolution):
         shapes = (
@@ -148,7 +144,7 @@ def speed_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:
         if share > 0:
             operations = sample_flops(recipe, sizes, height=height, width=width, edit=task == "edit")
             lines.append(
-                f"a {task} sample of {height} x {width} px: {operations / 1e12:.4g} TFLOP, forward and backward"
+                f"one {task} sample of {height} x {width} px: {operations / 1e12:.4g} TFLOP, forward and backward"
             )
             mean += share * operations
     card, ranks = recipe.resources.card, recipe.resources.ranks

@@ -1,0 +1,83 @@
+"""Two ranks as Ray actors: gradients, averages and resume of the same global batches."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from pretrain.flow.rank import FlowRank
+from rl.ranks import LocalRank, RankLost, RayRanks, start_ranks
+from tests.pretrain.flow_runs import flow_recipe
+
+
+class RecordingRank(FlowRank):
+    """Keeps the reduced gradients that the optimizer is about to use, of every step."""
+
+    def record(self):
+        from deepspeed.utils import safe_get_full_grad
+
+        self.gradients = []
+        take_step = self.engine._take_model_step
+
+        def recording(*args, **kwargs):
+            named = self.model.named_parameters()
+            self.gradients.append({n: safe_get_full_grad(p).clone() for n, p in named if p.requires_grad})
+            return take_step(*args, **kwargs)
+
+        self.engine._take_model_step = recording
+
+    def recorded(self):
+        return self.gradients
+
+    def averaged(self):
+        return self.average.whole(self.model, keep=True)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, tiny_model, tiny_vlm):
+    """One rank, ZeRO-1: figures, gradients and average of 4 steps."""
+    recipe = flow_recipe(tmp_path_factory.mktemp("one"), tiny_model, "deepspeed.zero_stage=1", vlm=tiny_vlm)
+    rank = LocalRank(partial(RecordingRank, recipe)).rank
+    rank.record()
+    return rank.advance(4), rank.recorded(), rank.averaged()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_learn_what_one_learns_and_resume_exactly(
+    tmp_path, tiny_model, tiny_vlm, one, ray_session, stage
+):
+    figures, gradients, average = one
+    recipe = flow_recipe(
+        tmp_path, tiny_model, f"deepspeed.zero_stage={stage}", "resources.ranks=2", vlm=tiny_vlm
+    )
+    ranks = start_ranks(partial(RecordingRank, recipe), 2, recipe.resources)
+    try:
+        ranks.call("record")
+        halves = ranks.call("advance", 2)
+        ranks.call("save", str(tmp_path))
+        halves = [first + second for first, second in zip(halves, ranks.call("advance", 4), strict=True)]
+        recorded, averaged = ranks.call("recorded")[0], ranks.call("averaged")[0]
+        ranks.call("load", str(tmp_path), 2)
+        assert ranks.call("advance", 4) == [half[2:] for half in halves]
+        again = ranks.call("averaged")
+    finally:
+        ranks.close()
+    assert all(torch.equal(again[rank][n], averaged[n]) for rank in (0, 1) for n in averaged)
+    for step, whole in enumerate(figures):
+        parts = [half[step] for half in halves]
+        assert whole.losses == pytest.approx(parts[0].losses + parts[1].losses, rel=1e-4)
+        assert whole.sigmas == parts[0].sigmas + parts[1].sigmas and {p.task for p in parts} == {whole.task}
+        assert parts[0].gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-4)
+    first = gradients[0]
+    assert recorded[0].keys() == first.keys() and all(g.any() for g in first.values())
+    for name, gradient in first.items():
+        gap = float((recorded[0][name] - gradient).norm() / gradient.norm())
+        assert gap < 1e-5, f"{name}: {gap}"
+    for name, tensor in average.items():
+        torch.testing.assert_close(averaged[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_cluster_that_is_too_small_is_named_at_once(tmp_path, tiny_model, ray_session):
+    recipe = flow_recipe(tmp_path, tiny_model, "resources.rank_cpus=64", "resources.ranks=2")
+    with pytest.raises(RankLost, match="2 ranks need 128 CPUs, the cluster has 16; add nodes"):
+        RayRanks(partial(FlowRank, recipe), 2, recipe.resources)
