@@ -2,7 +2,7 @@
 
 from typing import IO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from models.pictures import MAX_PIXELS
 from pretrain.data.errors import SampleError
@@ -34,6 +34,8 @@ def upright_size(file: IO[bytes], name: str) -> tuple[int, int]:
             turned = tagged and picture.getexif().get(_ORIENTATION) in _TRANSPOSED
     except SampleError:
         raise
+    except UnidentifiedImageError as error:
+        raise SampleError(f"{name} is no {', '.join(FORMATS)} picture") from error
     except Exception as error:  # on damaged files PIL raises more than it documents
-        raise SampleError(f"{name} is no readable {', '.join(FORMATS)} picture ({error})") from error
+        raise SampleError(f"{name} has a header that cannot be read ({error})") from error
     return (height, width) if turned else (width, height)

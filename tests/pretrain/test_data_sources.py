@@ -102,7 +102,7 @@ def test_corrupt_samples_are_named_counted_and_skipped(tmp_path, caplog):
     assert [source.texts(i) for i in range(len(source))] == [("caption 0",), ("caption 2",)]
     assert source.known_corrupt == 4
     for key, reason in (
-        ("0001", "no readable JPEG, PNG, WEBP"),
+        ("0001", "image is no JPEG, PNG, WEBP picture"),
         ("0003", "no text in caption"),
         ("0004", "0 pictures for field 'image'"),
         ("0005", "more than 8 bits"),
