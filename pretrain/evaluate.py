@@ -1,5 +1,7 @@
 """Score a shapes base by guidance: `python -m pretrain.evaluate BASE [--guidance 1 2 3 4.5] [--num-prompts 512]`.
 
+A MetaQuery base (one with `conditioner/`) also needs `--vlm`, the folder of its Qwen2.5-VL.
+
 Held-out prompts of both tasks, the same prompts and noise at every guidance, Euler steps on the scheduler's
 table. Two ceilings stand beside the scores: right pictures as rendered (`truth`), and after the VAE (`codec`).
 """
@@ -19,8 +21,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.components import check_model_folder, load_scheduler, load_transformer, load_vae
+from models.components import (
+    check_model_folder,
+    is_metaquery_folder,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+)
 from models.latents import decode_latents, encode_images
+from models.metaquery_config import check_metaquery
+from models.metaquery_encoder import MetaQueryEncoder
 from models.text import SD3TextEncoder
 from pretrain.pool import text_length
 from pretrain.randomness import numpy_generator, torch_generator
@@ -86,18 +96,27 @@ def bootstrap_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]
 
 
 class Base:
-    """A base folder, loaded in float32 on the CPU, as a sampler of pictures."""
+    """A base folder, loaded in float32 on the CPU, as a sampler of pictures; with `vlm`, a MetaQuery base."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, vlm: str | Path | None = None) -> None:
         self.transformer = load_transformer(folder, dtype=torch.float32)
         self.vae = load_vae(folder, dtype=torch.float32)
         self.scheduler = load_scheduler(folder)
-        self.encoder = SD3TextEncoder.from_pretrained(
-            folder, dtype=torch.float32, device="cpu", max_sequence_length=text_length(folder)
-        )
+        self.encoder: SD3TextEncoder | MetaQueryEncoder
+        if vlm is None:
+            self.encoder = SD3TextEncoder.from_pretrained(
+                folder, dtype=torch.float32, device="cpu", max_sequence_length=text_length(folder)
+            )
+        else:
+            self.encoder = MetaQueryEncoder.from_pretrained(folder, vlm, dtype=torch.float32, device="cpu")
 
-    def embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        items = self.encoder.encode(prompts)
+    def embed(self, prompts: list[str], sources: list[Scene]) -> tuple[Tensor, Tensor]:
+        """prompt_embeds N L D and pooled N P; MetaQuery also sees the scenes to edit (none: text-to-image)."""
+        if isinstance(self.encoder, MetaQueryEncoder):
+            pictures = [Image.fromarray(picture) for picture in render_batch(sources)] if sources else None
+            items = self.encoder.encode(prompts, pictures)
+        else:
+            items = self.encoder.encode(prompts)
         return (
             torch.stack([item.prompt_embeds for item in items]),
             torch.stack([item.pooled_prompt_embeds for item in items]),
@@ -124,8 +143,8 @@ class Base:
                 self.transformer,
                 self.scheduler,
                 noise,
-                self.embed([question.prompt for question in batch]),
-                self.embed([""] * len(batch)),
+                self.embed([question.prompt for question in batch], sources),
+                self.embed([""] * len(batch), sources),
                 references,
                 guidance=guidance,
                 steps=steps,
@@ -175,10 +194,16 @@ def summarise(task: str, setting: str, questions: list[Question], scores: np.nda
 
 
 def evaluate(
-    folder: str | Path, guidances: list[float], count: int, *, steps: int = 10, ceilings: bool = True
+    folder: str | Path,
+    guidances: list[float],
+    count: int,
+    *,
+    vlm: str | Path | None = None,
+    steps: int = 10,
+    ceilings: bool = True,
 ) -> list[Result]:
-    """Score a base on both tasks: the ceilings first, then every guidance."""
-    base, results = Base(folder), []
+    """Score a base on both tasks: the ceilings first, then every guidance. `vlm` as in `Base`."""
+    base, results = Base(folder, vlm), []
     for task in TASKS:
         questions = heldout_questions(task, count)
         if ceilings:
@@ -203,21 +228,33 @@ def as_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def _problems(base: str, vlm: str | None) -> list[str]:
+    metaquery = is_metaquery_folder(base)
+    if metaquery != (vlm is not None):
+        return [
+            f"{base} has {'a' if metaquery else 'no'} conditioner/: {'give' if metaquery else 'leave out'} --vlm"
+        ]
+    return check_model_folder(base) if vlm is None else check_metaquery(base, vlm)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="model folder in the released layout")
+    parser.add_argument("--vlm", help="folder of the Qwen2.5-VL of a MetaQuery base")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.5])
     parser.add_argument("--num-prompts", type=int, default=512, help="held-out prompts of each task")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
-    problems = check_model_folder(options.base)
+    problems = _problems(options.base, options.vlm)
     if problems:
         print("error: " + "; ".join(problems), file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    results = evaluate(options.base, options.guidance, options.num_prompts, steps=options.steps)
+    results = evaluate(
+        options.base, options.guidance, options.num_prompts, vlm=options.vlm, steps=options.steps
+    )
     print(f"{options.num_prompts} held-out prompts a task, ODE {options.steps} steps")
     print(as_table(results))
     if options.json:

@@ -2,10 +2,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.evaluate import Result, as_table, bootstrap_interval, heldout_questions, score, summarise
+from pretrain.evaluate import (
+    Base,
+    Result,
+    as_table,
+    bootstrap_interval,
+    heldout_questions,
+    main,
+    score,
+    summarise,
+)
 from pretrain.grid import contact_sheet
 from rewards.shapes.edits import in_split
 from rewards.shapes.render import render_batch
+from tests.tiny_metaquery import make_tiny_metaquery
 
 
 def test_questions_are_held_out_and_repeat():
@@ -55,3 +65,21 @@ def test_a_contact_sheet_keeps_the_pixels():
     assert pixels.shape == (20, 30, 3)
     assert (pixels[:8, :8] == 10).all() and (pixels[10:18, 10:18] == 20).all()
     assert (pixels[10:18, 20:] == 255).all()
+
+
+def test_a_metaquery_base_is_drawn_with_its_vlm(tmp_path, tiny_model, capsys):
+    folder, vlm = make_tiny_metaquery(tmp_path)
+    base = Base(folder, vlm)
+    questions = heldout_questions("edit", 3)
+    pictures = base.draw(questions, 2.0, 2)
+    assert pictures.shape == (3, 32, 32, 3) and (base.draw(questions, 2.0, 2) == pictures).all()
+    sources = [question.source for question in questions]
+    seen, unseen = base.embed(["make it red"] * 3, sources), base.embed(["make it red"] * 3, [])
+    assert not np.allclose(seen[0], unseen[0]) and not np.allclose(seen[0][0], seen[0][1])
+
+    assert main([str(folder)]) == 2 and "has a conditioner/: give --vlm" in capsys.readouterr().err
+    assert main([str(tiny_model), "--vlm", str(vlm)]) == 2
+    assert "has no conditioner/: leave out --vlm" in capsys.readouterr().err
+    options = ["--num-prompts", "4", "--guidance", "1", "2", "--steps", "1"]
+    assert main([str(folder), "--vlm", str(vlm), *options]) == 0
+    assert capsys.readouterr().out.count("| CFG 2 |") == 2
