@@ -128,11 +128,23 @@ def run_all(grid: SweepConfig, plans: dict[str, Path]) -> list[str]:
 
 
 def run(grid: SweepConfig, name: str, recipe: Path) -> bool:
-    """Train one run, or what is left of it; its output goes to a log file. True when it is finished."""
+    """Train one run, or what is left of it; its output goes to a log file. True when it is finished.
+
+    A run that fails before it wrote anything is tried once more: Ray allows its own start 30 seconds, and several of
+    them on a busy machine may take longer.
+    """
     folder = grid.folder / name
     if (folder / "summary.json").is_file():
         log.info("%s: finished before", name)
         return True
+    if train(grid, name, recipe):
+        return True
+    return not (folder / "metrics.jsonl").is_file() and train(grid, name, recipe)
+
+
+def train(grid: SweepConfig, name: str, recipe: Path) -> bool:
+    """One process of `rl.train`; True when the run is finished."""
+    folder = grid.folder / name
     command = [sys.executable, "-m", "rl.train", str(recipe)]
     command += ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
     log.info("%s: %s", name, " ".join(command))
