@@ -1,23 +1,23 @@
-"""What is in a source: every sample's place and size, from headers alone; kept per file, made anew when that changes.
+"""What is in a source: every sample's place and size, from headers alone; made file by file, anew for one that changed.
 
-`<index_dir>/<hash of path and fields>-<name>.npz` holds keys, places and sizes of the usable samples of one file, and
-the keys of broken ones with the reasons.
+<index_dir>/files/<hash of path and fields>-<name>.npz    keys, places and sizes of one file's usable samples;
+                                                          keys of the broken ones, with the reasons
+<index_dir>/<digest>/{sizes,places,counts}.npy            all files of a source together; places are mapped into
+<index_dir>/<digest>/corrupt.json                         memory, so that opening reads 8 bytes a sample
 """
 
 import concurrent.futures
-import dataclasses
 import glob
 import hashlib
 import io
 import json
-import logging
 import multiprocessing
 import zipfile
 from bisect import bisect_right
-from functools import lru_cache
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -28,26 +28,14 @@ from pretrain.data.errors import DataError, SampleError
 from pretrain.data.headers import upright_size
 from pretrain.data.huggingface import dataset_files
 from pretrain.data.readers import Place, Reader, picture_fields, reader_of, text_fields
-from rl.atomic import atomic_write_bytes
+from rl.atomic import COMPLETE, atomic_write_bytes, publish_folder
 from rl.progress import Progress
-
-log = logging.getLogger(__name__)
 
 FORMAT = 1
 NAMED = 10
 """Broken samples that a message names."""
 MAX_ASPECT_MISMATCH = 1.05
 """Proportions of an edit's pictures may differ by this factor: what rounding sides to a multiple does."""
-_FILES_KEPT = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Located:
-    """One sample: the file, the key by which messages name it, and its place there."""
-
-    path: Path
-    key: str
-    place: Place
 
 
 class SourceIndex:
@@ -59,36 +47,29 @@ class SourceIndex:
         digest: names these files, as they are, read by these fields.
     """
 
-    def __init__(self, config: SourceConfig, index_dir: Path) -> None:
-        self.files = source_files(config)
-        self._records = [_record_path(path, config, index_dir) for path in self.files]
-        sizes, corrupt, counts = [], [], []
-        for path, record in zip(self.files, self._records, strict=True):
-            with np.load(record) as arrays:
-                sizes.append(arrays["sizes"])
-                counts.append(len(arrays["sizes"]))
-                pairs = json.loads(str(arrays["corrupt"]))
-            corrupt += [(str(path), key, reason) for key, reason in pairs]
-        self.widths, self.heights = np.concatenate(sizes).T
-        self.corrupt: tuple[tuple[str, str, str], ...] = tuple(corrupt)
-        stamps = json.dumps([[path.name, _stamp(path, config)] for path in self.files])
-        self.digest = hashlib.sha256(stamps.encode()).hexdigest()[:16]
-        self._ends = list(accumulate(counts))
-        self._places = lru_cache(maxsize=_FILES_KEPT)(self._load_places)
+    def __init__(self, config: SourceConfig, files: Sequence[Path], index_dir: Path) -> None:
+        """Raises OSError unless the index has been made."""
+        self.digest = _digest(config, files)
+        folder = index_dir / self.digest
+        self._files, self._config, self._index_dir = files, config, index_dir
+        self._ends = np.load(folder / "counts.npy").cumsum().tolist()
+        self.widths, self.heights = np.load(folder / "sizes.npy").T.copy()
+        self._places = np.load(folder / "places.npy", mmap_mode="r")
+        corrupt = json.loads((folder / "corrupt.json").read_text(encoding="utf-8"))
+        self.corrupt = tuple((str(files[number]), key, reason) for number, key, reason in corrupt)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self.widths)
 
-    def locate(self, ordinal: int) -> Located:
-        """Where sample `ordinal` lies."""
+    def locate(self, ordinal: int) -> tuple[Path, Place]:
+        """The file that sample `ordinal` is in, and its place there."""
+        return self._files[bisect_right(self._ends, ordinal)], tuple(self._places[ordinal].tolist())
+
+    def key(self, ordinal: int) -> str:
+        """How messages name a sample. Reads the record of its file."""
         file = bisect_right(self._ends, ordinal)
-        row = ordinal - (self._ends[file - 1] if file else 0)
-        keys, places = self._places(file)
-        return Located(self.files[file], str(keys[row]), tuple(int(number) for number in places[row]))
-
-    def _load_places(self, file: int) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(self._records[file]) as arrays:
-            return arrays["keys"], arrays["places"]
+        with np.load(_record_path(self._files[file], self._config, self._index_dir)) as arrays:
+            return str(arrays["keys"][ordinal - (self._ends[file - 1] if file else 0)])
 
 
 def open_index(config: SourceConfig, index_dir: Path, *, workers: int, wait_s: float) -> SourceIndex:
@@ -101,18 +82,19 @@ def open_index(config: SourceConfig, index_dir: Path, *, workers: int, wait_s: f
             index longer than `wait_s`.
     """
     files = source_files(config)
-    if any(not _current(path, config, index_dir) for path in files):
+    folder = index_dir / _digest(config, files)
+    if not (folder / COMPLETE).is_file():
         index_dir.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(index_dir / "index.lock", timeout=wait_s):
-                pending = [path for path in files if not _current(path, config, index_dir)]
-                _index_all(pending, config, index_dir, workers)
+                if not (folder / COMPLETE).is_file():
+                    _make(config, files, index_dir, workers)
         except Timeout as error:
             raise DataError(
                 f"{index_dir}: another process has been indexing for {wait_s:.0f} s; raise data.wait_s, or make the "
                 "index first with `python -m pretrain.data.cache RECIPE`"
             ) from error
-    index = SourceIndex(config, index_dir)
+    index = SourceIndex(config, files, index_dir)
     if not len(index):
         raise DataError(f"{config.paths}: no usable sample; {named(index.corrupt) or 'the files are empty'}")
     return index
@@ -180,6 +162,27 @@ def _size(reader: Reader, path: Path, place: Place, fields: list[str]) -> tuple[
     return sizes[-1]
 
 
+def _make(config: SourceConfig, files: Sequence[Path], index_dir: Path, workers: int) -> None:
+    """Index the files that are not yet, and put all of them together."""
+    _index_all([path for path in files if not _current(path, config, index_dir)], config, index_dir, workers)
+    sizes, places, counts, corrupt = [], [], [], []
+    for number, path in enumerate(files):
+        with np.load(_record_path(path, config, index_dir)) as arrays:
+            counts.append(len(arrays["sizes"]))
+            if counts[-1]:
+                sizes.append(arrays["sizes"])
+                places.append(arrays["places"])
+            corrupt += [(number, key, reason) for key, reason in json.loads(str(arrays["corrupt"]))]
+    digest = _digest(config, files)
+    partial = index_dir / f".{digest}.{uuid4().hex[:8]}"
+    partial.mkdir()
+    np.save(partial / "counts.npy", np.array(counts, dtype=np.int64))
+    np.save(partial / "sizes.npy", np.concatenate([np.empty((0, 2), np.int32), *sizes]))
+    np.save(partial / "places.npy", np.concatenate(places) if places else np.empty((0, 0), np.int64))
+    (partial / "corrupt.json").write_text(json.dumps(corrupt), encoding="utf-8")
+    publish_folder(partial, index_dir / digest)
+
+
 def _index_all(pending: list[Path], config: SourceConfig, index_dir: Path, workers: int) -> None:
     with Progress().phase("index", total=len(pending), unit="file") as bar:
         if workers == 1 or len(pending) <= 1:
@@ -195,13 +198,18 @@ def _index_all(pending: list[Path], config: SourceConfig, index_dir: Path, worke
                 bar.advance()
 
 
+def _digest(config: SourceConfig, files: Sequence[Path]) -> str:
+    stamps = json.dumps([[str(path.absolute()), _stamp(path, config)] for path in files])
+    return hashlib.sha256(stamps.encode()).hexdigest()[:16]
+
+
 def _fields(config: SourceConfig) -> list[Any]:
     return [config.kind, config.task, picture_fields(config), text_fields(config)]
 
 
 def _record_path(path: Path, config: SourceConfig, index_dir: Path) -> Path:
     name = json.dumps([str(path.absolute()), _fields(config)])
-    return index_dir / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{path.stem[:60]}.npz"
+    return index_dir / "files" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{path.stem[:60]}.npz"
 
 
 def _stamp(path: Path, config: SourceConfig) -> list[Any]:

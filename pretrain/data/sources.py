@@ -91,17 +91,14 @@ class FileSource:
         return len(self.index)
 
     def name(self, ordinal: int) -> tuple[str, str]:
-        located = self.index.locate(ordinal)
-        return str(located.path), located.key
+        return str(self.index.locate(ordinal)[0]), self.index.key(ordinal)
 
     def texts(self, ordinal: int) -> tuple[str, ...]:
-        located = self.index.locate(ordinal)
-        return self.reader.texts(located.path, located.place)
+        return self.reader.texts(*self.index.locate(ordinal))
 
     def pictures(self, ordinal: int) -> tuple[Image.Image, ...]:
-        located = self.index.locate(ordinal)
         pictures = []
-        for name, file in zip(self._fields, self.reader.pictures(located.path, located.place), strict=True):
+        for name, file in zip(self._fields, self.reader.pictures(*self.index.locate(ordinal)), strict=True):
             with file:
                 try:
                     pictures.append(decode_picture(file.read(), name))
