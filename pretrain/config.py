@@ -169,7 +169,7 @@ class VlmModel:
     """Sizes of the language model. Its heads are 64 wide (what vLLM serves), its hidden size 64 times their number."""
 
     max_vocabulary: int = 1000
-    layers: int = 3
+    layers: int = 4
     heads: int = 2
     mlp_width: int = 256
 
@@ -182,10 +182,12 @@ class VlmRecipe(Recipe):
     vision: str = MISSING
     """Folder that holds `visual/`, the trained tower; it stays as it is."""
     disturbance: Disturbance = field(default_factory=Disturbance)
-    pair_share: float = 0.4
+    pair_share: float = 0.5
     """Share of rows that show source and result of an edit."""
     text_share: float = 0.1
     """Share of rows without a picture."""
+    compare_layer: int = 2
+    """After this many layers a picture's tokens must know their place, and what was there in the picture before."""
     row_tokens: int = 160
     """Tokens of a row at most, its pictures' included: as many conversations as they have room for."""
     questions_of_scene: int = 12
@@ -271,4 +273,14 @@ def _bad_values(recipe: Recipe) -> list[str]:
         for name in ("prompt_dropout", "edit_share"):
             if not 0 <= getattr(recipe, name) <= 1:
                 problems.append(f"{name}={getattr(recipe, name)} must be in [0, 1]")
+    if isinstance(recipe, VlmRecipe):
+        if not 1 <= recipe.compare_layer <= recipe.model.layers:
+            problems.append(
+                f"compare_layer={recipe.compare_layer} must be in [1, model.layers={recipe.model.layers}]"
+            )
+        if min(recipe.pair_share, recipe.text_share) < 0 or recipe.pair_share + recipe.text_share > 1:
+            problems.append(
+                f"pair_share={recipe.pair_share} and text_share={recipe.text_share} must not be negative, nor above 1 "
+                "together"
+            )
     return problems

@@ -16,8 +16,9 @@ from pretrain.config import VlmRecipe
 from pretrain.randomness import numpy_generator
 from pretrain.stage import StageLoss
 from pretrain.vlm_batch import Packer, VlmBatch
+from pretrain.vlm_compare import PictureComparer
 from pretrain.vlm_edits import PAIR_KINDS, pair_question, sample_pair
-from pretrain.vlm_model import answer_logits, vision_features, vlm_config
+from pretrain.vlm_model import read_rows, vision_features, vlm_config
 from pretrain.vlm_pictures import MAX_PIXELS, MERGE_SIZE, MIN_PIXELS, PATCH_SIZE
 from pretrain.vlm_questions import SCENE_KINDS, Question, caption_question, scene_of_split, scene_question
 from pretrain.vlm_tokenizer import vlm_tokenizer
@@ -27,27 +28,33 @@ _CORPUS_STREAM = 106
 
 
 class VlmStage:
-    """Cross-entropy of the answers' tokens, each with weight 1; the vision tower stays as stage `vision` made it."""
+    """Cross-entropy of the answers' tokens, plus what `PictureComparer` asks of the pictures' tokens.
+
+    The vision tower stays as stage `vision` made it.
+    """
 
     def __init__(self, recipe: VlmRecipe) -> None:
         self.recipe = recipe
+        visual = _load_tower(Path(recipe.vision) / "visual")
         self.tokenizer = vlm_tokenizer(corpus(recipe), max_vocabulary=recipe.model.max_vocabulary)
         self.packer = Packer(self.tokenizer, recipe)
-        visual = _load_tower(Path(recipe.vision) / "visual")
         self.model = Qwen2_5_VLForConditionalGeneration(
             vlm_config(recipe.model, visual.config, self.tokenizer)
         )
         self.model.model.visual.load_state_dict(visual.state_dict())
         self.model.model.visual.requires_grad_(False)
-        self.modules: list[nn.Module] = [self.model]
+        self.comparer = PictureComparer(visual.config.out_hidden_size)
+        self.modules: list[nn.Module] = [self.model, self.comparer]
 
     def loss(self, step: int) -> StageLoss:
         batch = self.packer.batch(step)
         with torch.no_grad():
             tokens = vision_features(self.model.model.visual, batch.pixels)
-        logits = answer_logits(self.model, batch, tokens)
-        loss = F.cross_entropy(logits, batch.targets)
-        return StageLoss(loss, {"questions": float(len(batch.kinds)), **exact_shares(logits, batch)})
+        logits, middle = read_rows(self.model, batch, tokens, self.recipe.compare_layer)
+        answers = F.cross_entropy(logits, batch.targets)
+        compared, figures = self.comparer.loss(middle, batch)
+        figures |= {"answers": answers.item(), "questions": float(len(batch.kinds))}
+        return StageLoss(answers + compared, figures | exact_shares(logits, batch))
 
     def sample_grid(self) -> None:
         """There is nothing to look at."""

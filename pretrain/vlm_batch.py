@@ -42,7 +42,7 @@ class VlmBatch:
     """Inputs and targets of one step.
 
     input_ids [R, T]; positions [3, R, T] (temporal, height, width); mask [R, 1, T, T], True where attended;
-    pixels [N, P, D], in the order of the image tokens.
+    pixels [N, P, D] of `scenes`, in the order of the image tokens; first [N]: the row's first picture, for a second.
     rows, columns [A]: the places whose next token is in targets [A]; conversations [A]: the conversation of each.
     kinds [Q]: the kind of each conversation's question.
     """
@@ -51,6 +51,8 @@ class VlmBatch:
     positions: Tensor
     mask: Tensor
     pixels: Tensor
+    scenes: tuple[Scene, ...]
+    first: tuple[int | None, ...]
     rows: Tensor
     columns: Tensor
     targets: Tensor
@@ -91,6 +93,13 @@ def _text_row(rng: np.random.Generator, count: int) -> Row:
 
 def _distinct(questions: Sequence[Question | None]) -> tuple[Question, ...]:
     return tuple({question.text: question for question in questions if question is not None}.values())
+
+
+def _firsts(rows: Sequence[Row]) -> tuple[int | None, ...]:
+    first: list[int | None] = []
+    for row in rows:
+        first += [None, len(first)][: len(row.scenes)]
+    return tuple(first)
 
 
 class Packer:
@@ -137,6 +146,8 @@ class Packer:
             positions=position_ids,
             mask=((same | shared) & causal)[:, None],
             pixels=pixels,
+            scenes=tuple(scene for row in rows for scene in row.scenes),
+            first=_firsts(rows),
             kinds=tuple(question.kind for row in rows for question in row.questions),
             **self._targets(rows, input_ids),
         )

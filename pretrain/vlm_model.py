@@ -19,7 +19,7 @@ from pretrain.vlm_pictures import GRID, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH
 HEAD_DIM = 64
 """Of the language model: the smallest that every build of vLLM serves."""
 _MROPE_SECTION = [8, 12, 12]
-_ROPE_THETA = 100.0
+_ROPE_THETA = 10.0
 """Low, since texts are short and pictures have four columns: at 1e6 the columns' angles differ by 1e-4."""
 _MAX_POSITIONS = 4096
 
@@ -72,18 +72,25 @@ def vlm_config(
     )
 
 
-def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: VlmBatch, features: Tensor) -> Tensor:
-    """Logits [A, vocabulary] at the places of `batch.targets`; `features` [N, P, H] are its pictures' tokens."""
+def read_rows(
+    model: Qwen2_5_VLForConditionalGeneration, batch: VlmBatch, features: Tensor, middle: int
+) -> tuple[Tensor, Tensor]:
+    """Logits [A, vocabulary] where `batch.targets` are, and the pictures' tokens [N, P, H] after `middle` layers.
+
+    `features` [N, P, H] are the pictures' tokens as the vision tower gives them.
+    """
     body = model.model.language_model
     embeds = body.embed_tokens(batch.input_ids)
     image = (batch.input_ids == model.config.image_token_id)[..., None]
-    hidden = body(
+    output = body(
         inputs_embeds=embeds.masked_scatter(image, features),
         attention_mask=batch.mask,
         position_ids=batch.positions,
         use_cache=False,
-    ).last_hidden_state
-    return model.lm_head(hidden[batch.rows, batch.columns])
+        output_hidden_states=True,
+    )
+    logits = model.lm_head(output.last_hidden_state[batch.rows, batch.columns])
+    return logits, output.hidden_states[middle][image[..., 0]].view_as(features)
 
 
 def vision_features(visual: Qwen2_5_VisionTransformerPretrainedModel, pixels: Tensor) -> Tensor:
