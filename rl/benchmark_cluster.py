@@ -144,4 +144,7 @@ def _encoder(plan: Plan) -> EncoderSpec:
         max_sequence_length=plan.sampling.max_sequence_length,
         cache_bytes=2**28,
         threads=plan.resources.threads,
+        vlm_path=None if plan.vlm is None else str(plan.vlm),
+        position_mode=plan.position_mode,  # type: ignore[arg-type]
+        negative_prompt=plan.sampling.negative_prompt,
     )

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.components import PARTS, check_model_folder
+from models.components import PARTS, check_model_folder, is_metaquery_folder
 from models.lora_targets import DEFAULT_TARGETS
+from models.metaquery_config import check_metaquery
 from models.sizes import geometry
 from rl.atomic import folder_manifest
 
@@ -26,9 +27,21 @@ def model_sha256(folder: Path, parts: Sequence[str] = PARTS) -> str:
     return hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()
 
 
-def model_problems(folder: Path, adapter: Path | None, sizes: set[tuple[int, int]]) -> list[str]:
-    """What keeps the model (with the adapter) from generating pictures of `sizes` (height, width in px)."""
-    problems = [f"--model: {problem}" for problem in check_model_folder(folder)]
+def vlm_sha256(folder: Path) -> str:
+    """The same over all files of a VLM's folder."""
+    return hashlib.sha256(json.dumps(folder_manifest(folder), sort_keys=True).encode()).hexdigest()
+
+
+def model_problems(
+    folder: Path, vlm: Path | None, adapter: Path | None, sizes: set[tuple[int, int]]
+) -> list[str]:
+    """What keeps the model (with VLM and adapter) from generating pictures of `sizes` (height, width in px)."""
+    if is_metaquery_folder(folder) and vlm is None:
+        return [f"--model: {folder} is a MetaQuery model (it has conditioner/): give its Qwen2.5-VL as --vlm"]
+    if vlm is not None and folder.is_dir() and not is_metaquery_folder(folder):
+        return [f"--vlm {vlm}: {folder} has no conditioner/ and reads prompts with its text encoders"]
+    checked = check_model_folder(folder) if vlm is None else check_metaquery(folder, vlm)
+    problems = [f"--model: {problem}" for problem in checked]
     if problems:
         return problems
     try:

@@ -57,7 +57,10 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Plan:
-    """One evaluation. `model` None: the pictures in `images` are somebody else's and only scored."""
+    """One evaluation. `model` None: the pictures in `images` are somebody else's and only scored.
+
+    `vlm`: the Qwen2.5-VL of a MetaQuery model, which sees positions by `position_mode`.
+    """
 
     benchmark: Benchmark
     parts: tuple[Part, ...]
@@ -73,6 +76,8 @@ class Plan:
     resources: ResourcesConfig
     workers: int
     gallery: int
+    vlm: Path | None
+    position_mode: str
 
     @property
     def items(self) -> list[Item]:
@@ -142,7 +147,9 @@ def scoring_sha256(plan: Plan, scorers: Sequence[Scorer]) -> str:
     return hashlib.sha256(f"{text}\n{prompts_sha256(plan.items)}".encode()).hexdigest()
 
 
-def generation_record(plan: Plan, model_sha256: str | None, adapter_sha256: str | None) -> dict[str, Any]:
+def generation_record(
+    plan: Plan, model_sha256: str | None, vlm_sha256: str | None, adapter_sha256: str | None
+) -> dict[str, Any]:
     """What must be the same for pictures that are there already to be taken for this evaluation's."""
     record = {
         "benchmark": plan.benchmark.name,
@@ -152,6 +159,8 @@ def generation_record(plan: Plan, model_sha256: str | None, adapter_sha256: str 
     if plan.model is None:
         return record | {"images": str(plan.images)}
     own = {"model_sha256": model_sha256, "adapter_sha256": adapter_sha256, "batch_size": plan.batch_size}
+    if plan.vlm is not None:
+        own |= {"vlm_sha256": vlm_sha256, "position_mode": plan.position_mode}
     return record | own | asdict(plan.sampling)
 
 

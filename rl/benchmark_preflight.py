@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from models.components import METAQUERY_PARTS, PARTS
 from models.sizes import geometry
 from rewards.base import RewardSet
 from rewards.benchmarks.items import DataError
@@ -19,7 +20,7 @@ from rewards.checks import check_rewards
 from rewards.loading import load_reward
 from rl.atomic import atomic_write_json
 from rl.benchmark_images import ImageStore
-from rl.benchmark_model import load_adapter, model_problems, model_sha256
+from rl.benchmark_model import load_adapter, model_problems, model_sha256, vlm_sha256
 from rl.benchmark_plan import (
     Plan,
     Sampling,
@@ -54,6 +55,8 @@ class Arguments:
     workers: int
     gallery: int
     resources: Sequence[str]
+    vlm: Path | None
+    position_mode: str
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,14 @@ def prepare(arguments: Arguments) -> Prepared:
         problems += [problem for problem in check_rewards(reward_set) if problem not in problems]
     if problems:
         raise ConfigError(problems)
-    settings = adapter = model_hash = None
+    settings = adapter = model_hash = vlm_hash = None
     if plan.model is not None:
         settings, adapter = load_adapter(plan.model, plan.adapter, plan.sampling.dtype)
-        model_hash = model_sha256(plan.model)
+        model_hash = model_sha256(plan.model, PARTS if plan.vlm is None else METAQUERY_PARTS)
+    if plan.vlm is not None:
+        vlm_hash = vlm_sha256(plan.vlm)
     adapter_hash = adapter.sha256 if adapter is not None and plan.adapter is not None else None
-    record = generation_record(plan, model_hash, adapter_hash)
+    record = generation_record(plan, model_hash, vlm_hash, adapter_hash)
     problems += _record_problems(plan.output / RECORD, record)
     if problems:
         raise ConfigError(problems)
@@ -142,6 +147,10 @@ def _value_problems(arguments: Arguments) -> list[str]:
             "--adapter needs --model; pictures that exist have no adapter",
         ),
         (
+            a.vlm is None or a.model is not None,
+            "--vlm needs --model; pictures that exist were made by theirs",
+        ),
+        (
             a.count is None or (a.count >= 1 if counts is None else a.count in counts),
             f"--num-images-per-prompt {a.count}: {a.benchmark.name} takes "
             + ("1 or more" if counts is None else " or ".join(map(str, counts or ()))),
@@ -162,7 +171,7 @@ def _value_problems(arguments: Arguments) -> list[str]:
 def _path_problems(a: Arguments) -> list[str]:
     """Under a submitted job the driver runs in a temporary copy, which other nodes do not see."""
     paths = {"output": a.output, "model": a.model, "images": a.images, "adapter": a.adapter}
-    paths |= {"data": a.request.data, "references": a.request.references}
+    paths |= {"vlm": a.vlm, "data": a.request.data, "references": a.request.references}
     return [
         f"--{name} {path} is relative, and a submitted job runs in a temporary copy of the working directory; give an "
         "absolute path that every node sees"
@@ -195,12 +204,12 @@ def _plan(
     items = [item for part in parts for item in part.items]
     count = a.count or a.benchmark.images
     multiple = 1
-    if a.model is not None and not model_problems(a.model, None, set()):
+    if a.model is not None and not model_problems(a.model, a.vlm, None, set()):
         multiple = geometry(a.model).multiple
     sizes, found = item_sizes(items, max(1, a.sampling.size), multiple)
     problems += found
     if a.model is not None:
-        problems += model_problems(a.model, a.adapter, set(sizes.values()))
+        problems += model_problems(a.model, a.vlm, a.adapter, set(sizes.values()))
     return Plan(
         benchmark=a.benchmark,
         parts=tuple(parts),
@@ -216,6 +225,8 @@ def _plan(
         resources=resources,
         workers=a.workers,
         gallery=a.gallery,
+        vlm=a.vlm,
+        position_mode=a.position_mode,
     )
 
 

@@ -172,6 +172,8 @@ def _arguments(words: argparse.Namespace, benchmark: Benchmark) -> Arguments:
         words.workers,
         words.gallery,
         words.resources,
+        None if words.vlm is None else recipes.resolve(words.vlm),
+        words.position_mode,
     )
 
 
@@ -197,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
     what = parser.add_argument_group("what is evaluated")
     what.add_argument("--model", type=Path, help="model folder in the released layout")
+    what.add_argument("--vlm", type=Path, help="folder of the Qwen2.5-VL of a MetaQuery model")
+    what.add_argument("--position-mode", choices=("flat", "mrope"), default="flat", help="of the VLM")
     what.add_argument("--adapter", type=Path, help="LoRA folder of a run, for example runs/NAME/adapter")
     what.add_argument("--images", type=Path, help="pictures in the benchmark's own layout, made by anybody")
     what.add_argument(

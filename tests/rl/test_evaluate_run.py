@@ -17,8 +17,9 @@ from PIL import Image
 from models.adapter_files import save_adapter
 from models.lora import adapter_state, attach_lora
 from rl.evaluate import main
+from tests.tiny_metaquery import make_tiny_metaquery
 from tests.tiny_models import make_tiny_folder, make_tiny_transformer
-from tests.tiny_run import REWARD_SOURCE
+from tests.tiny_run import REWARD_SOURCE, write_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = 64
@@ -121,6 +122,24 @@ def test_an_evaluation_killed_at_a_random_moment_and_run_again_gives_the_same_ta
     assert pictures(output) == pictures(straight)
     for name in ("results.md", "results.json"):
         assert (output / name).read_text() == (straight / name).read_text()
+
+
+def test_a_metaquery_model_is_evaluated_with_its_vlm(tmp_path, ray_session, capsys):
+    """Edits under guidance: the VLM sees the picture beside prompt and negative prompt."""
+    _, vlm = make_tiny_metaquery(tmp_path)
+    write_prompts(tmp_path, 4)
+    (tmp_path / "reward.py").write_text(REWARD_SOURCE)
+    output = tmp_path / "out"
+    call = words(tmp_path, output, "--negative-prompt", "blurry", task="edit", steps=2)
+    assert (
+        main(call) == 2 and "(it has conditioner/): give its Qwen2.5-VL as --vlm" in capsys.readouterr().err
+    )
+    assert main([*call, "--vlm", str(vlm)]) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert results["images"] == {"expected": 4, "present": 4, "scored": 4}
+    assert len(results["generation"]["vlm_sha256"]) == 64
+    assert main([*call, "--vlm", str(vlm), "--position-mode", "mrope"]) == 2
+    assert "position_mode was 'flat'" in capsys.readouterr().err
 
 
 def test_a_finished_evaluation_is_done_again_without_ray_and_gives_the_same_files(
