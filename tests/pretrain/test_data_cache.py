@@ -225,6 +225,8 @@ def test_the_command_reads_the_data_of_any_recipe_strictly(tmp_path, capsys):
         read_data(recipe, ["data.sources.0.wieght=2", "data.cache.vea=x", "dta.multiple=8"])
     for near in ("'data.sources[0].weight'", "'data.cache.vae'", "'data'"):
         assert f"did you mean {near}?" in str(caught.value)
+    kontext = read_data("recipes/pretrain_kontext_sd35m.yaml", ["data.cache.latents=true"])
+    assert [source.task for source in kontext.sources] == ["t2i", "edit"]
     assert main([str(recipe), "data.multiple=0"]) == 2
     assert "data.multiple=0 must be positive" in capsys.readouterr().err
     assert main([str(tmp_path / "absent.yaml")]) == 2
