@@ -1,15 +1,19 @@
-"""What the command lines of this package share: machine options, their defaults, and paths under a submitted job."""
+"""What the command lines of this package share: machine options, paths under a submitted job, exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.task_lines import Refused
 from models.workers import PoolSpec
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float32")
 
@@ -77,8 +81,22 @@ def pool_of(words: argparse.Namespace, device: str, threads: int) -> PoolSpec:
     return PoolSpec(words.workers, cpus=threads, gpus=0.0 if device == "cpu" else 1.0)
 
 
-def set_up_logging() -> None:
-    """Log lines to standard error, those of libraries from warnings on."""
+def run_command(work: Callable[[], int], *, refused: str, stays: str) -> int:
+    """The exit code of `work`: its own, 2 where it was refused, 3 where it was stopped; with the reason on stderr.
+
+    Args:
+        refused: what did not happen, as the message begins.
+        stays: what is kept of a run that was stopped.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return work()
+    except Refused as error:
+        sys.stderr.write(f"{refused}:\n{error}\n")
+        return 2
+    except (RuntimeError, OSError) as error:
+        log.debug("stopped", exc_info=True)
+        sys.stderr.write(f"Stopped: {error}\n{stays} stay; run the same command again to go on.\n")
+        return 3

@@ -26,7 +26,7 @@ from models.command_line import (
     dtype_of,
     machine_problems,
     pool_of,
-    set_up_logging,
+    run_command,
     threads_of,
 )
 from models.generate_jobs import Options, Order, job_picture, orders_of_file, orders_of_line
@@ -44,21 +44,14 @@ PATHS = ("model", "vlm", "adapter", "output", "prompts", "image", "from_metadata
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's head for the exit code."""
     words = _parser().parse_args(argv)
-    set_up_logging()
-    try:
+
+    def work() -> int:
         problems = _word_problems(words)
         if problems:
             raise Refused(problems)
         return _generate(words) if words.page is None else _page(words)
-    except Refused as error:
-        sys.stderr.write(f"Nothing was generated:\n{error}\n")
-        return 2
-    except (RuntimeError, OSError) as error:
-        log.debug("stopped", exc_info=True)
-        sys.stderr.write(
-            f"Stopped: {error}\nPictures that are written stay; run the same command again to go on.\n"
-        )
-        return 3
+
+    return run_command(work, refused="Nothing was generated", stays="Pictures that are written")
 
 
 def _generate(words: argparse.Namespace) -> int:

@@ -168,7 +168,7 @@ def job_picture(job: Job) -> bytes | None:
 def _line_options(given: dict[str, Any], options: Options) -> Options:
     """A line that says anything of the size takes nothing of the size from the command line."""
     if any(key in given for key in SIZE_KEYS):
-        options = replace(options, **dict.fromkeys(SIZE_KEYS))
+        options = replace(options, height=None, width=None, aspect_ratio=None, longer_edge=None)
     names = {field.name for field in fields(Options)}
     return replace(options, **{key: value for key, value in given.items() if key in names})
 

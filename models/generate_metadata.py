@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from models.generate_jobs import Job
-from models.task_lines import check_record
+from models.task_lines import check_record, json_object
 
 KEY = "unipic-rl"
 
@@ -93,11 +93,9 @@ def read_record(path: Path) -> Record:
             f"{path}: says nothing of how it was made (no {KEY!r} text), so it was not made here"
         )
     try:
-        record = json.loads(found)
+        record = json_object(found)
     except ValueError as error:
-        raise ValueError(f"{path}: its {KEY!r} text is not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: its {KEY!r} text is not an object")
+        raise ValueError(f"{path}: its {KEY!r} text cannot be used: {error}") from error
     kinds = _JOB | WEIGHTS | PLACES | MADE_ON
     problems = check_record(record, kinds, [key for key in kinds if key not in _MAY_BE_NULL])
     problems += [f"key {key!r} is missing" for key in sorted(_MAY_BE_NULL - record.keys())]

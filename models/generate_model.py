@@ -133,6 +133,7 @@ class Generator:
     def __init__(self, spec: ModelSpec) -> None:
         """Load the pipeline and attach the adapter. Raises RuntimeError for weights that cannot be loaded."""
         import torch
+        from safetensors import SafetensorError
 
         torch.set_num_threads(spec.threads)
         self.spec = spec
@@ -140,7 +141,7 @@ class Generator:
             self.pipeline = _load_pipeline(spec, getattr(torch, spec.dtype))
             if spec.adapter is not None:
                 self.pipeline.load_adapter(spec.adapter)
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, SafetensorError) as error:
             raise RuntimeError(f"{spec.model} cannot be loaded: {error}") from error
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -240,11 +241,13 @@ def _adapter_sha256(spec: ModelSpec) -> str | None:
     """Over tensors and settings alike: the same tensors with another alpha draw something else."""
     if spec.adapter is None:
         return None
+    from safetensors import SafetensorError
+
     from rl.benchmark_model import load_adapter
 
     try:
         settings, adapter = load_adapter(Path(spec.model), Path(spec.adapter), "float32")
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, SafetensorError) as error:
         raise Refused([f"--adapter {spec.adapter}: {error}"]) from error
     return _sha256([adapter.sha256, settings.rank, settings.alpha, sorted(settings.targets)])
 

@@ -37,13 +37,24 @@ def read_lines(path: Path, parse: Callable[[int, dict[str, Any]], T], problems: 
         if not line.strip():
             continue
         try:
-            found.append(parse(number, _object(line)))
+            found.append(parse(number, json_object(line)))
         except ValueError as error:
             causes = error.problems if isinstance(error, Refused) else [str(error)]
             problems += [f"{path}:{number}: {cause}" for cause in causes]
     if not found and len(problems) == known:
         problems.append(f"{path}: holds no lines")
     return found
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object that a text is. Raises ValueError."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    return record
 
 
 def check_record(
@@ -72,13 +83,3 @@ def _is(value: object, kind: type) -> bool:
     if isinstance(value, bool):
         return False
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
-
-
-def _object(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-    return record

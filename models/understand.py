@@ -25,7 +25,7 @@ from models.command_line import (
     dtype_of,
     machine_problems,
     pool_of,
-    set_up_logging,
+    run_command,
     threads_of,
 )
 from models.task_lines import Refused
@@ -39,21 +39,14 @@ PATHS = ("vlm", "image", "questions", "output")
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's head for the exit code."""
     words = _parser().parse_args(argv)
-    set_up_logging()
-    try:
+
+    def work() -> int:
         problems = _word_problems(words)
         if problems:
             raise Refused(problems)
         return _ask(words) if words.questions is None else _ask_all(words)
-    except Refused as error:
-        sys.stderr.write(f"Nothing was asked:\n{error}\n")
-        return 2
-    except (RuntimeError, OSError) as error:
-        log.debug("stopped", exc_info=True)
-        sys.stderr.write(
-            f"Stopped: {error}\nAnswers that are written stay; run the same command again to go on.\n"
-        )
-        return 3
+
+    return run_command(work, refused="Nothing was asked", stays="Answers that are written")
 
 
 def _ask(words: argparse.Namespace) -> int:

@@ -69,6 +69,7 @@ class Answerer:
     def __init__(self, spec: AnswerSpec) -> None:
         """Load the VLM alone. Raises RuntimeError for a folder that cannot be loaded."""
         import torch
+        from safetensors import SafetensorError
 
         from models.metaquery_encoder import MetaQueryEncoder
 
@@ -78,7 +79,7 @@ class Answerer:
             self.encoder = MetaQueryEncoder.from_pretrained(
                 None, spec.vlm, dtype=getattr(torch, spec.dtype), device=spec.device
             )
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, SafetensorError) as error:
             raise RuntimeError(f"{spec.vlm} cannot be loaded: {error}") from error
 
     def ready(self) -> str:

@@ -1,6 +1,7 @@
 """What the command line is given: lines that are wrong, sizes, every kind of picture; and batches against singles."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -275,3 +276,15 @@ def test_a_submitted_job_takes_absolute_paths_alone(
     assert "--model" not in said and "--workers -1" in said
     assert understand(["--vlm", "vlm", "--question", "x", "--image", "a.png"]) == 2
     assert "--image a.png is relative" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_that_cannot_be_loaded_stop_with_the_folder(
+    tmp_path: Path, folder: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    (weights,) = (model / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = ["--model", str(model), "--prompt", "x", "--steps", "1", "--threads", "1"]
+    assert main([*words, "--output", str(tmp_path / "a.png")]) == 3
+    assert f"Stopped: {model} cannot be loaded: " in capsys.readouterr().err
