@@ -27,7 +27,7 @@ def preflight(recipe: FlowRecipe) -> list[str]:
 
 def _model_problems(recipe: FlowRecipe) -> Iterator[str]:
     model = recipe.model
-    parts = ("transformer", "vae", "scheduler")
+    parts: tuple[str, ...] = ("transformer", "vae", "scheduler")
     if not recipe.uses_vlm and not recipe.data.cache.text:
         parts += TEXT_PARTS
     yield from (

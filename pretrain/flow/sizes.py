@@ -91,7 +91,7 @@ def _measure_vlm(recipe: FlowRecipe, notes: list[str]) -> VlmSizes:
     config = Qwen2_5_VLConfig(**shape)
     with torch.device("meta"):
         model: Any = Qwen2_5_VLForConditionalGeneration(config)
-    text = config.text_config
+    text: Any = config.text_config
     return VlmSizes(
         _count(model),
         _count(model.model.language_model.layers),
