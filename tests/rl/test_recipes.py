@@ -9,6 +9,7 @@ from rl.train import main
 ROOT = Path(__file__).resolve().parents[2]
 READY = ["recipes/shapes/pdtr.yaml", "recipes/shapes/pdtr_long.yaml", "recipes/examples/custom_reward.yaml"]
 DRIVEN_BY_EDITREWARD = ["recipes/shapes/edit_editreward.yaml", "recipes/shapes/reward_hacking.yaml"]
+ON_METAQUERY = ["recipes/shapes/pdtr_metaquery.yaml"]
 FULL_SIZE = [
     "recipes/pdtr_sd35m_kontext.yaml",
     "recipes/edit_sd35m_kontext.yaml",
@@ -31,7 +32,7 @@ def rl_recipes():
 
 
 def test_no_recipe_is_left_out():
-    assert rl_recipes() == sorted(READY + DRIVEN_BY_EDITREWARD + FULL_SIZE)
+    assert rl_recipes() == sorted(READY + DRIVEN_BY_EDITREWARD + ON_METAQUERY + FULL_SIZE)
 
 
 @pytest.mark.parametrize("recipe", READY)
@@ -56,6 +57,14 @@ def test_a_recipe_of_the_trained_reward_lacks_nothing_but_its_folder(recipe, cap
     assert main([recipe, *(f"{reward}.params.model={folder}" for reward in rewards), "--dry-run"]) == 2
     problems = capsys.readouterr().out.partition("Not ready:\n")[2].splitlines()
     assert len(problems) == 1 and f"{folder}: no such folder" in problems[0]
+
+
+@pytest.mark.parametrize("recipe", ON_METAQUERY)
+def test_a_recipe_on_metaquery_lacks_nothing_but_the_model_that_is_trained_first(recipe, capsys, tmp_path):
+    folder = str(tmp_path / "model")
+    assert main([recipe, f"model.path={folder}", "--dry-run"]) == 2
+    problems = capsys.readouterr().out.partition("Not ready:\n")[2].splitlines()
+    assert len(problems) == 1 and f"{folder}: no such model folder" in problems[0]
 
 
 @pytest.mark.parametrize("recipe", FULL_SIZE)
