@@ -41,7 +41,7 @@ base() { # the build backend comes first, pinned like the rest, so that nothing 
 }
 
 everything() {
-    install setuptools && install --no-build-isolation -e '.[judge,serve,dev]' -r scripts/mmdet.txt &&
+    install setuptools && install --no-build-isolation -e '.[judge,serve,tables,dev]' -r scripts/mmdet.txt &&
         install --no-deps mmdet mmcv-lite mmengine || return
     if command -v nvidia-smi >/dev/null; then
         install vllm
