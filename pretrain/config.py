@@ -186,12 +186,14 @@ class VlmRecipe(Recipe):
     """Share of rows that show source and result of an edit."""
     text_share: float = 0.1
     """Share of rows without a picture."""
-    compare_layer: int = 2
-    """After this many layers a picture's tokens must know their place, and what was there in the picture before."""
-    row_tokens: int = 160
+    compare_layer: int = 1
+    """After this many layers a second picture's tokens must know what stood at their place in the first."""
+    compare_weight: float = 0.3
+    """Weight of the loss that asks for it, beside the answers' (which weighs 1)."""
+    row_tokens: int = 192
     """Tokens of a row at most, its pictures' included: as many conversations as they have room for."""
     questions_of_scene: int = 12
-    questions_of_pair: int = 5
+    questions_of_pair: int = 8
     questions_of_text: int = 8
     """Conversations of a row at most."""
     vocabulary_scenes: int = 2000

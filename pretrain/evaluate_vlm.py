@@ -72,7 +72,7 @@ def _ask(rng: np.random.Generator, kind: str) -> Asked | None:
         return Asked(scenes, caption_question(rng, "heldout"))
     if kind in PAIR_KINDS:
         pair = sample_pair(rng, "heldout")
-        scenes, question = (pair.source, pair.result), pair_question(pair, kind)
+        scenes, question = (pair.source, pair.result), pair_question(rng, pair, kind)
     else:
         scenes = (scene_of_split(rng, "heldout"),)
         question = scene_question(rng, scenes[0], kind)

@@ -54,7 +54,9 @@ class VlmStage:
         answers = F.cross_entropy(logits, batch.targets)
         compared, figures = self.comparer.loss(middle, batch)
         figures |= {"answers": answers.item(), "questions": float(len(batch.kinds))}
-        return StageLoss(answers + compared, figures | exact_shares(logits, batch))
+        return StageLoss(
+            answers + self.recipe.compare_weight * compared, figures | exact_shares(logits, batch)
+        )
 
     def sample_grid(self) -> None:
         """There is nothing to look at."""
@@ -89,7 +91,7 @@ def corpus(recipe: VlmRecipe) -> list[str]:
     for _ in range(recipe.vocabulary_scenes):
         scene, pair = scene_of_split(rng, "train"), sample_pair(rng, "train")
         questions += [scene_question(rng, scene, kind) for kind in SCENE_KINDS]
-        questions += [pair_question(pair, kind) for kind in PAIR_KINDS]
+        questions += [pair_question(rng, pair, kind) for kind in PAIR_KINDS]
         questions.append(caption_question(rng, "train"))
     texts = ["user\nassistant\nsystem", "0123456789", RUBRIC, RESULT_RUBRIC]
     return texts + [text for q in questions if q is not None for text in (q.text, q.answer)]

@@ -80,11 +80,9 @@ def _scene_row(rng: np.random.Generator, count: int) -> Row:
 
 def _pair_row(rng: np.random.Generator, count: int) -> Row:
     pair = sample_pair(rng, "train")
-    chosen = rng.permutation(len(PAIR_KINDS))[:count]
-    questions = [pair_question(pair, PAIR_KINDS[i]) for i in chosen]
-    if not any(questions):
-        return _pair_row(rng, count)
-    return Row((pair.source, pair.result), _distinct(questions))
+    kinds = ["either", "either", *(PAIR_KINDS[i] for i in rng.permutation(len(PAIR_KINDS)))][:count]
+    questions = _distinct([pair_question(rng, pair, kind) for kind in kinds])
+    return Row((pair.source, pair.result), questions) if questions else _pair_row(rng, count)
 
 
 def _text_row(rng: np.random.Generator, count: int) -> Row:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.vlm_questions import Question, scene_of_split
+from pretrain.vlm_questions import SCENE_KINDS, Question, scene_of_split, scene_question
 from rewards.editreward.settings import PLACEHOLDER, RUBRIC
 from rewards.shapes.captions import noun
 from rewards.shapes.edits import KINDS, OBJECT_COUNTS, Edit, EditExample, edit_scene, in_split
@@ -40,14 +40,14 @@ class EditPair:
 
 
 def sample_pair(rng: np.random.Generator, split: str) -> EditPair:
-    """A pair of pictures that both belong to the split."""
+    """A pair of pictures that both belong to the split. The outcome is drawn first, so every split has its shares."""
+    outcome = tuple(OUTCOMES)[int(rng.choice(len(OUTCOMES), p=list(OUTCOMES.values())))]
     while True:
         source = scene_of_split(rng, split)
         asked = _edit(rng, source, sample_name(rng, KINDS))
         if asked is None:
             continue
         edit = _edit_of(asked)
-        outcome = tuple(OUTCOMES)[int(rng.choice(len(OUTCOMES), p=list(OUTCOMES.values())))]
         result, done = asked.target, edit
         if outcome == "untouched":
             result, done = source, None
@@ -126,7 +126,7 @@ def change_text(edit: Edit, source: Scene) -> str:
     return f"replace {name} with {noun(new.shape, new.color)}"
 
 
-def _change(pair: EditPair) -> tuple[str, str] | None:
+def _change(rng: np.random.Generator, pair: EditPair) -> tuple[str, str] | None:
     if pair.outcome == "untouched":
         return "What was changed?", "nothing"
     return None if pair.done is None else ("What was changed?", change_text(pair.done, pair.source))
@@ -141,7 +141,7 @@ _DEEDS = {
 }
 
 
-def _which(pair: EditPair) -> tuple[str, str] | None:
+def _which(rng: np.random.Generator, pair: EditPair) -> tuple[str, str] | None:
     if pair.done is None or pair.done.kind not in _DEEDS:
         return None
     item = pair.done.result if pair.done.index is None else pair.source.objects[pair.done.index]
@@ -149,17 +149,17 @@ def _which(pair: EditPair) -> tuple[str, str] | None:
     return f"Which object was {_DEEDS[pair.done.kind]}?", f"{item.color} {item.shape}"
 
 
-def _carried(pair: EditPair) -> tuple[str, str]:
+def _carried(rng: np.random.Generator, pair: EditPair) -> tuple[str, str]:
     right = carried_out(pair.edit, pair.source, pair.result)
     return _led(pair, "Was the instruction carried out?"), "yes" if right else "no"
 
 
-def _kept(pair: EditPair) -> tuple[str, str]:
+def _kept(rng: np.random.Generator, pair: EditPair) -> tuple[str, str]:
     right = rest_kept(pair.edit, pair.source, pair.result)
     return _led(pair, "Was everything else left as it was?"), "yes" if right else "no"
 
 
-def _rubric(pair: EditPair) -> tuple[str, str]:
+def _rubric(rng: np.random.Generator, pair: EditPair) -> tuple[str, str]:
     """The edit reward's own text; the answer says whether the instruction was carried out and the rest kept."""
     right = carried_out(pair.edit, pair.source, pair.result) and rest_kept(
         pair.edit, pair.source, pair.result
@@ -171,7 +171,18 @@ def _led(pair: EditPair, question: str) -> str:
     return f"{LEAD.replace(PLACEHOLDER, pair.instruction)} {question}"
 
 
-_MAKERS: dict[str, Callable[[EditPair], tuple[str, str] | None]] = {
+def _either(rng: np.random.Generator, pair: EditPair) -> tuple[str, str] | None:
+    """A question on one of the two pictures: what a comparison is made of."""
+    number, kind = int(rng.integers(2)), sample_name(rng, _EITHER_KINDS)
+    question = scene_question(rng, (pair.source, pair.result)[number], kind)
+    if question is None:
+        return None
+    return f"In the {('first', 'second')[number]} picture: {question.text}", question.answer
+
+
+_EITHER_KINDS = tuple(kind for kind in SCENE_KINDS if kind not in ("result", "relation"))
+_MAKERS: dict[str, Callable[[np.random.Generator, EditPair], tuple[str, str] | None]] = {
+    "either": _either,
     "change": _change,
     "which": _which,
     "carried_out": _carried,
@@ -181,7 +192,7 @@ _MAKERS: dict[str, Callable[[EditPair], tuple[str, str] | None]] = {
 PAIR_KINDS = tuple(_MAKERS)
 
 
-def pair_question(pair: EditPair, kind: str) -> Question | None:
-    """The question of a kind on a pair; None where the pair does not answer it."""
-    made = _MAKERS[kind](pair)
+def pair_question(rng: np.random.Generator, pair: EditPair, kind: str) -> Question | None:
+    """A question of a kind on a pair; None where the pair does not answer it."""
+    made = _MAKERS[kind](rng, pair)
     return None if made is None else Question(kind, *made)

@@ -19,8 +19,9 @@ from pretrain.vlm_pictures import GRID, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH
 HEAD_DIM = 64
 """Of the language model: the smallest that every build of vLLM serves."""
 _MROPE_SECTION = [8, 12, 12]
-_ROPE_THETA = 10.0
-"""Low, since texts are short and pictures have four columns: at 1e6 the columns' angles differ by 1e-4."""
+"""Frequencies for time, rows and columns, fastest first, in the released shares."""
+_ROPE_THETA = 3.0
+"""Low, since columns have the slowest frequencies: at the released 1e6 a picture's four columns would look alike."""
 _MAX_POSITIONS = 4096
 
 

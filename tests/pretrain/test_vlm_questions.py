@@ -127,7 +127,7 @@ def test_the_change_of_a_pair_is_the_instruction_that_made_it():
     rng, checked = np.random.default_rng(5), 0
     while checked < 100:
         pair = sample_pair(rng, "train")
-        question = pair_question(pair, "change")
+        question = pair_question(rng, pair, "change")
         if pair.outcome == "untouched":
             assert question.answer == "nothing"
         elif pair.outcome == "right" and not pair.edit.anywhere:
