@@ -23,8 +23,12 @@ from tests.rewards.editreward_data import make_recipe, make_samples, square, wri
 
 @pytest.fixture
 def recipe(tmp_path):
+    base = tmp_path / "config-alone"  # all that the index wants of a model is how much a token sees
+    base.mkdir()
+    (base / "config.json").write_text('{"vision_config": {"patch_size": 14, "spatial_merge_size": 2}}')
+
     def make(shards, **data):
-        return make_recipe(tmp_path / "runs", tmp_path / "no-model", shards, data=data)
+        return make_recipe(tmp_path / "runs", base, shards, data=data)
 
     return make
 
