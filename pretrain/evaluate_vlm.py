@@ -12,6 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,13 +87,14 @@ class Vlm:
         """Raises ValueError for a folder whose weights do not fit its config one for one."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
+        model, report = loaded
         wrong = {key: sorted(names) for key, names in report.items() if names}
         if wrong:
             raise ValueError(f"{folder}: weights and config.json differ: {wrong}")
-        self.model.eval()
+        self.model: Any = model.eval()
 
     @torch.no_grad()
     def answer(self, pictures: list[list[Image.Image]], texts: list[str]) -> list[str]:
@@ -109,9 +111,12 @@ class Vlm:
         return self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
 
     def _prompt(self, pictures: list[Image.Image], text: str) -> str:
-        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-        turns = [{"role": "user", "content": content}]
-        prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        content: list[dict[str, Any]] = [
+            *({"type": "image"} for _ in pictures),
+            {"type": "text", "text": text},
+        ]
+        turns: Any = [{"role": "user", "content": content}]
+        prompt = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         if not pictures:
             return prompt
         grids = self.processor(images=pictures, return_tensors="pt")["image_grid_thw"]

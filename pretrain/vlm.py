@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,8 @@ def _load_tower(folder: Path) -> Qwen2_5_VisionTransformerPretrainedModel:
     """Raises FileNotFoundError where there is none, ValueError where its weights do not fit its config one for one."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no vision tower there; make it with recipes/shapes/vision.yaml")
-    tower, report = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(folder, output_loading_info=True)
+    tower, report = loaded
     wrong = {key: sorted(names) for key, names in report.items() if names}
     if wrong:
         raise ValueError(f"{folder}: weights and config.json differ: {wrong}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ class Packer:
 
     def __init__(self, tokenizer: Qwen2Tokenizer, recipe: VlmRecipe) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.image_token: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.image_token = cast(int, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
         self._start = self._ids(_START)
         image = self._ids("<|vision_start|><|image_pad|><|vision_end|>")
         self._image = [image[0], *[self.image_token] * GRID**2, image[2]]

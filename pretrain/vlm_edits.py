@@ -48,7 +48,8 @@ def sample_pair(rng: np.random.Generator, split: str) -> EditPair:
         if asked is None:
             continue
         edit = _edit_of(asked)
-        result, done = asked.target, edit
+        result = asked.target
+        done: Edit | None = edit
         if outcome == "untouched":
             result, done = source, None
         elif outcome != "right":

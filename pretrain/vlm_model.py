@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLVisionBlock,
     apply_rotary_pos_emb_vision,
 )
 
@@ -44,7 +47,10 @@ def vlm_config(
     model: VlmModel, vision: Qwen2_5_VLVisionConfig, tokenizer: Qwen2Tokenizer
 ) -> Qwen2_5_VLConfig:
     """The released layout at the recipe's size."""
-    token = tokenizer.convert_tokens_to_ids
+
+    def token(text: str) -> int:
+        return cast(int, tokenizer.convert_tokens_to_ids(text))
+
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -68,7 +74,7 @@ def vlm_config(
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
-        vision_token_id=token("<|vision_pad|>"),
+        vision_token_id=token("<|vision_pad|>"),  # type: ignore[call-arg]  # the released configs have it
         tie_word_embeddings=False,
     )
 
@@ -103,7 +109,8 @@ def vision_features(visual: Qwen2_5_VisionTransformerPretrainedModel, pixels: Te
     places = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID))
     hidden = visual.patch_embed(pixels.reshape(n * count, -1)).view(n, count, -1)
     rotary = visual.rotary_pos_emb(hidden, places)
-    for block in visual.blocks:
+    for module in visual.blocks:
+        block = cast(Qwen2_5_VLVisionBlock, module)
         attention = block.attn
         states = attention.qkv(block.norm1(hidden)).view(n, count, 3, attention.num_heads, -1)
         query, key, value = states.unbind(2)
