@@ -13,6 +13,12 @@ from tests.pretrain.flow_runs import flow_recipe
 class RecordingRank(FlowRank):
     """Keeps the reduced gradients that the optimizer is about to use, of every step."""
 
+    def restart(self, zero_stage):
+        """The same actor and process group serve another ZeRO stage, from step 0."""
+        self.recipe.deepspeed.zero_stage, self.step, self.batches = zero_stage, 0, None
+        self.setup("", 0)
+        self.record()
+
     def record(self):
         from deepspeed.utils import safe_get_full_grad
 
@@ -42,26 +48,25 @@ def one(tmp_path_factory, tiny_model, tiny_vlm):
     return rank.advance(4), rank.recorded(), rank.averaged()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_learn_what_one_learns_and_resume_exactly(
-    tmp_path, tiny_model, tiny_vlm, one, ray_session, stage
-):
-    figures, gradients, average = one
-    recipe = flow_recipe(
-        tmp_path, tiny_model, f"deepspeed.zero_stage={stage}", "resources.ranks=2", vlm=tiny_vlm
-    )
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, tiny_model, tiny_vlm, ray_session):
+    recipe = flow_recipe(tmp_path_factory.mktemp("two"), tiny_model, "resources.ranks=2", vlm=tiny_vlm)
     ranks = start_ranks(partial(RecordingRank, recipe), 2, recipe.resources)
-    try:
-        ranks.call("record")
-        halves = ranks.call("advance", 2)
-        ranks.call("save", str(tmp_path))
-        halves = [first + second for first, second in zip(halves, ranks.call("advance", 4), strict=True)]
-        recorded, averaged = ranks.call("recorded")[0], ranks.call("averaged")[0]
-        ranks.call("load", str(tmp_path), 2)
-        assert ranks.call("advance", 4) == [half[2:] for half in halves]
-        again = ranks.call("averaged")
-    finally:
-        ranks.close()
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_learn_what_one_learns_and_resume_exactly(tmp_path, one, two, stage):
+    figures, gradients, average = one
+    two.call("restart", stage)
+    halves = two.call("advance", 2)
+    two.call("save", str(tmp_path))
+    halves = [first + second for first, second in zip(halves, two.call("advance", 4), strict=True)]
+    recorded, averaged = two.call("recorded")[0], two.call("averaged")[0]
+    two.call("load", str(tmp_path), 2)
+    assert two.call("advance", 4) == [half[2:] for half in halves]
+    again = two.call("averaged")
     assert all(torch.equal(again[rank][n], averaged[n]) for rank in (0, 1) for n in averaged)
     for step, whole in enumerate(figures):
         parts = [half[step] for half in halves]

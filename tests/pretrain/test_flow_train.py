@@ -184,3 +184,16 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tiny_model):
         FloatingPointError, match=r"loss is nan at step 0 \(.*32 x 32 px\): lower optimization.lr"
     ):
         rank.advance(1)
+
+
+def test_compiled_blocks_compute_the_same(tmp_path, tiny_model, monkeypatch):
+    """Blocks are traced, gradient checkpointing included; the code that a compiler would make of them is not tested."""
+    options = ["model.gradient_checkpointing=true", "batch_size=2", "data.edit_share=0"]
+    (eager,) = make_rank(flow_recipe(tmp_path / "a", tiny_model, *options)).advance(1)
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    (compiled,) = make_rank(flow_recipe(tmp_path / "b", tiny_model, *options, "model.compile=true")).advance(
+        1
+    )
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-5)
+    assert compiled.gradient_norm == pytest.approx(eager.gradient_norm, rel=1e-4)
