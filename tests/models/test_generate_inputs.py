@@ -78,7 +78,7 @@ KINDS = {
     "one_bit.png": lambda path: picture().convert("1").save(path),
     "turned.jpg": exif_turned,
     "dot.png": lambda path: picture(1, 1).save(path),
-    "large.jpg": lambda path: picture(3000, 2000).save(path),
+    "large.jpg": lambda path: picture(1500, 1000).save(path),
 }
 
 
