@@ -190,12 +190,13 @@ class VlmRecipe(Recipe):
     """After this many layers a second picture's tokens must know what stood at their place in the first."""
     compare_weight: float = 0.3
     """Weight of the loss that asks for it, beside the answers' (which weighs 1)."""
-    row_tokens: int = 192
+    row_tokens: int = 176
     """Tokens of a row at most, its pictures' included: as many conversations as they have room for."""
     questions_of_scene: int = 12
-    questions_of_pair: int = 8
     questions_of_text: int = 8
     """Conversations of a row at most."""
+    questions_of_either: int = 3
+    """Of a row with two pictures, those about one of them; three more are about both."""
     vocabulary_scenes: int = 2000
     """Scenes and pairs from whose questions the tokenizer is made."""
 

@@ -21,10 +21,10 @@ from transformers import Qwen2Tokenizer
 
 from pretrain.config import VlmRecipe
 from pretrain.randomness import numpy_generator, torch_generator
-from pretrain.vlm_edits import PAIR_KINDS, pair_question, sample_pair
+from pretrain.vlm_edits import JUDGEMENTS, pair_question, sample_pair
 from pretrain.vlm_pictures import GRID, shown
 from pretrain.vlm_questions import SCENE_KINDS, Question, caption_question, scene_of_split, scene_question
-from rewards.shapes.world import Scene
+from rewards.shapes.world import Scene, sample_name
 
 _ROWS_STREAM, _NOISE_STREAM = 104, 105
 _START, _TURN, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
@@ -67,7 +67,7 @@ def sample_rows(recipe: VlmRecipe, step: int) -> list[Row]:
     pairs = round(recipe.pair_share * recipe.batch_size)
     texts = round(recipe.text_share * recipe.batch_size)
     rows = [_scene_row(rng, recipe.questions_of_scene) for _ in range(recipe.batch_size - pairs - texts)]
-    rows += [_pair_row(rng, recipe.questions_of_pair) for _ in range(pairs)]
+    rows += [_pair_row(rng, recipe.questions_of_either) for _ in range(pairs)]
     rows += [_text_row(rng, recipe.questions_of_text) for _ in range(texts)]
     return rows
 
@@ -81,7 +81,9 @@ def _scene_row(rng: np.random.Generator, count: int) -> Row:
 
 def _pair_row(rng: np.random.Generator, count: int) -> Row:
     pair = sample_pair(rng, "train")
-    kinds = ["either", "either", *(PAIR_KINDS[i] for i in rng.permutation(len(PAIR_KINDS)))][:count]
+    # What a judgement is made of comes first, and of the long judgements one: a row has no room for all.
+    kinds = ["either"] * count + ["change", "which", sample_name(rng, JUDGEMENTS)]
+    kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     questions = _distinct([pair_question(rng, pair, kind) for kind in kinds])
     return Row((pair.source, pair.result), questions) if questions else _pair_row(rng, count)
 

@@ -191,6 +191,8 @@ _MAKERS: dict[str, Callable[[np.random.Generator, EditPair], tuple[str, str] | N
     "rubric": _rubric,
 }
 PAIR_KINDS = tuple(_MAKERS)
+JUDGEMENTS = ("carried_out", "kept", "rubric")
+"""What an edit reward asks, under its long text."""
 
 
 def pair_question(rng: np.random.Generator, pair: EditPair, kind: str) -> Question | None:

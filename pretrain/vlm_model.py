@@ -21,10 +21,10 @@ from pretrain.vlm_pictures import GRID, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH
 
 HEAD_DIM = 64
 """Of the language model: the smallest that every build of vLLM serves."""
-_MROPE_SECTION = [8, 12, 12]
-"""Frequencies for time, rows and columns, fastest first, in the released shares."""
-_ROPE_THETA = 3.0
-"""Low, since columns have the slowest frequencies: at the released 1e6 a picture's four columns would look alike."""
+_MROPE_SECTION = [2, 4, 26]
+"""Frequencies for time, rows and columns, fastest first. Each of the three then has some under which neighbours
+differ; in the released shares columns have the slowest alone, and a picture's four columns would look alike."""
+_ROPE_THETA = 1e4
 _MAX_POSITIONS = 4096
 
 
