@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.accept.evidence import ROOT, write
-from rewards.shapes.prompts import edit_lines
+from rewards.shapes.prompts import edit_lines, write_lines
 from rl.statistics import Difference, paired_bootstrap
 
 RUNS = ROOT / "runs" / "accept_editreward"
@@ -88,8 +88,7 @@ def make_data(clock: dict[str, float]) -> None:
     """Prompts that neither the training prompts of PDTR nor any held-out file contain, edits of them, labels."""
     prompts = RUNS / "prompts" / "edit_train.jsonl"
     prompts.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(line, separators=(",", ":")) for line in edit_lines("train", PROMPTS, PROMPT_SEED)]
-    prompts.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    write_lines(prompts, edit_lines("train", PROMPTS, PROMPT_SEED))
     with timed(clock, "generate"):
         command("generate", "full", f"generate.prompts={prompts}")
     with timed(clock, "label"), judge_endpoint() as url:

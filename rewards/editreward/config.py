@@ -29,7 +29,8 @@ class LoraSection:
 
 @dataclass
 class ModelSection:
-    """`path`: a released Qwen2.5-VL folder. `trainable`: full, lora (and the head), or head."""
+    """`path`: a released Qwen2.5-VL folder. `trainable`: full, language (language model and
+    head, the vision tower as it is), lora (adapters on the language model, and the head), or head."""
 
     path: str = MISSING
     dtype: str = "bfloat16"

@@ -176,7 +176,7 @@ def activation_bytes(recipe: Recipe, size: ModelSize) -> float:
     ]
     if recipe.model.trainable == "head":
         return micro * 34 * width * max(n * d for n, d, _ in streams)
-    if recipe.model.trainable == "lora":
+    if recipe.model.trainable in ("language", "lora"):
         streams = streams[:1]
     if not recipe.model.gradient_checkpointing:
         return micro * 34 * width * sum(n * d * layers for n, d, layers in streams)
@@ -199,8 +199,14 @@ def sample_flops(recipe: Recipe, size: ModelSize) -> float:
     forward_text = 2 * size.text * tokens + attention
     forward_vision = 2 * size.vision * patches + 4 * patches * seen * vision.hidden_size
     again = int(recipe.model.gradient_checkpointing)
-    factors = {"full": (3 + again, 3 + again), "lora": (2 + again, 1), "head": (1, 1)}[recipe.model.trainable]
-    return factors[0] * forward_text + factors[1] * forward_vision
+    factors = {
+        "full": (3 + again, 3 + again),
+        "language": (3 + again, 1),
+        "lora": (2 + again, 1),
+        "head": (1, 1),
+    }
+    text_passes, vision_passes = factors[recipe.model.trainable]
+    return text_passes * forward_text + vision_passes * forward_vision
 
 
 def speed_lines(recipe: Recipe, size: ModelSize) -> list[str]:

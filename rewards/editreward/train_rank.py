@@ -257,6 +257,8 @@ def choose_trainable(model: EditRewardModel, recipe: Recipe) -> None:
         return
     model.requires_grad_(False)
     model.score.requires_grad_(True)
+    if recipe.model.trainable == "language":
+        model.backbone.language_model.requires_grad_(True)
     if recipe.model.trainable == "lora":
         lora = recipe.model.lora
         attach_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=recipe.seed)

@@ -9,7 +9,7 @@ from rewards.editreward.settings import RESULT_RUBRIC, RUBRIC, EditRewardSetting
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
-    "model.trainable": ("full", "lora", "head"),
+    "model.trainable": ("full", "language", "lora", "head"),
     "train.loss": ("mse", "huber"),
     "train.zero_stage": (1, 2, 3),
     "train.best_by": ("spearman", "group_spearman"),

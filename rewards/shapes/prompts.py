@@ -1,5 +1,7 @@
 """The prompt sets of the shapes world, as JSONL files: `python -m rewards.shapes.prompts OUTDIR`.
 
+`--edit-train N [--seed S]` writes `edit_train.jsonl` alone, with N lines of fresh draws.
+
 Text-to-image lines take turns over GenEval's six tags, edit lines over the six kinds, so any prefix of a file
 is balanced. Source pictures are embedded as PNG data URIs. What a tag has too few texts for is repeated, in
 rounds: its lines still differ in their noise, since that follows from the line's index.
@@ -7,13 +9,13 @@ rounds: its lines still differ in their noise, since that follows from the line'
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
 import itertools
 import json
 import logging
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,17 +94,34 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, counts in COUNTS.items():
         for task, lines in (("t2i", t2i_lines), ("edit", edit_lines)):
-            path = folder / f"{task}_{split}.jsonl"
-            rows = [json.dumps(line, separators=(",", ":")) for line in lines(split, counts[task])]
-            path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-            logger.info("%s: %d lines", path, len(rows))
+            write_lines(folder / f"{task}_{split}.jsonl", lines(split, counts[task]))
 
 
-def main() -> None:
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """One prompt a line."""
+    rows = [json.dumps(line, separators=(",", ":")) for line in lines]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    logger.info("%s: %d lines", path, len(rows))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m rewards.shapes.prompts OUTDIR")
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m rewards.shapes.prompts")
+    parser.add_argument("folder", type=Path, metavar="OUTDIR")
+    parser.add_argument(
+        "--edit-train", type=int, metavar="N", help="N editing prompts for training, no other file"
+    )
+    parser.add_argument("--seed", type=int, default=SEEDS["train"], help="of --edit-train")
+    arguments = parser.parse_args(argv)
+    if arguments.edit_train is None:
+        write(arguments.folder)
+        return
+    if arguments.edit_train < 1:
+        parser.error(f"--edit-train is {arguments.edit_train}; give 1 or more")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    write_lines(
+        arguments.folder / "edit_train.jsonl", edit_lines("train", arguments.edit_train, arguments.seed)
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rewards.editreward.config import ModelSection, Recipe
 from rewards.editreward.model import attach_lora, build_model, merge_lora, trainable
 from rewards.editreward.processing import (
     EditProcessor,
@@ -21,6 +22,7 @@ from rewards.editreward.processing import (
     shown_size,
 )
 from rewards.editreward.settings import RUBRIC, EditRewardSettings, SettingsError
+from rewards.editreward.train_rank import choose_trainable
 from tests.rewards.editreward_data import make_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +202,15 @@ def test_the_score_is_one_linear_of_the_last_token(base, edits, model):
     with torch.no_grad():
         assert model.score.bias is not None and fresh.score.bias is None
         assert fresh(batch).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_the_vision_tower_can_stay_as_it_is(base):
+    model = build_model(base, 1, bias=True, dtype=torch.float32)
+    choose_trainable(model, Recipe(name="run", model=ModelSection(path=str(base), trainable="language")))
+    named = dict(trainable(model))
+    assert not any(name.startswith("backbone.visual.") for name in named)
+    language = {name for name, _ in model.named_parameters() if name.startswith("backbone.language_model.")}
+    assert named.keys() == language | {"score.weight", "score.bias"}
 
 
 def test_lora_trains_the_language_model_and_the_head_alone_and_merges_exactly(base, edits):

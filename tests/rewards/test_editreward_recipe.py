@@ -62,7 +62,7 @@ def test_unknown_keys_are_refused_with_the_nearest_name_and_all_at_once(tmp_path
     ("override", "message"),
     [
         ("model.dtype=int8", "model.dtype='int8' is not one of float32, bfloat16"),
-        ("model.trainable=half", "model.trainable='half' is not one of full, lora, head"),
+        ("model.trainable=half", "model.trainable='half' is not one of full, language, lora, head"),
         ("train.loss=l1", "train.loss='l1' is not one of mse, huber"),
         ("train.zero_stage=0", "train.zero_stage=0 is not one of 1, 2, 3"),
         ("train.best_by=loss", "not one of spearman, group_spearman"),
@@ -141,6 +141,9 @@ def test_operations_follow_the_formula():
     assert sample_flops(again, size) == pytest.approx(4 * forward)
     head = load_recipe(SEVEN, ["model.trainable=head"])
     assert sample_flops(head, size) == pytest.approx(forward)
+    language = load_recipe(SEVEN, ["model.trainable=language", "model.gradient_checkpointing=false"])
+    vision = 2 * size.vision * patches + 4 * patches * seen * 1280
+    assert sample_flops(language, size) == pytest.approx(3 * forward - 2 * vision)
 
 
 def test_a_recipe_that_is_ready_says_so_and_starts_nothing(tmp_path, capsys):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from rewards.geneval import TAGS
 from rewards.shapes.edits import KINDS, Edit
-from rewards.shapes.prompts import COUNTS, data_uri, write
+from rewards.shapes.prompts import COUNTS, data_uri, edit_lines, main, write
 from rewards.shapes.render import render
 from rewards.shapes.world import COLORS, SHAPES
 
@@ -99,3 +99,13 @@ def test_a_picture_of_too_many_colours_is_refused():
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     with pytest.raises(ValueError, match="palette of 256"):
         data_uri(noise)
+
+
+def test_fresh_editing_prompts_for_training(tmp_path, capsys):
+    main([str(tmp_path), "--edit-train", "12", "--seed", "30"])
+    (path,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == list(edit_lines("train", 12, 30)) and lines != list(edit_lines("train", 12, 1))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--edit-train", "0"])
+    assert "--edit-train is 0; give 1 or more" in capsys.readouterr().err
