@@ -105,8 +105,8 @@ def report(grid: SweepConfig, seeds: Sequence[int] | None, wall_s: float) -> tup
     asked = f" --seeds {' '.join(map(str, seeds))}" if seeds else ""
     lines = [
         f"`python -m bench.accept.table4{asked}` (the grid is `{GRID}`): {len(minutes)} runs, {grid.parallel} at once, "
-        f"the longest {max(minutes):.1f} min; {sum(minutes) / len(minutes) / grid.parallel:.1f} min of the machine a run, "
-        f"{wall_s / 60:.0f} min for what this command had left to do.",
+        f"the longest {max(minutes):.1f} min; {sum(minutes) / len(minutes) / grid.parallel:.1f} min of the machine a "
+        f"run, {wall_s / 60:.0f} min for what this command had left to do.",
         "",
         *table_markdown("Rows", rows).splitlines()[2:],
         "",
