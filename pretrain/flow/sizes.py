@@ -60,8 +60,8 @@ def measure(recipe: FlowRecipe) -> ModelSizes:
     parameters = {"transformer": _count(transformer)}
     conditioner = vlm = None
     if recipe.uses_vlm:
-        vlm, conditioner = _measure_vlm(recipe, notes), None
-        conditioner = _conditioner(recipe, vlm.width, shape)
+        vlm = _measure_vlm(recipe, notes)
+        conditioner = _conditioner(recipe, vlm.width, shape, notes)
         with torch.device("meta"):
             made = MetaQueryConditioner(conditioner)
         parameters["queries"] = made.meta_queries.numel()
@@ -101,11 +101,14 @@ def _measure_vlm(recipe: FlowRecipe, notes: list[str]) -> VlmSizes:
     )
 
 
-def _conditioner(recipe: FlowRecipe, width: int, shape: Mapping[str, Any]) -> MetaQueryConfig:
+def _conditioner(
+    recipe: FlowRecipe, width: int, shape: Mapping[str, Any], notes: list[str]
+) -> MetaQueryConfig:
     if recipe.model.conditioner is not None:
         saved = _read(recipes.resolve(recipe.model.conditioner) / "conditioner" / "config.json")
         if saved is not None:
             return MetaQueryConfig.from_dict(saved)
+        notes.append("model.conditioner is absent, so its numbers are those of model.connector")
     return conditioner_config(recipe.model.connector, width, dict(shape))
 
 

@@ -103,6 +103,8 @@ def test_full_size_recipes_print_the_plan_and_what_is_missing(name, capsys):
     if name != "pretrain_kontext_sd35m":
         assert "connector: 902.59 M parameters" in out and "queries: 0.92 M parameters" in out
         assert "model.vlm: /models/Qwen2.5-VL-7B-Instruct: no such folder" in out
+        absent = "note: model.conditioner is absent, so its numbers are those of model.connector"
+        assert (absent in out) == (name == "metaquery_unified")
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,11 @@ def test_two_ranks_learn_what_one_learns_and_resume_exactly(tmp_path, one, two, 
         assert whole.losses == pytest.approx(parts[0].losses + parts[1].losses, rel=1e-4)
         assert whole.sigmas == parts[0].sigmas + parts[1].sigmas and {p.task for p in parts} == {whole.task}
         assert parts[0].gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-4)
-    first = gradients[0]
-    assert recorded[0].keys() == first.keys() and all(g.any() for g in first.values())
+    first, total = gradients[0], figures[0].gradient_norm
+    assert recorded[0].keys() == first.keys() and len(first) > 100
     for name, gradient in first.items():
-        gap = float((recorded[0][name] - gradient).norm() / gradient.norm())
+        # A key's bias has no gradient but for rounding, and the last block reads no text query: hence the floor.
+        gap = float((recorded[0][name] - gradient).norm()) / max(float(gradient.norm()), 1e-6 * total)
         assert gap < 1e-5, f"{name}: {gap}"
     for name, tensor in average.items():
         torch.testing.assert_close(averaged[name], tensor, rtol=1e-3, atol=1e-5)
