@@ -49,6 +49,7 @@ accept: extras
 	RAY_AUTH_MODE=token $(PY) -m bench.accept.cluster
 	$(PY) -m bench.accept.demo
 	$(PY) -m bench.accept.base
+	$(PY) -m bench.accept.vlm
 	$(PY) -m bench.accept.learning
 	$(PY) -m bench.accept.editreward
 	$(PY) -m bench.accept.table4
