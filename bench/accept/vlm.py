@@ -28,7 +28,7 @@ def main() -> None:
         "`recipes/shapes/vision.yaml`, then `vlm.yaml`, on one core: "
         f"{', '.join(f'{stage} {s / 60:.1f} min' for stage, s in seconds.items())}.",
         "",
-        f"{NUM_QUESTIONS} held-out questions, greedy answers that must be exactly right; 95 % intervals over questions.",
+        f"{NUM_QUESTIONS} held-out questions, greedy answers that must be exactly right; 95 % intervals.",
     ]
     for name, table in results.items():
         body += ["", f"## {name.capitalize()}", "", as_table(table)]
