@@ -21,6 +21,8 @@ import argparse
 import logging
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from rl.sweep_config import SweepConfig, load_sweep, row_recipe, run_name
 from rl.sweep_table import collect_rows, table_document, table_markdown
 
 log = logging.getLogger("rl.sweep")
+_STARTING = threading.Lock()
+"""Runs start one after the other: a start is mostly imports, and several at once are slower than Ray allows."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,8 +134,8 @@ def run_all(grid: SweepConfig, plans: dict[str, Path]) -> list[str]:
 def run(grid: SweepConfig, name: str, recipe: Path) -> bool:
     """Train one run, or what is left of it; its output goes to a log file. True when it is finished.
 
-    A run that fails before it wrote anything is tried once more: Ray allows its own start 30 seconds, and several of
-    them on a busy machine may take longer.
+    A run that fails before it wrote anything is tried once more: Ray allows its own start 30 seconds, and on a busy
+    machine that may not do.
     """
     folder = grid.folder / name
     if (folder / "summary.json").is_file():
@@ -148,15 +152,25 @@ def train(grid: SweepConfig, name: str, recipe: Path) -> bool:
     command = [sys.executable, "-m", "rl.train", str(recipe)]
     command += ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
     log.info("%s: %s", name, " ".join(command))
+    began, deadline = time.time(), time.monotonic() + grid.timeout_s
     with open(f"{folder}.log", "ab") as output:
+        with _STARTING:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            while process.poll() is None and time.monotonic() < deadline and not _records(folder, began):
+                time.sleep(0.2)
         try:
-            done = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=grid.timeout_s
-            )
+            return process.wait(max(0.0, deadline - time.monotonic())) == 0
         except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
             log.error("%s: not finished within timeout_s=%g; stopped", name, grid.timeout_s)
             return False
-    return done.returncode == 0
+
+
+def _records(folder: Path, began: float) -> bool:
+    """Whether a run has written records since, so that its actors are up."""
+    path = folder / "metrics.jsonl"
+    return path.is_file() and path.stat().st_mtime >= began
 
 
 def write_table(grid: SweepConfig) -> Path:
