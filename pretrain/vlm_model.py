@@ -51,6 +51,9 @@ def vlm_config(
     def token(text: str) -> int:
         return cast(int, tokenizer.convert_tokens_to_ids(text))
 
+    tower = vision.to_dict()
+    tower.pop("_name_or_path", None)  # the folder it was loaded from: of no use to anybody else
+
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -69,7 +72,7 @@ def vlm_config(
             "eos_token_id": token("<|im_end|>"),
             "pad_token_id": token("<|endoftext|>"),
         },
-        vision_config=vision.to_dict(),
+        vision_config=tower,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
