@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,6 +121,36 @@ def node_problems(node: Any, schema: type, prefix: str) -> list[str]:
         else:
             problems += _value_problems(schema, key, value, prefix)
     return problems
+
+
+def value_of(recipe: Any, key: str) -> Any:
+    """The value at `section.key`."""
+    for part in key.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
+
+
+def range_problems(
+    recipe: Any,
+    *,
+    choices: Mapping[str, Sequence[Any]],
+    at_least: Mapping[str, float],
+    above_zero: Sequence[str],
+) -> list[str]:
+    """Every `section.key` whose value is out of its range, one sentence each."""
+    problems = [
+        f"{key}={value!r} is not one of {', '.join(map(str, known))}"
+        for key, known in choices.items()
+        if (value := value_of(recipe, key)) not in known
+    ]
+    problems += [
+        f"{key}={value} must be at least {least}"
+        for key, least in at_least.items()
+        if (value := value_of(recipe, key)) < least
+    ]
+    return problems + [
+        f"{key}={value} must be above 0" for key in above_zero if (value := value_of(recipe, key)) <= 0
+    ]
 
 
 def flat(recipe: Any) -> dict[str, Any]:

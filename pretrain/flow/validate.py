@@ -7,6 +7,7 @@ from typing import Any
 from pretrain.data.config import data_problems
 from pretrain.flow.config import STAGES, FlowRecipe
 from pretrain.flow.peaks import PEAK_TFLOPS
+from rl.schema import range_problems, value_of
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "stage": STAGES,
@@ -60,21 +61,9 @@ _SHARES = (
 
 def recipe_problems(recipe: FlowRecipe) -> list[str]:
     """Every value that is out of range or does not go with another, one sentence each."""
-    problems = [
-        f"{key}={_get(recipe, key)!r} is not one of {', '.join(map(str, known))}"
-        for key, known in _CHOICES.items()
-        if _get(recipe, key) not in known
-    ]
+    problems = range_problems(recipe, choices=_CHOICES, at_least=_AT_LEAST, above_zero=_ABOVE_ZERO)
     problems += [
-        f"{key}={_get(recipe, key)} must be at least {least}"
-        for key, least in _AT_LEAST.items()
-        if _get(recipe, key) < least
-    ]
-    problems += [
-        f"{key}={_get(recipe, key)} must be above 0" for key in _ABOVE_ZERO if _get(recipe, key) <= 0
-    ]
-    problems += [
-        f"{key}={_get(recipe, key)} must be in [0, 1)" for key in _SHARES if not 0 <= _get(recipe, key) < 1
+        f"{key}={value} must be in [0, 1)" for key in _SHARES if not 0 <= (value := value_of(recipe, key)) < 1
     ]
     if recipe.stage in STAGES:
         problems += _part_problems(recipe) + _reference_problems(recipe)
@@ -166,10 +155,3 @@ def _step_problems(recipe: FlowRecipe) -> list[str]:
         ),
     ]
     return [message for fine, message in checks if not fine]
-
-
-def _get(recipe: FlowRecipe, key: str) -> Any:
-    node: Any = recipe
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rewards.editreward.config import Recipe
 from rewards.editreward.settings import RESULT_RUBRIC, RUBRIC, EditRewardSettings, SettingsError
+from rl.schema import range_problems
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -55,19 +54,7 @@ _ABOVE_ZERO = (
 
 def recipe_problems(recipe: Recipe) -> list[str]:
     """Every value that is out of range or does not go with another, one sentence each."""
-    problems = [
-        f"{key}={_get(recipe, key)!r} is not one of {', '.join(map(str, known))}"
-        for key, known in _CHOICES.items()
-        if _get(recipe, key) not in known
-    ]
-    problems += [
-        f"{key}={_get(recipe, key)} must be at least {least}"
-        for key, least in _AT_LEAST.items()
-        if _get(recipe, key) < least
-    ]
-    problems += [
-        f"{key}={_get(recipe, key)} must be above 0" for key in _ABOVE_ZERO if _get(recipe, key) <= 0
-    ]
+    problems = range_problems(recipe, choices=_CHOICES, at_least=_AT_LEAST, above_zero=_ABOVE_ZERO)
     return problems + _joint_problems(recipe) + _settings_problems(recipe)
 
 
@@ -138,10 +125,3 @@ def _settings_problems(recipe: Recipe) -> list[str]:
     except SettingsError as error:
         return [f"data and input: {error}"]
     return []
-
-
-def _get(recipe: Recipe, key: str) -> Any:
-    node: Any = recipe
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node
