@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pretrain.data.config import SourceConfig
@@ -38,24 +40,20 @@ def edit_columns(count):
 
 
 def write_parquet(path, columns, rows_in_group=2):
-    arrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(arrow.table(columns), path, row_group_size=rows_in_group)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=rows_in_group)
     return path
 
 
 def write_folder(folder, *parts, **state):
     """As `Dataset.save_to_disk` lays it out: Arrow streams in several record batches, and state.json."""
-    arrow = pytest.importorskip("pyarrow")
     folder.mkdir(parents=True)
     names = []
     for i, columns in enumerate(parts):
         names.append(f"data-{i:05d}-of-{len(parts):05d}.arrow")
-        table = arrow.table(columns)
+        table = pyarrow.table(columns)
         with (
-            arrow.OSFile(str(folder / names[-1]), "wb") as file,
-            arrow.ipc.new_stream(file, table.schema) as out,
+            pyarrow.OSFile(str(folder / names[-1]), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as out,
         ):
             out.write_table(table, max_chunksize=2)
     record = {"_data_files": [{"filename": name} for name in names], "_split": "train"} | state

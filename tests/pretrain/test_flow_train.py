@@ -48,7 +48,7 @@ def test_stopping_and_resuming_changes_no_bit(straight, tmp_path, tiny_model, ti
     for name in ("average_rank_000.safetensors", "average.json", "state.json"):
         assert (mine / name).read_bytes() == (theirs / name).read_bytes()
     left, right = (
-        torch.load(folder / "engine" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        torch.load(folder / "engine" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
         for folder in (mine, theirs)
     )
     assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
