@@ -39,9 +39,9 @@ def weights(recipe):
 
 
 def engine_weights(recipe):
-    """The trained weights in the last checkpoint (a pickle of this very test)."""
+    """The trained weights in the last checkpoint."""
     path = last_checkpoint(recipe) / "engine" / "mp_rank_00_model_states.pt"
-    return torch.load(path, weights_only=False)["module"]
+    return torch.load(path, weights_only=True)["module"]
 
 
 def records(recipe):
