@@ -26,7 +26,7 @@ from rl.statistics import Difference, paired_bootstrap
 
 RUNS = ROOT / "runs" / "accept_editreward"
 RECIPE = "recipes/shapes/editreward.yaml"
-PROMPTS, PROMPT_SEED = 4096, 30
+PROMPTS, PROMPT_SEED = 8192, 30
 SPEARMAN, PAIRWISE = 0.7, 0.8
 START_S, COMMAND_S = 600.0, 7200.0
 VIEWS = {
