@@ -53,6 +53,7 @@ accept: extras
 	$(PY) -m bench.accept.learning
 	$(PY) -m bench.accept.editreward
 	$(PY) -m bench.accept.table4
+	$(PY) -m bench.accept.metaquery
 
 bench: extras
 	$(PY) -m bench engine

@@ -12,6 +12,7 @@ from typing import Any
 
 from models.task_lines import Refused
 from models.workers import PoolSpec
+from rl.command_log import start_logging
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +89,7 @@ def run_command(work: Callable[[], int], *, refused: str, stays: str) -> int:
         refused: what did not happen, as the message begins.
         stays: what is kept of a run that was stopped.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    start_logging()
     try:
         return work()
     except Refused as error:

@@ -1,6 +1,7 @@
 """Score a shapes base by guidance: `python -m pretrain.evaluate BASE [--guidance 1 2 3 4.5] [--num-prompts 512]`.
 
-A MetaQuery base (one with `conditioner/`) also needs `--vlm`, the folder of its Qwen2.5-VL.
+A MetaQuery base (one with `conditioner/`) also needs `--vlm`, the folder of its Qwen2.5-VL, and to be read as it was
+trained: `--position-mode`, and `--references` where one of the two was not shown the picture to edit.
 
 Held-out prompts of both tasks, the same prompts and noise at every guidance, Euler steps on the scheduler's
 table. Two ceilings stand beside the scores: right pictures as rendered (`truth`), and after the VAE (`codec`).
@@ -12,6 +13,7 @@ import inspect
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from models.components import (
 from models.latents import decode_latents, encode_images
 from models.metaquery_config import check_metaquery
 from models.metaquery_encoder import MetaQueryEncoder
+from models.metaquery_vlm import POSITION_MODES, PositionMode
 from models.text import SD3TextEncoder
 from pretrain.pool import text_length
 from pretrain.randomness import numpy_generator, torch_generator
@@ -44,6 +47,8 @@ from rewards.shapes.rewards import EditShapes, GenEvalShapes
 from rewards.shapes.world import Scene
 
 TASKS = ("t2i", "edit")
+READERS = ("transformer", "vlm")
+"""Who may be shown the picture to edit: the transformer its latents, the VLM of a MetaQuery base its pixels."""
 _BATCH = 32
 _PROMPT_STREAM = {"t2i": 201, "edit": 202}
 _NOISE_STREAM = 203
@@ -96,9 +101,20 @@ def bootstrap_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]
 
 
 class Base:
-    """A base folder, loaded in float32 on the CPU, as a sampler of pictures; with `vlm`, a MetaQuery base."""
+    """A base folder, loaded in float32 on the CPU, as a sampler of pictures; with `vlm`, a MetaQuery base.
 
-    def __init__(self, folder: str | Path, vlm: str | Path | None = None) -> None:
+    `position_mode` is the VLM's; `references` names those of `READERS` that see the picture to edit.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        vlm: str | Path | None = None,
+        *,
+        position_mode: PositionMode = "flat",
+        references: Sequence[str] = READERS,
+    ) -> None:
+        self.references = references
         self.transformer = load_transformer(folder, dtype=torch.float32)
         self.vae = load_vae(folder, dtype=torch.float32)
         self.scheduler = load_scheduler(folder)
@@ -108,12 +124,15 @@ class Base:
                 folder, dtype=torch.float32, device="cpu", max_sequence_length=text_length(folder)
             )
         else:
-            self.encoder = MetaQueryEncoder.from_pretrained(folder, vlm, dtype=torch.float32, device="cpu")
+            self.encoder = MetaQueryEncoder.from_pretrained(
+                folder, vlm, dtype=torch.float32, device="cpu", position_mode=position_mode
+            )
 
     def embed(self, prompts: list[str], sources: list[Scene]) -> tuple[Tensor, Tensor]:
         """prompt_embeds N L D and pooled N P; MetaQuery also sees the scenes to edit (none: text-to-image)."""
         if isinstance(self.encoder, MetaQueryEncoder):
-            pictures = [Image.fromarray(picture) for picture in render_batch(sources)] if sources else None
+            shown = sources and "vlm" in self.references
+            pictures = [Image.fromarray(picture) for picture in render_batch(sources)] if shown else None
             items = self.encoder.encode(prompts, pictures)
         else:
             items = self.encoder.encode(prompts)
@@ -138,13 +157,15 @@ class Base:
                 ]
             )  # fmt: skip
             sources = [question.source for question in batch if question.source is not None]
-            references = encode_images(self.vae, to_tensor(sources)) if sources else None
+            shown = sources and "transformer" in self.references
+            references = encode_images(self.vae, to_tensor(sources)) if shown else None
+            prompt = self.embed([question.prompt for question in batch], sources)
             latents = sample_latents(
                 self.transformer,
                 self.scheduler,
                 noise,
-                self.embed([question.prompt for question in batch], sources),
-                self.embed([""] * len(batch), sources),
+                prompt,
+                self.embed([""] * len(batch), sources) if guidance != 1 else prompt,
                 references,
                 guidance=guidance,
                 steps=steps,
@@ -199,11 +220,14 @@ def evaluate(
     count: int,
     *,
     vlm: str | Path | None = None,
+    position_mode: PositionMode = "flat",
+    references: Sequence[str] = READERS,
     steps: int = 10,
     ceilings: bool = True,
 ) -> list[Result]:
-    """Score a base on both tasks: the ceilings first, then every guidance. `vlm` as in `Base`."""
-    base, results = Base(folder, vlm), []
+    """Score a base on both tasks: the ceilings first, then every guidance. The base is read as `Base` says."""
+    base = Base(folder, vlm, position_mode=position_mode, references=references)
+    results = []
     for task in TASKS:
         questions = heldout_questions(task, count)
         if ceilings:
@@ -228,32 +252,45 @@ def as_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def _problems(base: str, vlm: str | None) -> list[str]:
+def _problems(base: str, vlm: str | None, references: Sequence[str]) -> list[str]:
     metaquery = is_metaquery_folder(base)
     if metaquery != (vlm is not None):
         return [
             f"{base} has {'a' if metaquery else 'no'} conditioner/: {'give' if metaquery else 'leave out'} --vlm"
         ]
-    return check_model_folder(base) if vlm is None else check_metaquery(base, vlm)
+    if vlm is None:
+        hidden = ["--references: without a VLM the transformer alone can be shown the picture to edit"]
+        return check_model_folder(base) + ([] if "transformer" in references else hidden)
+    return check_metaquery(base, vlm)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="model folder in the released layout")
     parser.add_argument("--vlm", help="folder of the Qwen2.5-VL of a MetaQuery base")
+    parser.add_argument("--position-mode", choices=POSITION_MODES, default="flat", help="of the VLM")
+    parser.add_argument(
+        "--references", nargs="+", choices=READERS, default=READERS, help="who is shown the picture to edit"
+    )
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.5])
     parser.add_argument("--num-prompts", type=int, default=512, help="held-out prompts of each task")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
-    problems = _problems(options.base, options.vlm)
+    problems = _problems(options.base, options.vlm, options.references)
     if problems:
         print("error: " + "; ".join(problems), file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
     results = evaluate(
-        options.base, options.guidance, options.num_prompts, vlm=options.vlm, steps=options.steps
+        options.base,
+        options.guidance,
+        options.num_prompts,
+        vlm=options.vlm,
+        position_mode=options.position_mode,
+        references=options.references,
+        steps=options.steps,
     )
     print(f"{options.num_prompts} held-out prompts a task, ODE {options.steps} steps")
     print(as_table(results))

@@ -4,7 +4,6 @@ Stages: `vae`, `text`, `kontext`, `vision`, `vlm`; the recipe's `stage` key choo
 """
 
 import argparse
-import logging
 import sys
 from typing import cast
 
@@ -22,6 +21,7 @@ from pretrain.config import (
 )
 from pretrain.loop import TrainingLoop
 from pretrain.stage import Stage
+from rl.command_log import start_logging
 
 
 def build_stage(recipe: Recipe) -> Stage:
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
     options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    start_logging()
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         torch.set_num_threads(recipe.threads)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import recipes
 from rewards.base import RewardError, RewardSet, reward_label
 from rewards.service.token import read_token
+from rl.command_log import start_logging
 from rl.config import ConfigError, RunConfig, load_config
 from rl.preflight import part_reward_set, scored_parts
 from rollout.prompts import Prompt, PromptFileError, load_prompts
@@ -28,8 +29,7 @@ log = logging.getLogger("rewards.serve")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 after SIGTERM or SIGINT, 2 when nothing can be served as asked."""
     arguments = _parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging()
     signal.signal(signal.SIGTERM, _leave)
     try:
         trials = select_rewards(load_config(arguments.recipe, arguments.overrides), arguments.reward)

@@ -20,6 +20,7 @@ from rewards.base import RewardError
 from rewards.benchmarks.registry import BENCHMARKS, Benchmark, Request
 from rl.benchmark_plan import Sampling, scoring_sha256
 from rl.benchmark_preflight import Arguments, Prepared, prepare, write_record
+from rl.command_log import start_logging
 from rl.config import ConfigError
 
 log = logging.getLogger("rl.evaluate")
@@ -37,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
 def main(argv: list[str] | None = None) -> int:
     """See the module's head for the exit code."""
     words = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     for noisy in ("httpx", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

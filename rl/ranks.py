@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from rl.command_log import start_logging
+
 log = logging.getLogger(__name__)
 
 MakeRank = Callable[[int], Any]
@@ -146,7 +148,7 @@ class RankActor:
     """What runs inside a Ray actor: torch loads there, not where the actor is made."""
 
     def __init__(self, make: MakeRank, rank: int):
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        start_logging()
         self.rank = make(rank)
 
     def address(self) -> tuple[str, int]:

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rl.atomic import atomic_write_json, atomic_write_text
+from rl.command_log import start_logging
 from rl.config import ConfigError
 from rl.sweep_config import SweepConfig, load_sweep, row_recipe, run_name
 from rl.sweep_table import collect_rows, table_document, table_markdown
@@ -39,7 +40,7 @@ _STARTING = threading.Lock()
 def main(argv: list[str] | None = None) -> int:
     """0 when every run of the grid is finished; 1 when one failed; 2 for a grid that cannot run."""
     arguments = _parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     try:
         grid = load_sweep(
             arguments.grid,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rl.checkpoint import CheckpointError, check_same_recipe, find_checkpoint, read_state
+from rl.command_log import start_logging
 from rl.config import ConfigError, RunConfig, load_config, to_yaml
 
 log = logging.getLogger("rl.train")
@@ -16,9 +17,7 @@ log = logging.getLogger("rl.train")
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 when the run finished (or the dry run found nothing missing), 2 for a recipe that cannot run."""
     arguments = _parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "filelock", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    start_logging()
     try:
         config = load_config(arguments.recipe, arguments.overrides)
         return dry_run(config) if arguments.dry_run else train(config, resume=arguments.resume)

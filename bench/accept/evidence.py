@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,3 +42,26 @@ def write(name: str, title: str, body: list[str], data: dict[str, Any]) -> Path:
         json.dumps({"commit": commit(), "hardware": hardware, **data}, indent=2) + "\n"
     )
     return path
+
+
+class Clock:
+    """Seconds of a proof's parts, also of a part that was broken off, in a file that a continued proof adds to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what is done inside to the part `name`."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+
+    def minutes(self) -> str:
+        """All parts in one line."""
+        return ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in self.seconds.items())

@@ -23,6 +23,7 @@ import recipes
 from pretrain.data.config import DataConfig, data_problems
 from pretrain.data.encode import Broken, Job, ShardEncoder
 from pretrain.data.errors import DataError
+from rl.command_log import start_logging
 from rl.progress import Progress
 from rl.schema import ConfigError, read_over_bases, read_recipe
 
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th shard from the I-th"
     )
     options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    start_logging()
     try:
         data = read_data(options.recipe, options.overrides)
         fill_cache(data, workers=max(1, options.workers), part=options.part[0], parts=options.part[1])

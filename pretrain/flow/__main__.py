@@ -12,6 +12,7 @@ from functools import partial
 
 from pretrain.data.errors import DataError
 from pretrain.flow.config import FlowRecipe, load_recipe
+from rl.command_log import start_logging
 from rl.schema import ConfigError, to_yaml
 
 log = logging.getLogger("pretrain.flow")
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
     options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         return dry_run(recipe) if options.dry_run else train(recipe, resume=options.resume)

@@ -18,6 +18,7 @@ import numpy as np
 from rewards.editreward.config import EvaluateSection, Recipe, load_recipe
 from rewards.editreward.data import DataError
 from rewards.editreward.settings import EditRewardSettings, SettingsError
+from rl.command_log import start_logging
 from rl.config import ConfigError
 from rl.progress import Progress
 from rl.statistics import Difference, Estimate
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rewards.editreward.evaluate_report import table
     from rewards.editreward.export import FOLDER
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         model = arguments.model or recipe.run_dir / FOLDER

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import recipes
 from rewards.editreward.settings import FILE, EditRewardSettings, SettingsError, load_settings
 from rl.atomic import COMPLETE, atomic_write_json, atomic_write_text, publish_folder, verify_folder
+from rl.command_log import start_logging
 
 if TYPE_CHECKING:
     from rewards.editreward.model import EditRewardModel
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rewards.editreward.config import load_recipe
     from rl.config import ConfigError
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         checkpoint = arguments.checkpoint or newest_best(recipe.run_dir)

@@ -24,6 +24,7 @@ import recipes
 from rewards.editreward.generate_config import BASE, GenerateSection, Header, load_section, section_problems
 from rewards.editreward.generate_record import RECORD, only_one, same_as_before
 from rl.atomic import file_sha256, folder_manifest
+from rl.command_log import start_logging
 from rl.config import ConfigError
 from rollout.prompts import Prompt, PromptFileError, load_prompts
 
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0: every edit is there (or the dry run found nothing missing). 2: it cannot run as asked."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     try:
         header, section = load_section(arguments.recipe, arguments.overrides, "generate", GenerateSection)
         prompts = check(header, section)

@@ -47,6 +47,7 @@ from rewards.judge.cost import PROMPT_BYTES, cost_lines
 from rewards.judge.protocols import Sample
 from rewards.judge.template_files import Template, TemplateError
 from rl.atomic import atomic_write_json
+from rl.command_log import start_logging
 from rl.config import ConfigError
 
 log = logging.getLogger("rewards.editreward.label")
@@ -67,8 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0: every edit has its outcome (or the dry run found nothing missing). 2: it cannot run, or had to stop."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging()
     try:
         header, section = load_section(arguments.recipe, arguments.overrides, "label", LabelSection)
         template, jobs = check(header, section)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from rewards.editreward.client_card import ModelCard, ModelFolderError
 from rewards.editreward.serve_checks import DTYPES, EngineFacts, check_model, engine_problems
 from rl.atomic import atomic_write_json
+from rl.command_log import start_logging
 
 if TYPE_CHECKING:
     from rewards.editreward.replicas import ReplicaPlan, ReplicaStatus
@@ -79,8 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns 0 after SIGTERM or SIGINT, 2 when the model cannot be served as asked, 1 when every replica is lost."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging()
     try:
         card, facts = check_model(arguments.model)
         problems = engine_problems(card, facts, tensor_parallel=arguments.tensor_parallel)

@@ -13,6 +13,7 @@ import recipes
 from rewards.editreward.config import Recipe, load_recipe
 from rewards.editreward.data import DataError
 from rewards.editreward.settings import FILE, SettingsError
+from rl.command_log import start_logging
 from rl.schema import ConfigError, to_yaml
 
 log = logging.getLogger("rewards.editreward.train")
@@ -35,7 +36,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0: trained (or the dry run found nothing missing). 2: the recipe, its data or its model cannot be used."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         return dry_run(recipe) if arguments.dry_run else train(recipe, resume=arguments.resume)

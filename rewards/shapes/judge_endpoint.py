@@ -40,6 +40,7 @@ from PIL import Image
 from rewards.shapes.instructions import UnknownRequest
 from rewards.shapes.seeing import grade_caption, grade_edit, grade_quality
 from rl.atomic import atomic_write_text
+from rl.command_log import start_logging
 
 log = logging.getLogger("rewards.shapes.judge_endpoint")
 
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--noise", type=float, default=0.0, metavar="STD", help="error, in grades of 0 to 10")
     parser.add_argument("--seed", type=int, default=0, help="of the error")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     if not arguments.noise >= 0.0:
         parser.error(f"--noise is {arguments.noise}; give 0 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

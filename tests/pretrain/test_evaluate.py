@@ -83,3 +83,20 @@ def test_a_metaquery_base_is_drawn_with_its_vlm(tmp_path, tiny_model, capsys):
     options = ["--num-prompts", "4", "--guidance", "1", "2", "--steps", "1"]
     assert main([str(folder), "--vlm", str(vlm), *options]) == 0
     assert capsys.readouterr().out.count("| CFG 2 |") == 2
+
+
+def test_a_metaquery_base_is_read_as_it_was_trained(tmp_path, tiny_model, capsys):
+    """Positions of the VLM, and who is shown the picture to edit, each change what is drawn."""
+    folder, vlm = make_tiny_metaquery(tmp_path)
+    questions = heldout_questions("edit", 2)
+    settings = [
+        {},
+        {"position_mode": "mrope"},
+        {"references": ["vlm"]},
+        {"references": ["transformer"]},
+    ]
+    drawn = [Base(folder, vlm, **setting).draw(questions, 1.0, 2) for setting in settings]
+    for first in range(4):
+        assert not any((drawn[first] == drawn[second]).all() for second in range(first))
+    assert main([str(tiny_model), "--references", "vlm"]) == 2
+    assert "the transformer alone can be shown the picture to edit" in capsys.readouterr().err
