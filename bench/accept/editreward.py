@@ -2,7 +2,7 @@
 
 generate, label (by the exact verifier behind the judge's wire protocol), train, export, evaluate; the same for a
 regressor that sees the result alone; then vLLM serves the first, PDTR's editing stage is driven by it and judged by the
-exact verifier; last, a reward that forgets the instruction provokes the alarm. Resumable: what is finished is kept.
+exact verifier; last, a reward that learned from a wrong judge provokes the alarm. Resumable: what is finished is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.accept.evidence import ROOT, write
+from bench.accept.evidence import ROOT, Clock, write
 from rewards.shapes.prompts import edit_lines, write_lines
 from rl.statistics import Difference, paired_bootstrap
 
@@ -32,11 +32,9 @@ START_S, COMMAND_S = 600.0, 7200.0
 VIEWS = {
     "full": ["name=editreward"],
     "result": ["name=editreward-result", "input.view=result", "input.rubric=null"],
-    "preservation": [
-        "name=editreward-preservation", "data.dimensions=[preservation]", "data.combine=mean", "train.steps=1000",
-    ],
-}  # fmt: skip
-"""What each regressor is: the reward; one that sees the result alone; one that forgets the instruction."""
+    "cautious": ["name=editreward-cautious", "train.steps=1500"],
+}
+"""What each regressor is: the reward; one that sees the result alone; one that a wrong judge has taught."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,13 @@ class Claim:
 
 def main() -> None:
     """Write `docs/evidence/editreward.md`; exits 1 when a part does not hold."""
-    kept = RUNS / "seconds.json"
-    clock: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
+    clock = Clock(RUNS / "seconds.json")
     make_data(clock)
     for view in VIEWS:
         train(view, clock)
     claims = regressor_claims()
     served = drive("edit_editreward", "full", clock)
-    hacked = drive("reward_hacking", "preservation", clock)
+    hacked = drive("reward_hacking", "cautious", clock)
     claims += run_claims(served, hacked)
     path = write_evidence(claims, clock, served, hacked)
     sys.stdout.write(path.read_text())
@@ -70,7 +67,8 @@ def main() -> None:
 
 def command(name: str, view: str, *words: str, accepted: tuple[int, ...] = (0,)) -> None:
     """One command of `rewards.editreward`, with all of its output. Raises for an exit code that is not accepted."""
-    shards = [] if name in ("generate", "label") else [f"data.shards=[{RUNS}/editreward/labelled/*.tar]"]
+    labels = run_folder("cautious" if view == "cautious" else "full") / "labelled"
+    shards = [] if name in ("generate", "label") else [f"data.shards=[{labels}/*.tar]"]
     line = [sys.executable, "-m", "rewards.editreward", name, RECIPE, f"output_dir={RUNS}", *VIEWS[view]]
     done = subprocess.run(
         [*line, *shards, *words], cwd=ROOT, check=False, timeout=COMMAND_S, env=one_thread()
@@ -81,35 +79,34 @@ def command(name: str, view: str, *words: str, accepted: tuple[int, ...] = (0,))
         )
 
 
-@contextlib.contextmanager
-def timed(clock: dict[str, float], name: str) -> Iterator[None]:
-    """Seconds of a part, also of one that was broken off, kept beside the runs so that a continued proof knows them."""
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        clock[name] = clock.get(name, 0.0) + time.monotonic() - began
-        (RUNS / "seconds.json").write_text(json.dumps(clock, indent=2))
-
-
-def make_data(clock: dict[str, float]) -> None:
+def make_data(clock: Clock) -> None:
     """Prompts that neither the training prompts of PDTR nor any held-out file contain, edits of them, labels."""
     prompts = RUNS / "prompts" / "edit_train.jsonl"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     write_lines(prompts, edit_lines("train", PROMPTS, PROMPT_SEED))
-    if (RUNS / "editreward" / "labelled" / "labels.json").is_file():
-        return
-    with timed(clock, "generate"):
-        command("generate", "full", f"generate.prompts={prompts}")
-    with timed(clock, "label"), judge_endpoint() as url:
-        command("label", "full", f"label.judge.base_url={url}")
+    if not labelled("full"):
+        with clock.part("generate"):
+            command("generate", "full", f"generate.prompts={prompts}")
+        with clock.part("label"), judge_endpoint() as url:
+            command("label", "full", f"label.judge.base_url={url}")
+    if not labelled("cautious"):
+        some = ",".join(f"{RUNS}/editreward/edits/edits-000{tens}*.tar" for tens in range(4))
+        with clock.part("label cautious"), judge_endpoint("--cautious") as url:
+            command("label", "cautious", f"label.judge.base_url={url}", f"label.shards=[{some}]")
 
 
-def train(view: str, clock: dict[str, float]) -> None:
+def labelled(view: str) -> bool:
+    return (run_folder(view) / "labelled" / "labels.json").is_file()
+
+
+def run_folder(view: str) -> Path:
+    return RUNS / VIEWS[view][0].removeprefix("name=")
+
+
+def train(view: str, clock: Clock) -> None:
     """Train, export and evaluate one regressor."""
-    folder = RUNS / VIEWS[view][0].removeprefix("name=")
-    if not (folder / "model").is_dir():
-        with timed(clock, f"train {view}"):
+    if not (run_folder(view) / "model").is_dir():
+        with clock.part(f"train {view}"):
             command("train", view, "--resume", "auto")
         command("export", view)
     predictions = str(RUNS / "editreward/evaluation-test/predictions.jsonl")
@@ -118,13 +115,13 @@ def train(view: str, clock: dict[str, float]) -> None:
     command("evaluate", view, *against, accepted=(0, 1))
 
 
-def drive(recipe: str, view: str, clock: dict[str, float]) -> Path:
+def drive(recipe: str, view: str, clock: Clock) -> Path:
     """Run PDTR's editing stage under a regressor served by vLLM; returns the run's folder."""
     folder = RUNS / recipe
     if (folder / "summary.json").is_file():
         return folder
-    model = RUNS / VIEWS[view][0].removeprefix("name=") / "model"
-    with timed(clock, recipe), served(model) as url:
+    model = run_folder(view) / "model"
+    with clock.part(recipe), served(model) as url:
         words = [f"output_dir={RUNS}", f"name={recipe}"]
         for reward in ("stages[0].rewards[0]", "evaluation.tasks[0].rewards[2]"):
             words += [f"{reward}.params.model={model}", f"{reward}.params.urls=[{url}]"]
@@ -139,11 +136,11 @@ def one_thread() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def judge_endpoint() -> Iterator[str]:
+def judge_endpoint(*words: str) -> Iterator[str]:
     """The exact verifier behind the judge's wire protocol; yields its base URL."""
     ready = RUNS / "judge.url"
     ready.unlink(missing_ok=True)
-    line = [sys.executable, "-m", "rewards.shapes.judge_endpoint", "--port-file", str(ready)]
+    line = [sys.executable, "-m", "rewards.shapes.judge_endpoint", "--port-file", str(ready), *words]
     with process(line, ready):
         yield ready.read_text().strip()
 
@@ -178,8 +175,7 @@ def process(line: list[str], ready: Path) -> Iterator[None]:
 
 
 def report(view: str) -> dict[str, Any]:
-    folder = RUNS / VIEWS[view][0].removeprefix("name=")
-    return json.loads((folder / "evaluation-test" / "report.json").read_text())
+    return json.loads((run_folder(view) / "evaluation-test" / "report.json").read_text())
 
 
 def regressor_claims() -> list[Claim]:
@@ -225,7 +221,7 @@ def run_claims(served_run: Path, hacked: Path) -> list[Claim]:
         Claim("the same by the second scorer; interval above 0", show(vars(second)), above(second)),
         Claim("the same by the regressor itself", show(vars(learned)), True),
         Claim("that run raises no alarm", f"{len(alarm_lines(served_run))} lines", not alarm_lines(served_run)),
-        Claim("provoked: the reward that forgets the instruction rises on held-out prompts; interval above 0",
+        Claim("provoked: the reward that a wrong judge has taught rises on held-out prompts; interval above 0",
               show(vars(wrong_learned)), above(wrong_learned)),
         Claim("provoked: the exact verifier's score falls; interval below 0", show(vars(wrong_exact)),
               wrong_exact.high is not None and wrong_exact.high < 0),
@@ -261,7 +257,7 @@ def show(figure: dict[str, Any]) -> str:
     return "{} [{}, {}]".format(*numbers)
 
 
-def write_evidence(claims: list[Claim], clock: dict[str, float], served_run: Path, hacked: Path) -> Path:
+def write_evidence(claims: list[Claim], clock: Clock, served_run: Path, hacked: Path) -> Path:
     """The table of claims, what the steps took, and the curves' files."""
     images = ROOT / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -279,12 +275,12 @@ def write_evidence(claims: list[Claim], clock: dict[str, float], served_run: Pat
         "|---|---|---|",
         *(f"| {c.text} | {c.measured} | {'yes' if c.holds else '**no**'} |" for c in claims),
         "",
-        "Minutes: " + ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in clock.items()) + ".",
+        f"Minutes: {clock.minutes()}.",
         "",
         "Pictures in `docs/images/`: `editreward_calibration.png`, `editreward_edit.png` (before and after), "
         "`reward_hacking.png`.",
     ]
-    data = {"claims": [vars(claim) for claim in claims], "seconds": clock, "report": full}
+    data = {"claims": [vars(claim) for claim in claims], "seconds": clock.seconds, "report": full}
     return write("editreward", "EditReward on the shapes world", lines, data)
 
 

@@ -1,11 +1,12 @@
-"""Command line: `python -m rewards.shapes.judge_endpoint [--port 0] [--port-file FILE] [--noise STD] [--seed N]`.
+"""`python -m rewards.shapes.judge_endpoint [--port 0] [--port-file FILE] [--noise STD] [--seed N] [--cautious]`.
 
 An OpenAI-compatible endpoint that answers the questions of `rewards/judge` and of `rewards.editreward label` about
 pictures of the shapes world. It stands where GPT-4.1 would, which cannot be had offline: what it says comes from
 the exact verifier and GenEval's rules, applied to the pictures and words of the request and to nothing else, and
 rounded to whole grades. So it is a better judge than any real one; `--noise` makes it worse: a normal error, in
 grades, that is a function of the seeds (its own and the request's), the words and the pictures, so that the same
-question has the same answer.
+question has the same answer. `--cautious` makes it wrong: the less of an edit was carried out, the better it finds it,
+so that its favourite is the source itself; a reward that learned from it has to set off the alarm.
 
 | request | answer |
 |---|---|
@@ -110,10 +111,11 @@ def _grades(body: Mapping[str, Any], text: str) -> tuple[str, ...]:
 
 
 class ShapesJudge:
-    """Answers questions. `noise`: standard deviation of its error, in grades of 0 to 10."""
+    """Answers questions. `noise`: standard deviation of its error, in grades of 0 to 10. `cautious`: whether the
+    instruction's grade is upside down."""
 
-    def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
-        self.noise, self.seed = noise, seed
+    def __init__(self, noise: float = 0.0, seed: int = 0, *, cautious: bool = False) -> None:
+        self.noise, self.seed, self.cautious = noise, seed, cautious
 
     def answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A chat completion, a refusal included. Raises BadQuestion."""
@@ -145,7 +147,7 @@ class ShapesJudge:
             found |= {"naturalness": natural, "cleanness": clean, "quality": min(natural, clean)}
         if wanted & EDIT:
             judged = grade_edit(source[0], result, question.instruction)
-            carried_out = judged.instruction
+            carried_out = 1.0 - judged.instruction if self.cautious else judged.instruction
             found |= {"instruction": carried_out, "success": carried_out, "preservation": judged.preservation}
         if wanted & CAPTION:
             found |= dict.fromkeys(CAPTION, grade_caption(result, question.instruction))
@@ -253,12 +255,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port-file", type=Path, metavar="FILE", help="where to write the base_url")
     parser.add_argument("--noise", type=float, default=0.0, metavar="STD", help="error, in grades of 0 to 10")
     parser.add_argument("--seed", type=int, default=0, help="of the error")
+    parser.add_argument("--cautious", action="store_true", help="praises edits that were not carried out")
     arguments = parser.parse_args(argv)
     start_logging()
     if not arguments.noise >= 0.0:
         parser.error(f"--noise is {arguments.noise}; give 0 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with make_server(ShapesJudge(arguments.noise, arguments.seed), port=arguments.port) as server:
+    judge = ShapesJudge(arguments.noise, arguments.seed, cautious=arguments.cautious)
+    with make_server(judge, port=arguments.port) as server:
         if arguments.port_file:
             atomic_write_text(arguments.port_file, base_url(server) + "\n")
         log.info("judging at %s", base_url(server))

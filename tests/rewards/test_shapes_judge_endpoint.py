@@ -198,6 +198,14 @@ def test_noise_is_a_function_of_the_question_and_the_seeds(endpoint):
     assert all(value == int(value) and 0 <= value <= 10 for value in grades[0]["naturalness"])
 
 
+def test_a_cautious_judge_prefers_the_source_to_what_was_asked(endpoint):
+    pictures = [picture(RESULTS[name]) for name in ("right", "unchanged")]
+    asked, left = judged(endpoint(cautious=True), "structured", pictures, source=picture(SOURCE)).scores
+    assert asked == 0.0 and left > 0.9
+    asked, left = judged(endpoint(), "structured", pictures, source=picture(SOURCE)).scores
+    assert left == 0.0 and asked > 0.9
+
+
 @pytest.mark.parametrize(
     ("change", "status", "told"),
     [
