@@ -114,6 +114,20 @@ class TransformerModel:
 
 
 @dataclass
+class StopScore:
+    """Ends a run where its averaged weights reach a score, for a skill that is learned in one steep rise: at which
+    step that falls is chance, and a fixed last step would give another model each time."""
+
+    task: str = "edit"
+    score: float = 0.0
+    """Mean score of ODE samples at guidance 1 from which on the run ends; 0 = never."""
+    every: int = 100
+    """Steps between two looks."""
+    prompts: int = 512
+    """Held-out prompts of a look; others than `pretrain.evaluate` asks."""
+
+
+@dataclass
 class KontextRecipe(Recipe):
     model: TransformerModel = field(default_factory=TransformerModel)
     vae: str = MISSING
@@ -130,6 +144,7 @@ class KontextRecipe(Recipe):
     edit_share: float = 0.5
     """Share of batches that are editing; batches alternate, they never mix tasks."""
     preview_steps: int = 10
+    stop_score: StopScore = field(default_factory=StopScore)
 
 
 @dataclass
@@ -276,6 +291,16 @@ def _bad_values(recipe: Recipe) -> list[str]:
         for name in ("prompt_dropout", "edit_share"):
             if not 0 <= getattr(recipe, name) <= 1:
                 problems.append(f"{name}={getattr(recipe, name)} must be in [0, 1]")
+        stop = recipe.stop_score
+        if stop.task not in ("t2i", "edit"):
+            problems.append(f"stop_score.task={stop.task} is not t2i or edit")
+        if not 0 <= stop.score <= 1:
+            problems.append(f"stop_score.score={stop.score} must be in [0, 1]")
+        problems += [
+            f"stop_score.{name}={getattr(stop, name)} must be at least 1"
+            for name in ("every", "prompts")
+            if getattr(stop, name) < 1
+        ]
     if isinstance(recipe, VlmRecipe):
         if not 1 <= recipe.compare_layer <= recipe.model.layers:
             problems.append(

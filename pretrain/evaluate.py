@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -30,12 +32,13 @@ from models.components import (
     load_transformer,
     load_vae,
 )
+from models.kontext import KontextTransformer
 from models.latents import decode_latents, encode_images
 from models.metaquery_config import check_metaquery
 from models.metaquery_encoder import MetaQueryEncoder
 from models.metaquery_vlm import POSITION_MODES, PositionMode
 from models.text import SD3TextEncoder
-from pretrain.pool import text_length
+from pretrain.pool import load_text
 from pretrain.randomness import numpy_generator, torch_generator
 from pretrain.sampling import sample_latents
 from pretrain.shapes import to_tensor
@@ -101,32 +104,46 @@ def bootstrap_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]
 
 
 class Base:
-    """A base folder, loaded in float32 on the CPU, as a sampler of pictures; with `vlm`, a MetaQuery base.
+    """A base on the CPU in float32, as a sampler of pictures; with a MetaQuery encoder, a MetaQuery base.
 
-    `position_mode` is the VLM's; `references` names those of `READERS` that see the picture to edit.
+    `references` names those of `READERS` that see the picture to edit.
     """
 
     def __init__(
         self,
+        transformer: KontextTransformer,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        encoder: SD3TextEncoder | MetaQueryEncoder,
+        references: Sequence[str] = READERS,
+    ) -> None:
+        self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
+        self.encoder, self.references = encoder, references
+
+    @classmethod
+    def load(
+        cls,
         folder: str | Path,
         vlm: str | Path | None = None,
         *,
         position_mode: PositionMode = "flat",
         references: Sequence[str] = READERS,
-    ) -> None:
-        self.references = references
-        self.transformer = load_transformer(folder, dtype=torch.float32)
-        self.vae = load_vae(folder, dtype=torch.float32)
-        self.scheduler = load_scheduler(folder)
-        self.encoder: SD3TextEncoder | MetaQueryEncoder
+    ) -> "Base":
+        """A base's folder; with `vlm`, the folder of its Qwen2.5-VL, whose positions are of the given mode."""
+        encoder: SD3TextEncoder | MetaQueryEncoder
         if vlm is None:
-            self.encoder = SD3TextEncoder.from_pretrained(
-                folder, dtype=torch.float32, device="cpu", max_sequence_length=text_length(folder)
-            )
+            encoder = load_text(folder)
         else:
-            self.encoder = MetaQueryEncoder.from_pretrained(
+            encoder = MetaQueryEncoder.from_pretrained(
                 folder, vlm, dtype=torch.float32, device="cpu", position_mode=position_mode
             )
+        return cls(
+            load_transformer(folder, dtype=torch.float32),
+            load_vae(folder, dtype=torch.float32),
+            load_scheduler(folder),
+            encoder,
+            references,
+        )
 
     def embed(self, prompts: list[str], sources: list[Scene]) -> tuple[Tensor, Tensor]:
         """prompt_embeds N L D and pooled N P; MetaQuery also sees the scenes to edit (none: text-to-image)."""
@@ -225,8 +242,8 @@ def evaluate(
     steps: int = 10,
     ceilings: bool = True,
 ) -> list[Result]:
-    """Score a base on both tasks: the ceilings first, then every guidance. The base is read as `Base` says."""
-    base = Base(folder, vlm, position_mode=position_mode, references=references)
+    """Score a base on both tasks: the ceilings first, then every guidance. The base is read as by `Base.load`."""
+    base = Base.load(folder, vlm, position_mode=position_mode, references=references)
     results = []
     for task in TASKS:
         questions = heldout_questions(task, count)

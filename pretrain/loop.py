@@ -5,24 +5,27 @@ import json
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from pretrain.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from pretrain.config import Recipe, RecipeError
+from pretrain.config import Recipe, RecipeError, StopScore
 from pretrain.optimization import WeightAverage, build_optimizers, lr_factor
 from pretrain.stage import Stage
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Keys that may differ between a run and its resumption: they leave the numbers alone.
 _FREE_KEYS = {
     "output_dir",
     "stop_step",
+    "stop_score",
     "threads",
     "log_every",
     "sample_every",
@@ -31,15 +34,27 @@ _FREE_KEYS = {
 }
 
 
+class StopRule(Protocol):
+    """A score of the averaged weights at which a run ends before its last step."""
+
+    settings: StopScore
+
+    @property
+    def name(self) -> str: ...
+
+    def score(self) -> float: ...
+
+
 class TrainingLoop:
-    """Runs `stage` to `recipe.stop_step` or `recipe.steps` under `recipe.output_dir`.
+    """Runs `stage` to `recipe.stop_step` or `recipe.steps`, or to the score of `stop_rule`, under `recipe.output_dir`.
 
     Writes metrics.jsonl, samples/step-*.png, checkpoints/step-*, and model/ (averaged weights, released layout).
     """
 
-    def __init__(self, stage: Stage, recipe: Recipe) -> None:
+    def __init__(self, stage: Stage, recipe: Recipe, stop_rule: StopRule | None = None) -> None:
         self.stage = stage
         self.recipe = recipe
+        self.stop_rule = stop_rule
         self.folder = Path(recipe.output_dir)
         self.step = 0
         self.optimizers = build_optimizers(stage.modules, recipe.optimization)
@@ -83,7 +98,8 @@ class TrainingLoop:
         recipe, started = self.recipe, time.perf_counter()
         end = recipe.stop_step or recipe.steps
         bar = tqdm(total=end, initial=self.step, desc=recipe.stage, mininterval=2)
-        while self.step < end:
+        last = self.step >= end or (self.step > 0 and self._good_enough())
+        while not last:
             figures = self._train_step()
             for name, value in figures.items():
                 entry = self._sums[name]
@@ -91,7 +107,7 @@ class TrainingLoop:
                 entry[1] += 1
             self.step += 1
             bar.update()
-            last = self.step == end
+            last = self._good_enough() or self.step == end
             if self.step % recipe.log_every == 0 or last:
                 self._write_metrics(time.perf_counter() - started)
                 started = time.perf_counter()
@@ -142,6 +158,18 @@ class TrainingLoop:
         self.average.update()
         return {"loss": result.loss.item(), "gradient_norm": norm.item(), **result.figures}
 
+    def _good_enough(self) -> bool:
+        """Whether the stop rule's score is reached, at the steps at which it looks; the score goes to the metrics."""
+        rule = self.stop_rule
+        if rule is None or self.step % rule.settings.every:
+            return False
+        value = self._with_average(rule.score)
+        log.info(
+            "step %d: %s is %.3f, the run ends at %.3f", self.step, rule.name, value, rule.settings.score
+        )
+        self._sums[rule.name] = [value, 1]
+        return value >= rule.settings.score
+
     def _write_metrics(self, seconds: float) -> None:
         count = self._sums["loss"][1]
         line: dict[str, Any] = {name: total / n for name, (total, n) in sorted(self._sums.items())}
@@ -159,7 +187,7 @@ class TrainingLoop:
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
 
-    def _with_average(self, action):  # type: ignore[no-untyped-def]
+    def _with_average(self, action: Callable[[], T]) -> T:
         """Run `action` on the averaged weights in eval mode."""
         self.average.swap()
         for module in self.stage.modules:

@@ -48,6 +48,13 @@ def text_length(text_folder: str | Path) -> int:
     return int(json.loads(config.read_text(encoding="utf-8"))["model_max_length"])
 
 
+def load_text(folder: str | Path) -> SD3TextEncoder:
+    """SD3's three text encoders of a folder, on the CPU in float32, reading as many tokens as they were made for."""
+    return SD3TextEncoder.from_pretrained(
+        folder, dtype=torch.float32, device="cpu", max_sequence_length=text_length(folder)
+    )
+
+
 def load_pool(recipe: KontextRecipe) -> Pool:
     """Read the pool of these encoders and settings from `pool_dir`, or make it (minutes) and keep it there."""
     path = Path(recipe.pool_dir) / f"pool-{_digest(recipe)}.safetensors"
@@ -84,10 +91,7 @@ def build_pool(recipe: KontextRecipe) -> Pool:
         edit_texts += edit.prompts
     texts = ["", *sorted({*t2i_texts, *edit_texts})]
     rows = {text: row for row, text in enumerate(texts)}
-    encoder = SD3TextEncoder.from_pretrained(
-        recipe.text, dtype=torch.float32, device="cpu", max_sequence_length=text_length(recipe.text)
-    )
-    embeds = encoder.encode(texts)
+    embeds = load_text(recipe.text).encode(texts)
     return Pool(
         t2i_latents=torch.cat(t2i_latents),
         t2i_text=torch.tensor([rows[text] for text in t2i_texts]),

@@ -5,7 +5,7 @@ Stages: `vae`, `text`, `kontext`, `vision`, `vlm`; the recipe's `stage` key choo
 
 import argparse
 import sys
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -19,9 +19,12 @@ from pretrain.config import (
     VlmRecipe,
     load_recipe,
 )
-from pretrain.loop import TrainingLoop
+from pretrain.loop import StopRule, TrainingLoop
 from pretrain.stage import Stage
 from rl.command_log import start_logging
+
+if TYPE_CHECKING:
+    from pretrain.kontext import KontextStage
 
 
 def build_stage(recipe: Recipe) -> Stage:
@@ -48,6 +51,15 @@ def build_stage(recipe: Recipe) -> Stage:
     return KontextStage(cast(KontextRecipe, recipe))
 
 
+def stop_rule(recipe: Recipe, stage: Stage) -> StopRule | None:
+    """The score at which a recipe ends, where it names one."""
+    if not isinstance(recipe, KontextRecipe) or not recipe.stop_score.score:
+        return None
+    from pretrain.stop_score import StopByScore
+
+    return StopByScore(recipe, cast("KontextStage", stage))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="YAML file, see recipes/shapes/")
@@ -58,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         torch.set_num_threads(recipe.threads)
-        loop = TrainingLoop(build_stage(recipe), recipe)
+        stage = build_stage(recipe)
+        loop = TrainingLoop(stage, recipe, stop_rule(recipe, stage))
         if options.resume:
             loop.resume(options.resume)
     except (RecipeError, FileNotFoundError) as error:

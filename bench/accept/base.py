@@ -34,7 +34,7 @@ def main() -> None:
         questions = heldout_questions(task, NUM_PROMPTS)
         for guidance in GUIDANCES:
             old, new = (
-                score(task, questions, Base(folder).draw(questions, guidance, 10))
+                score(task, questions, Base.load(folder).draw(questions, guidance, 10))
                 for folder in (COMMITTED, trained)
             )
             change = paired_bootstrap(old, new)

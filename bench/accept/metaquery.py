@@ -103,7 +103,7 @@ def evaluate(name: str, guidances: tuple[float, ...]) -> Scores:
     """Held-out scores of a run's model, read as it was trained; kept, so that a continued proof does not draw again."""
     changes = VARIANTS.get(name, ())
     references = [reader for reader in READERS if f"references.{reader}=false" not in changes]
-    base, found = Base(RUNS / name / "model", VLM, position_mode="mrope", references=references), {}
+    base, found = Base.load(RUNS / name / "model", VLM, position_mode="mrope", references=references), {}
     for task in TASKS:
         questions = heldout_questions(task, NUM_PROMPTS)
         for guidance in guidances:

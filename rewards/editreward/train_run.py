@@ -85,7 +85,7 @@ class TrainingRun:
                         for n in (train.log_every, train.evaluate_every, train.save_every)
                     ),
                 )
-                self._log_steps(self.ranks.call("advance", stop), bar.rate)
+                self._log_steps(self.ranks.call("advance", stop))
                 self.state = replace(self.state, step=stop)
                 last = stop == self.end
                 if stop % train.evaluate_every == 0 or last:
@@ -96,7 +96,7 @@ class TrainingRun:
         self.scalars.close()
         return self.state
 
-    def _log_steps(self, figures: list[list[Any]], rate: float) -> None:
+    def _log_steps(self, figures: list[list[Any]]) -> None:
         """One record a step: means over ranks."""
         ranking = self.recipe.train.ranking.weight
         records = []
@@ -114,7 +114,7 @@ class TrainingRun:
                 }
             )
         self.scalars.write(records)
-        log.info("step %d: loss %.4f, %.2f steps/s", records[-1]["step"], records[-1]["train/loss"], rate)
+        log.info("step %d: loss %.4f", records[-1]["step"], records[-1]["train/loss"])
 
     def _validate(self) -> None:
         answers = [row for rank in self.ranks.call("validate") for row in rank]

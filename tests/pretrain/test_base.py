@@ -49,7 +49,7 @@ def test_it_scores_above_a_floor_without_guidance():
 
 
 def test_a_picture_depends_on_its_prompt_and_noise_alone():
-    base = Base(BASE)
+    base = Base.load(BASE)
     for task in ("t2i", "edit"):
         questions = heldout_questions(task, 3)
         together = base.draw(questions, 1.0, 4).astype(int)

@@ -41,6 +41,9 @@ def test_every_unknown_key_is_named_with_the_nearest_known_one():
         ("prompt_dropout=2", "prompt_dropout=2"),
         ("edit_share=-1", "edit_share=-1"),
         ("stop_step=9000000", "stop_step=9000000"),
+        ("stop_score.task=draw", "stop_score.task=draw"),
+        ("stop_score.score=2", "stop_score.score=2"),
+        ("stop_score.every=0", "stop_score.every=0"),
         ("stage=rl", "not one of vae, text, kontext"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_contact_sheet_keeps_the_pixels():
 
 def test_a_metaquery_base_is_drawn_with_its_vlm(tmp_path, tiny_model, capsys):
     folder, vlm = make_tiny_metaquery(tmp_path)
-    base = Base(folder, vlm)
+    base = Base.load(folder, vlm)
     questions = heldout_questions("edit", 3)
     pictures = base.draw(questions, 2.0, 2)
     assert pictures.shape == (3, 32, 32, 3) and (base.draw(questions, 2.0, 2) == pictures).all()
@@ -95,7 +95,7 @@ def test_a_metaquery_base_is_read_as_it_was_trained(tmp_path, tiny_model, capsys
         {"references": ["vlm"]},
         {"references": ["transformer"]},
     ]
-    drawn = [Base(folder, vlm, **setting).draw(questions, 1.0, 2) for setting in settings]
+    drawn = [Base.load(folder, vlm, **setting).draw(questions, 1.0, 2) for setting in settings]
     for first in range(4):
         assert not any((drawn[first] == drawn[second]).all() for second in range(first))
     assert main([str(tiny_model), "--references", "vlm"]) == 2

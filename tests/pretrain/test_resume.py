@@ -1,13 +1,15 @@
 """A run of N steps equals k steps, a resume, and the rest: bit for bit, in every stage."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from pretrain.config import RecipeError, load_recipe
+from pretrain.config import RecipeError, StopScore, load_recipe
+from pretrain.evaluate import Base, heldout_questions, score
 from pretrain.loop import TrainingLoop
 from pretrain.train import build_stage, main
 
@@ -78,6 +80,50 @@ def test_resumed_equals_straight(stage, parts, tmp_path):
     assert files
     for path in files:
         assert (tmp_path / "cut" / path).read_bytes() == (tmp_path / "straight" / path).read_bytes()
+
+
+@dataclass
+class Scores:
+    """A stop rule that reads its scores from a list."""
+
+    scores: list[float]
+    settings: StopScore = field(default_factory=lambda: StopScore(score=0.5, every=2))
+    name = "score_edit"
+
+    def score(self):
+        return self.scores.pop(0)
+
+
+def test_a_run_ends_at_its_score_with_the_weights_of_that_step(parts, tmp_path):
+    straight = new_loop(
+        "kontext", [*overrides_of("kontext", parts, tmp_path / "straight"), f"stop_step={CUT}"]
+    )
+    straight.run()
+    stopped = new_loop("kontext", overrides_of("kontext", parts, tmp_path / "stopped"))
+    stopped.stop_rule = Scores([0.4, 0.6])
+    stopped.run()
+    assert stopped.step == CUT
+    weights = [tmp_path / name / "model/transformer" for name in ("straight", "stopped")]
+    files = [next(folder.glob("*.safetensors")).read_bytes() for folder in weights]
+    assert files[0] == files[1]
+    lines = (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["score_edit"] for line in lines] == [0.4, 0.6]
+
+    again = new_loop("kontext", overrides_of("kontext", parts, tmp_path / "stopped"))
+    again.stop_rule = Scores([0.6])
+    again.resume("auto")
+    again.run()
+    assert again.step == CUT and (tmp_path / "stopped/metrics.jsonl").read_text().splitlines() == lines
+
+
+def test_the_stop_rule_of_a_recipe_scores_the_averaged_weights(parts, tmp_path):
+    words = [*overrides_of("kontext", parts, tmp_path), "preview_steps=2", "steps=2"]
+    assert main([str(SHAPES / "kontext.yaml"), *words, "stop_score.prompts=6", "stop_score.every=2"]) == 0
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    questions = heldout_questions("edit", 6, 7)
+    drawn = Base.load(tmp_path / "model").draw(questions, 1.0, 2, 7)
+    assert json.loads(line)["score_edit"] == pytest.approx(score("edit", questions, drawn).mean(), abs=1e-3)
+    assert main([str(SHAPES / "kontext.yaml"), *words, "stop_score.score=0", "stop_step=0"]) == 0
 
 
 def test_a_resume_under_another_recipe_is_refused(parts, tmp_path):
