@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.accept.evidence import ROOT, Clock, write
+from bench.accept.commands import one_thread, process
+from bench.accept.evidence import ROOT, Claim, Clock, claims_table, write
 from rewards.shapes.prompts import edit_lines, write_lines
 from rl.statistics import Difference, paired_bootstrap
 
@@ -28,22 +25,13 @@ RUNS = ROOT / "runs" / "accept_editreward"
 RECIPE = "recipes/shapes/editreward.yaml"
 PROMPTS, PROMPT_SEED = 8192, 30
 SPEARMAN, PAIRWISE = 0.7, 0.8
-START_S, COMMAND_S = 600.0, 7200.0
+COMMAND_S = 7200.0
 VIEWS = {
     "full": ["name=editreward"],
     "result": ["name=editreward-result", "input.view=result", "input.rubric=null"],
     "cautious": ["name=editreward-cautious", "train.steps=1500"],
 }
 """What each regressor is: the reward; one that sees the result alone; one that a wrong judge has taught."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One part of what has to be shown."""
-
-    text: str
-    measured: str
-    holds: bool
 
 
 def main() -> None:
@@ -131,10 +119,6 @@ def drive(recipe: str, view: str, clock: Clock) -> Path:
     return folder
 
 
-def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-
-
 @contextlib.contextmanager
 def judge_endpoint(*words: str) -> Iterator[str]:
     """The exact verifier behind the judge's wire protocol; yields its base URL."""
@@ -153,22 +137,6 @@ def served(model: Path) -> Iterator[str]:
     line = [sys.executable, "-m", "rewards.editreward", "serve", str(model), "--device", "cpu", "--port", "0"]
     with process([*line, "--ready-file", str(ready)], ready):
         yield json.loads(ready.read_text())["urls"][0]
-
-
-@contextlib.contextmanager
-def process(line: list[str], ready: Path) -> Iterator[None]:
-    """A process that runs while the block does, once its ready file is there."""
-    with subprocess.Popen(line, cwd=ROOT, env=one_thread()) as running:
-        try:
-            deadline = time.monotonic() + START_S
-            while not ready.is_file():
-                if running.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"{' '.join(line)} is not ready (exit code {running.poll()})")
-                time.sleep(0.5)
-            yield
-        finally:
-            running.send_signal(signal.SIGTERM)
-            running.wait(timeout=120)
 
 
 # ---- the claims -------------------------------------------------------------------------------------------
@@ -271,9 +239,7 @@ def write_evidence(claims: list[Claim], clock: Clock, served_run: Path, hacked: 
         "`recipes/shapes/edit_editreward.yaml` and `recipes/shapes/reward_hacking.yaml` under a real vLLM. Intervals "
         "at 95 %: over sources, over prompts.",
         "",
-        "| part | measured | holds |",
-        "|---|---|---|",
-        *(f"| {c.text} | {c.measured} | {'yes' if c.holds else '**no**'} |" for c in claims),
+        *claims_table(claims),
         "",
         f"Minutes: {clock.minutes()}.",
         "",

@@ -8,13 +8,29 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "evidence"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One part of what has to be shown."""
+
+    text: str
+    measured: str
+    holds: bool
+
+
+def claims_table(claims: Iterable[Claim]) -> list[str]:
+    """Markdown: a row for each claim."""
+    rows = (f"| {c.text} | {c.measured} | {'yes' if c.holds else '**no**'} |" for c in claims)
+    return ["| part | measured | holds |", "|---|---|---|", *rows]
 
 
 def commit() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.accept.evidence import ROOT, Clock, write
+from bench.accept.evidence import ROOT, Claim, Clock, claims_table, write
 from bench.accept.metaquery_runs import (
     ALIGN,
     BOTH,
@@ -26,6 +26,7 @@ from bench.accept.metaquery_runs import (
     ONLY_VLM,
     RUNS,
     UNIFIED,
+    VARIANT,
     VARIANTS,
     VLM,
     pdtr,
@@ -47,15 +48,6 @@ GATE = 1e-5
 
 Scores = dict[tuple[str, float], np.ndarray]
 """Scores [prompts] by task and guidance."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One part of what has to be shown."""
-
-    text: str
-    measured: str
-    holds: bool
 
 
 @dataclass(frozen=True)
@@ -178,9 +170,7 @@ def document(
         f"`recipes/shapes/metaquery_align.yaml`, `metaquery_unified.yaml`, `pdtr_metaquery.yaml`; {NUM_PROMPTS} "
         "held-out prompts a task, Euler 10 steps; 95 % intervals over prompts, one training seed.",
         "",
-        "| part | measured | holds |",
-        "|---|---|---|",
-        *(f"| {c.text} | {c.measured} | {'yes' if c.holds else '**no**'} |" for c in claims),
+        *claims_table(claims),
         "",
         "| unified | guidance | score |",
         "|---|---|---|",
@@ -191,7 +181,7 @@ def document(
         "",
         "## Tables 2 and 3 in miniature",
         "",
-        "Each variant is 1,500 steps of `metaquery_unified.yaml` from the aligned connector; guidance 1.",
+        f"Each variant is `metaquery_unified.yaml` with {' '.join(VARIANT)} from the aligned connector; guidance 1.",
         "",
         "| variant | changed | text-to-image | editing |",
         "|---|---|---|---|",

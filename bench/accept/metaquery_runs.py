@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from bench.accept.commands import one_thread
 from bench.accept.evidence import ROOT, Clock
 
 RUNS = ROOT / "runs" / "accept_metaquery"
@@ -110,7 +110,3 @@ def training_records(metrics: Path) -> list[dict[str, float]]:
     text = metrics.read_text()
     records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [record for record in records if "loss/total" in record]
-
-
-def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.accept.editreward import process
+from bench.accept.commands import process
 from bench.accept.evidence import ROOT, write
 from bench.accept.table4_directions import (
     METRICS,
