@@ -51,11 +51,13 @@ def write(name: str, title: str, body: list[str], data: dict[str, Any]) -> Path:
     FOLDER.mkdir(parents=True, exist_ok=True)
     hardware = f"{os.cpu_count()} CPU cores, no GPU, Python {platform.python_version()}"
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "ray", "deepspeed", "diffusers"))
-    head = [f"# {title}", "", f"Commit {commit()}; {hardware}; {packages}.", ""]
+    # Once: the first file that is written is itself a change.
+    made_at = commit()
+    head = [f"# {title}", "", f"Commit {made_at}; {hardware}; {packages}.", ""]
     path = FOLDER / f"{name}.md"
     path.write_text("\n".join([*head, *body]) + "\n")
     (FOLDER / f"{name}.json").write_text(
-        json.dumps({"commit": commit(), "hardware": hardware, **data}, indent=2) + "\n"
+        json.dumps({"commit": made_at, "hardware": hardware, **data}, indent=2) + "\n"
     )
     return path
 
