@@ -99,6 +99,7 @@ class TrainingLoop:
         end = recipe.stop_step or recipe.steps
         bar = tqdm(total=end, initial=self.step, desc=recipe.stage, mininterval=2)
         last = self.step >= end or (self.step > 0 and self._good_enough())
+        self._sums.clear()  # a resumed run looked again at a step whose line is written
         while not last:
             figures = self._train_step()
             for name, value in figures.items():

@@ -116,6 +116,24 @@ def test_a_run_ends_at_its_score_with_the_weights_of_that_step(parts, tmp_path):
     assert again.step == CUT and (tmp_path / "stopped/metrics.jsonl").read_text().splitlines() == lines
 
 
+def test_a_resumed_run_writes_the_scores_of_the_straight_one(parts, tmp_path):
+    rule = StopScore(score=0.5, every=CUT)
+    words = overrides_of("kontext", parts, tmp_path)
+    straight = new_loop("kontext", words)
+    straight.stop_rule = Scores([0.4], rule)
+    straight.run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("score_edit") for line in lines] == [None, 0.4, None]
+
+    resumed = new_loop("kontext", words)
+    resumed.stop_rule = Scores([0.4], rule)
+    resumed.resume(str(tmp_path / f"checkpoints/step-{CUT:06d}"))
+    resumed.run()
+    again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("score_edit") for line in again] == [None, 0.4, None]
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+
+
 def test_the_stop_rule_of_a_recipe_scores_the_averaged_weights(parts, tmp_path):
     words = [*overrides_of("kontext", parts, tmp_path), "preview_steps=2", "steps=2"]
     assert main([str(SHAPES / "kontext.yaml"), *words, "stop_score.prompts=6", "stop_score.every=2"]) == 0
