@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class PretrainBatch:
     """A rank's places of a global batch, which has one task and one size.
 
-    Legend: B samples of this rank, H W pixels, C h w latents, L tokens, D and P widths of the embeddings.
+    Legend: B samples of this rank, H W pixels, C h w latents, L tokens, D and P widths of the embeddings, Q queries, V
+    width of the VLM.
 
     Attributes:
         task: `t2i`, or `edit` with references.
@@ -28,6 +29,7 @@ class PretrainBatch:
             None unless cached.
         prompt_embeds, pooled_prompt_embeds: B L D and B P of `prompts`, in the type they were cached in; None
             unless cached.
+        query_states: B Q V, what the VLM makes of the queries after `prompts`; None unless cached.
         reference_images: B pictures of W x H, the source of an edit; None unless `data.reference_images`.
     """
 
@@ -42,4 +44,5 @@ class PretrainBatch:
     reference_latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     pooled_prompt_embeds: Tensor | None = None
+    query_states: Tensor | None = None
     reference_images: list[Image.Image] | None = None

@@ -63,17 +63,27 @@ class CacheConfig:
     """VAE latents in place of pixels."""
     text: bool = False
     """SD3's text embeddings; 2.7 MB a distinct text at full size."""
+    queries: bool = False
+    """The VLM's states at queries that are not trained; at full size 1.8 MB a distinct text, 3.7 MB an edit."""
     vae: str = ""
     """Folder that holds `vae/`."""
     text_encoders: str = ""
     """Folder that holds `text_encoder{,_2,_3}/` and `tokenizer{,_2,_3}/`."""
     max_sequence_length: int = 256
     """T5 tokens of a prompt."""
+    vlm: str = ""
+    """Folder of the Qwen2.5-VL."""
+    conditioner: str = ""
+    """Folder that holds `conditioner/`, of which the queries are read."""
+    position_mode: str = "flat"
+    """Positions in the VLM: flat or mrope."""
+    show_references: bool = True
+    """Show the VLM the picture of an edit."""
     text_dtype: str = "bfloat16"
-    """Type the text encoders run in; embeddings are kept in it, latents always in float32."""
+    """Type the text encoders and the VLM run in; what they give is kept in it, latents always in float32."""
     device: str = "cpu"
     batch_size: int = 16
-    """Pictures per call of the VAE."""
+    """Pictures per call of the VAE, samples per call of the VLM."""
     samples_per_shard: int = 1024
 
 
@@ -176,12 +186,16 @@ def _resolution_problems(schedule: list[Resolution]) -> Iterator[str]:
 
 def _cache_problems(data: DataConfig) -> Iterator[str]:
     cache = data.cache
-    if (cache.latents or cache.text) and not data.cache_dir:
-        yield "cache_dir is empty: name the folder of what cache.latents and cache.text encode ahead"
+    if (cache.latents or cache.text or cache.queries) and not data.cache_dir:
+        yield "cache_dir is empty: name the folder of what cache.latents, .text and .queries encode ahead"
     if cache.latents and not cache.vae:
         yield "cache.vae is empty: cache.latents needs the folder that holds vae/"
     if cache.text and not cache.text_encoders:
         yield "cache.text_encoders is empty: cache.text needs the folder that holds text_encoder/"
+    if cache.queries and not (cache.vlm and cache.conditioner):
+        yield "cache.vlm or cache.conditioner is empty: cache.queries needs a VLM's folder and one with conditioner/"
+    if cache.position_mode not in ("flat", "mrope"):
+        yield f"cache.position_mode={cache.position_mode!r} is neither flat nor mrope"
     if cache.text_dtype not in DTYPES:
         yield f"cache.text_dtype={cache.text_dtype!r} is not one of {', '.join(DTYPES)}"
     for name in ("max_sequence_length", "batch_size", "samples_per_shard"):

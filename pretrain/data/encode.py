@@ -1,6 +1,6 @@
-"""Encodes shards of samples: VAE latents by bucket, SD3's text embeddings by distinct text."""
+"""Encodes shards of samples: VAE latents by bucket, SD3's text embeddings by distinct text, states at queries."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,16 +9,18 @@ from uuid import uuid4
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 import recipes
-from models.components import load_vae
+from models.components import load_conditioner, load_vae
 from models.latents import encode_images
+from models.metaquery_vlm import QueryReader
 from models.text import SD3TextEncoder
 from pretrain.data.buckets import bucket_size, nearest_buckets
 from pretrain.data.config import DataConfig
-from pretrain.data.encoded import EncodedLatents, EncodedTexts, Shards, stack
+from pretrain.data.encoded import EncodedLatents, EncodedQueries, EncodedTexts, Shards, stack
 from pretrain.data.errors import SampleError
 from pretrain.data.pixels import fitted_pictures, to_pixels
 from pretrain.data.sources import Source, check_corrupt, open_sources
@@ -26,8 +28,9 @@ from pretrain.data.sources import Source, check_corrupt, open_sources
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to encode: of a source's latents at an area, or of its texts (area 0)."""
+    """One shard to encode: its kind (latents, text, queries), and where it is among the shards of this kind."""
 
+    kind: str
     source: int
     shard: int
     area: int
@@ -50,42 +53,37 @@ class ShardEncoder:
         """Indexes the sources. Raises DataError, as opening sources and reading the encoders' files does."""
         self._data = data
         self._sources = open_sources(data)
-        self._latents = EncodedLatents(data, self._sources) if data.cache.latents else None
-        self._texts = EncodedTexts(data, self._sources) if data.cache.text else None
+        kinds: dict[str, Callable[[DataConfig, list[Source]], EncodedLatents | EncodedTexts | EncodedQueries]]
+        kinds = {"latents": EncodedLatents, "text": EncodedTexts, "queries": EncodedQueries}
+        self._shards: dict[str, Shards] = {
+            kind: encoded(data, self._sources).shards
+            for kind, encoded in kinds.items()
+            if getattr(data.cache, kind)
+        }
 
     def jobs(self) -> list[Job]:
         """Every shard, those that exist too."""
-        found = []
-        for encoded in (self._latents, self._texts):
-            if encoded is None:
-                continue
-            for area in encoded.areas:
-                for source in range(len(self._sources)):
-                    found += [Job(source, shard, area) for shard in range(encoded.shards.count(source))]
-        return found
+        return [Job(kind, *shard) for kind, shards in self._shards.items() for shard in shards.all()]
 
     def path(self, job: Job) -> Path:
         """Where a job's shard goes."""
-        return self._shards(job).path(job.source, job.shard, job.area)
+        return self._shards[job.kind].path(job.source, job.shard, job.area)
 
     def run(self, job: Job) -> list[Broken]:
         """Encode and write a shard, whole or not at all; returns its samples that could not be read."""
-        source, ordinals = self._sources[job.source], self._shards(job).ordinals(job.source, job.shard)
-        if job.area:
+        source, ordinals = self._sources[job.source], self._shards[job.kind].ordinals(job.source, job.shard)
+        if job.kind == "latents":
             tensors, broken = encode_latents(self._data, source, ordinals, job.area, self._vae)
-        else:
+        elif job.kind == "text":
             tensors, broken = encode_texts(source, ordinals, self._text_encoder)
+        else:
+            tensors, broken = encode_queries(self._data, source, ordinals, job.area, *self._reader)
         write_shard(self.path(job), tensors)
         return [Broken(job.source, *source.name(ordinal), reason) for ordinal, reason in broken.items()]
 
     def check_broken(self, source: int, found: int) -> None:
         """Raises DataError where `found` broken samples, beside those known, are too many of a source."""
         check_corrupt(self._data, source, self._sources[source], found)
-
-    def _shards(self, job: Job) -> Shards:
-        encoded = self._latents if job.area else self._texts
-        assert encoded is not None
-        return encoded.shards
 
     @cached_property
     def _vae(self) -> AutoencoderKL:
@@ -100,6 +98,18 @@ class ShardEncoder:
             device=cache.device,
             max_sequence_length=cache.max_sequence_length,
         )
+
+    @cached_property
+    def _reader(self) -> tuple[QueryReader, Tensor]:
+        cache, dtype = self._data.cache, getattr(torch, self._data.cache.text_dtype)
+        reader = QueryReader.from_pretrained(
+            recipes.resolve(cache.vlm),
+            dtype=dtype,
+            device=cache.device,
+            position_mode=cache.position_mode,  # type: ignore[arg-type]
+        )
+        conditioner = load_conditioner(recipes.resolve(cache.conditioner), dtype=dtype)
+        return reader, conditioner.meta_queries.detach()
 
 
 def encode_latents(
@@ -157,6 +167,47 @@ def encode_texts(
         "pooled_prompt_embeds": pooled,
     }
     return tensors, broken
+
+
+@torch.no_grad()
+def encode_queries(
+    data: DataConfig, source: Source, ordinals: range, area: int, reader: QueryReader, queries: Tensor
+) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """The tensors of a query shard, as `encoded.py` describes them, and why samples are broken by ordinal.
+
+    `area` 0: no picture is shown, and a text has the same states wherever it stands.
+    """
+    broken: dict[int, str] = {}
+    rows: list[list[int]] = []
+    numbers: dict[tuple[int, str], int] = {}
+    part = slice(ordinals.start, ordinals.stop)
+    buckets = nearest_buckets(source.widths[part], source.heights[part], bucketed=data.aspect_buckets)
+    done = [torch.empty(0, *queries.shape, dtype=queries.dtype)]
+    for places in _chunks(range(len(ordinals)), data.cache.batch_size):
+        prompts: list[str] = []
+        pictures: list[Image.Image | None] = []
+        for place in places:
+            ordinal = ordinals[place]
+            try:
+                texts, picture = source.texts(ordinal), None
+                if area:
+                    size = bucket_size(int(buckets[place]), area, data.multiple)
+                    picture = fitted_pictures(source, ordinal, size)[0]
+            except SampleError as error:
+                broken[ordinal], texts = str(error), ()
+            rows.append([])
+            for text in ("", *texts) if texts else ():
+                key = (ordinal if area else -1, text)
+                if key not in numbers:
+                    numbers[key] = len(numbers)
+                    prompts.append(text)
+                    pictures.append(picture)
+                rows[-1].append(numbers[key])
+        if prompts:
+            done.append(reader.hidden_states(queries, prompts, pictures).cpu())
+    width = max(1, *map(len, rows))
+    filled = [row + [-1] * (width - len(row)) for row in rows]
+    return {"rows": torch.tensor(filled, dtype=torch.int32), "states": torch.cat(done)}, broken
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:

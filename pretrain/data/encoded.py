@@ -2,17 +2,20 @@
 
     <cache_dir>/encoded/latents-<digest>/<source>/<area>-<shard>.safetensors
     <cache_dir>/encoded/text-<digest>/<source>/<shard>.safetensors
+    <cache_dir>/encoded/queries-<digest>/<source>/[<area>-]<shard>.safetensors
 
 The digest is of the encoders' files and of every setting that changes a number. A latent shard holds `buckets` and
 `rows` (N, -1 for a sample that could not be read) and for each bucket k `latents.k` and, for edits, `references.k`
 (M C h w). A text shard holds `rows` (N T: which embedding is a sample's t-th text, -1 for none), `prompt_embeds`
-(U L D) and `pooled_prompt_embeds` (U P); row 0 is the empty prompt.
+(U L D) and `pooled_prompt_embeds` (U P); row 0 is the empty prompt. A query shard holds `rows` (N 1+T: which states are
+those of the empty prompt and of a sample's t-th text) and `states` (U Q D); it has an area where the VLM is shown the
+picture of an edit, since its size counts then.
 """
 
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,14 +39,18 @@ _FILES_KEPT = 128
 class Shards:
     """Where the shards of one kind are, and their rows. Safe to use from several threads."""
 
-    def __init__(self, data: DataConfig, sources: Sequence[Source], folder: Path) -> None:
+    def __init__(
+        self, data: DataConfig, sources: Sequence[Source], folder: Path, areas: Sequence[Sequence[int]]
+    ) -> None:
+        """`areas`: of each source; [0] where the size of pictures does not count."""
         self._sources, self._size = sources, data.cache.samples_per_shard
+        self._areas = areas
         self.folder = folder
         self._lock = threading.Lock()
         self._open = lru_cache(maxsize=_FILES_KEPT)(lambda path: safe_open(path, framework="pt"))
 
     def path(self, source: int, shard: int, area: int) -> Path:
-        """The file of a source's shard; `area` 0 = of its texts."""
+        """The file of a source's shard."""
         name = f"{area}-{shard:06d}" if area else f"{shard:06d}"
         return self.folder / self._sources[source].digest / f"{name}.safetensors"
 
@@ -51,18 +58,16 @@ class Shards:
         """The samples of a source's shard."""
         return range(shard * self._size, min((shard + 1) * self._size, len(self._sources[source])))
 
-    def count(self, source: int) -> int:
-        """Shards of a source."""
-        return -(-len(self._sources[source]) // self._size)
+    def all(self) -> Iterator[tuple[int, int, int]]:
+        """(source, shard, area) of every shard."""
+        for source, sizes in enumerate(self._areas):
+            for area in sizes:
+                for shard in range(-(-len(self._sources[source]) // self._size)):
+                    yield source, shard, area
 
-    def require(self, areas: Sequence[int]) -> None:
+    def require(self) -> None:
         """Raises DataError unless every shard is there."""
-        wanted = [
-            self.path(source, shard, area)
-            for source in range(len(self._sources))
-            for shard in range(self.count(source))
-            for area in areas
-        ]
+        wanted = [self.path(*shard) for shard in self.all()]
         there = {path for folder in {path.parent for path in wanted} for path in folder.glob("*.safetensors")}
         missing = [path for path in wanted if path not in there]
         if missing:
@@ -84,8 +89,8 @@ class EncodedLatents:
     def __init__(self, data: DataConfig, sources: Sequence[Source]) -> None:
         settings = [FORMAT, data.multiple, data.aspect_buckets, data.cache.samples_per_shard]
         digest = encoders_digest(data, data.cache.vae, ["vae"], settings)
-        self.shards = Shards(data, sources, Path(data.cache_dir) / "encoded" / f"latents-{digest}")
-        self.areas = areas(data.resolution)
+        folder = Path(data.cache_dir) / "encoded" / f"latents-{digest}"
+        self.shards = Shards(data, sources, folder, [areas(data.resolution)] * len(sources))
 
     def get(self, source: int, ordinal: int, area: int) -> tuple[Tensor, ...]:
         """(latents,), or (source's, target's) of an edit: C h w each.
@@ -109,8 +114,8 @@ class EncodedTexts:
         cache = data.cache
         settings = [FORMAT, cache.max_sequence_length, cache.text_dtype, cache.samples_per_shard]
         digest = encoders_digest(data, cache.text_encoders, TEXT_PARTS, settings)
-        self.shards = Shards(data, sources, Path(data.cache_dir) / "encoded" / f"text-{digest}")
-        self.areas = [0]
+        folder = Path(data.cache_dir) / "encoded" / f"text-{digest}"
+        self.shards = Shards(data, sources, folder, [[0]] * len(sources))
 
     def get(self, source: int, ordinal: int, number: int | None) -> tuple[Tensor, Tensor]:
         """Prompt embeddings L D and pooled ones P of a sample's `number`-th text; None: of the empty prompt.
@@ -128,9 +133,38 @@ class EncodedTexts:
         embeds: Tensor = file.get_slice("prompt_embeds")[row]
         return embeds, file.get_slice("pooled_prompt_embeds")[row]
 
-    def empty(self) -> tuple[Tensor, Tensor]:
-        """Embeddings of the empty prompt, L D and P."""
-        return self.get(0, 0, None)
+
+class EncodedQueries:
+    """The VLM's states at frozen queries: of every text, and of the empty prompt beside every picture it is shown."""
+
+    def __init__(self, data: DataConfig, sources: Sequence[Source]) -> None:
+        cache = data.cache
+        settings = [FORMAT, data.multiple, data.aspect_buckets, cache.samples_per_shard, cache.text_dtype]
+        settings += [cache.position_mode, cache.show_references]
+        settings += [encoders_digest(data, cache.conditioner, ["conditioner"], [])]
+        digest = encoders_digest(data, cache.vlm, [""], settings)
+        self._shown = [cache.show_references and source.task == "edit" for source in data.sources]
+        self.shards = Shards(
+            data,
+            sources,
+            Path(data.cache_dir) / "encoded" / f"queries-{digest}",
+            [areas(data.resolution) if shown else [0] for shown in self._shown],
+        )
+
+    def get(self, source: int, ordinal: int, area: int, number: int | None) -> Tensor:
+        """States Q D at a sample's `number`-th text; None: at the empty prompt.
+
+        Raises:
+            SampleError: one that could not be read when it was to be encoded.
+        """
+        file, place = self.shards.file(source, ordinal, area if self._shown[source] else 0)
+        rows = file.get_slice("rows")[place : place + 1][0]
+        column = 0 if number is None else 1 + number
+        row = int(rows[column]) if column < len(rows) else -1
+        if row < 0:
+            raise SampleError("it could not be read when it was to be encoded")
+        states: Tensor = file.get_slice("states")[row]
+        return states
 
 
 def encoders_digest(data: DataConfig, folder: str, parts: Sequence[str], settings: list[Any]) -> str:

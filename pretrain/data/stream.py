@@ -12,7 +12,7 @@ from models.latents import ASPECT_RATIOS
 from pretrain.data.batch import PretrainBatch
 from pretrain.data.buckets import area_at
 from pretrain.data.config import DataConfig, data_problems
-from pretrain.data.encoded import EncodedLatents, EncodedTexts, stack
+from pretrain.data.encoded import EncodedLatents, EncodedQueries, EncodedTexts, stack
 from pretrain.data.errors import DataError, SampleError
 from pretrain.data.order import BatchOrder, Draw, Plan
 from pretrain.data.permutation import mixed
@@ -34,6 +34,7 @@ class _Item:
     pictures: tuple[Image.Image, ...] | None
     latents: tuple[Tensor, ...] | None
     embeds: tuple[Tensor, Tensor] | None
+    states: Tensor | None
 
 
 class BatchStream:
@@ -61,9 +62,10 @@ class BatchStream:
         self._order = BatchOrder(config, self._sources, seed=seed, batch_size=batch_size)
         self._latents = EncodedLatents(config, self._sources) if config.cache.latents else None
         self._texts = EncodedTexts(config, self._sources) if config.cache.text else None
-        for encoded in (self._latents, self._texts):
+        self._queries = EncodedQueries(config, self._sources) if config.cache.queries else None
+        for encoded in (self._latents, self._texts, self._queries):
             if encoded:
-                encoded.shards.require(encoded.areas)
+                encoded.shards.require()
         self._broken = BrokenSamples(config, self._sources)
 
     @property
@@ -86,14 +88,17 @@ class BatchStream:
             )
         return lines
 
-    def batch(self, step: int) -> PretrainBatch:
+    def batch(self, step: int, *, prompt_dropout: float | None = None) -> PretrainBatch:
         """The places of this rank in the global batch of a 0-based step.
+
+        `prompt_dropout` takes the place of the configured one: at 1 every prompt is the empty one.
 
         Raises:
             DataError: more broken samples than `max_corrupt_share` allows.
         """
         plan = self._order.plan(step)
-        items = [self._item(plan, step, place) for place in self._places]
+        dropout = self.config.prompt_dropout if prompt_dropout is None else prompt_dropout
+        items = [self._item(plan, step, place, dropout) for place in self._places]
         latents = stack([item.latents for item in items if item.latents])
         embeds = stack([item.embeds for item in items if item.embeds])
         pictures = [item.pictures for item in items if item.pictures]
@@ -111,6 +116,9 @@ class BatchStream:
             reference_latents=latents[0] if latents and edit else None,
             prompt_embeds=embeds[0] if embeds else None,
             pooled_prompt_embeds=embeds[1] if embeds else None,
+            query_states=torch.stack([item.states for item in items if item.states is not None])
+            if self._queries
+            else None,
             reference_images=[p[0] for p in pictures] if edit and self.config.reference_images else None,
         )
 
@@ -121,34 +129,29 @@ class BatchStream:
             self.batch, first_step, workers=config.workers, depth=config.prefetch, wait_s=config.wait_s
         )
 
-    def empty_prompt(self) -> tuple[Tensor, Tensor] | None:
-        """Cached embeddings of the empty prompt, L D and P; None unless `cache.text`."""
-        return self._texts.empty() if self._texts else None
-
-    def _item(self, plan: Plan, step: int, place: int) -> _Item:
+    def _item(self, plan: Plan, step: int, place: int, dropout: float) -> _Item:
         draw = self._order.draw(plan, place)
         for attempt in range(_ATTEMPTS):
             try:
-                return self._load(plan, draw, step, place)
+                return self._load(plan, draw, step, place, dropout)
             except SampleError as error:
                 self._broken.add(draw, str(error))
                 draw = self._order.replacement(draw, plan, step, place, attempt)
         raise DataError(f"data.sources[{draw.source}]: {_ATTEMPTS} samples one after the other are broken")
 
-    def _load(self, plan: Plan, draw: Draw, step: int, place: int) -> _Item:
+    def _load(self, plan: Plan, draw: Draw, step: int, place: int, dropout: float) -> _Item:
         source = self._sources[draw.source]
         texts = source.texts(draw.ordinal)
         number: int | None = mixed(self.seed, _CAPTION, step, place) % len(texts)
-        if (mixed(self.seed, _DROPOUT, step, place) >> 11) / 2**53 < self.config.prompt_dropout:
+        if (mixed(self.seed, _DROPOUT, step, place) >> 11) / 2**53 < dropout:
             number = None
-        latents = None
-        if self._latents:
-            latents = self._latents.get(draw.source, draw.ordinal, area_at(self.config.resolution, step))
+        sample, area = (draw.source, draw.ordinal), area_at(self.config.resolution, step)
         return _Item(
             prompt="" if number is None else texts[number],
             pictures=self._pictures(plan, draw),
-            latents=latents,
-            embeds=self._texts.get(draw.source, draw.ordinal, number) if self._texts else None,
+            latents=self._latents.get(*sample, area) if self._latents else None,
+            embeds=self._texts.get(*sample, number) if self._texts else None,
+            states=self._queries.get(*sample, area, number) if self._queries else None,
         )
 
     def _pictures(self, plan: Plan, draw: Draw) -> tuple[Image.Image, ...] | None:

@@ -32,18 +32,14 @@ class Encoded:
 class Encoders:
     """VAE, and either SD3's text encoders or the VLM; each is loaded only if the recipe's batches need it."""
 
-    def __init__(self, recipe: FlowRecipe, empty_prompt: tuple[Tensor, Tensor] | None):
-        """`empty_prompt`: its cached embeddings [L, J] and [P] where the batches bring theirs, else None.
-
-        Raises FileNotFoundError and ValueError as the loaders do.
-        """
+    def __init__(self, recipe: FlowRecipe):
+        """Raises FileNotFoundError and ValueError as the loaders do."""
         self.recipe, self.device = recipe, recipe.resources.device
-        self.empty_prompt = empty_prompt
         folder, dtype = recipes.resolve(recipe.model.path), getattr(torch, recipe.model.dtype)
         self.vae = load_vae(folder, device=self.device)
         self.text: SD3TextEncoder | None = None
         self.reader: QueryReader | None = None
-        if recipe.uses_vlm:
+        if recipe.loads_vlm:
             self.reader = QueryReader.from_pretrained(
                 recipes.resolve(str(recipe.model.vlm)),
                 dtype=dtype,
@@ -52,7 +48,7 @@ class Encoders:
             )
             if recipe.model.gradient_checkpointing:
                 self.reader.enable_gradient_checkpointing()
-        elif empty_prompt is None:
+        elif not recipe.uses_vlm and not recipe.data.cache.text:
             self.text = SD3TextEncoder.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -73,22 +69,13 @@ class Encoders:
         """The batch's prompts, beside its pictures where the VLM is shown them."""
         if batch.prompt_embeds is not None and batch.pooled_prompt_embeds is not None:
             return batch.prompt_embeds.to(self.device), batch.pooled_prompt_embeds.to(self.device)
-        return self._read(batch.prompts, batch)
-
-    def negative(self, batch: PretrainBatch) -> Prompt:
-        """The empty prompt for every sample, beside the same pictures: the other half of guidance."""
-        count = len(batch.prompts)
-        if self.empty_prompt is not None:
-            embeds, pooled = (tensor.to(self.device) for tensor in self.empty_prompt)
-            return embeds.expand(count, -1, -1), pooled.expand(count, -1)
-        return self._read([""] * count, batch)
-
-    def _read(self, prompts: Sequence[str], batch: PretrainBatch) -> Prompt:
+        if batch.query_states is not None:
+            return partial(_cached, states=batch.query_states.to(self.device))
         if self.reader is not None:
             images = batch.reference_images if self.recipe.references.vlm else None
-            return partial(self.reader.hidden_states, prompts=prompts, images=images)
+            return partial(self.reader.hidden_states, prompts=batch.prompts, images=images)
         assert self.text is not None
-        encoded = self.text.encode(prompts)
+        encoded = self.text.encode(batch.prompts)
         return (
             torch.stack([one.prompt_embeds for one in encoded]).to(self.device),
             torch.stack([one.pooled_prompt_embeds for one in encoded]).to(self.device),
@@ -99,6 +86,11 @@ class Encoders:
         if latents is not None:
             return latents.to(self.device)
         return None if pixels is None else encode_images(self.vae, pixels.to(self.device))
+
+
+def _cached(queries: Tensor, states: Tensor) -> Tensor:
+    """States [B, Q, D] that were read at these frozen `queries` before."""
+    return states
 
 
 def micro_batches(batch: PretrainBatch, size: int) -> Iterator[PretrainBatch]:

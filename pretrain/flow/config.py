@@ -159,6 +159,11 @@ class FlowRecipe:
         """Whether prompts go through the VLM and the conditioner."""
         return self.stage != "kontext"
 
+    @property
+    def loads_vlm(self) -> bool:
+        """Whether the VLM itself reads the prompts, or its states at the queries were cached."""
+        return self.uses_vlm and not self.data.cache.queries
+
     def trains(self, part: str) -> bool:
         """Whether `queries`, `connector` or `transformer` is trained."""
         chosen: bool | None = getattr(self.train, part)

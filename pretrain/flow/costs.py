@@ -9,7 +9,8 @@ A forward of each model, times the passes it makes:
     VLM, vision   2 P_vision x patches                    1
 
 Q queries, T = Q + picture tokens + TEXT_TOKENS. Not counted: VAE and SD3's text encoders (a cache may hold what they
-give), the vision tower's attention, the optimizer, and what gradient checkpointing computes again.
+give), a VLM whose states at the queries are cached, the vision tower's attention, the optimizer, and what gradient
+checkpointing computes again.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _connector_flops(recipe: FlowRecipe, sizes: ModelSizes) -> float:
 
 
 def _vlm_flops(recipe: FlowRecipe, sizes: ModelSizes, seen: int) -> float:
-    if sizes.vlm is None or sizes.conditioner is None:
+    if sizes.vlm is None or sizes.conditioner is None or not recipe.loads_vlm:
         return 0.0
     vlm, length = sizes.vlm, sizes.conditioner.num_queries + seen + TEXT_TOKENS
     text = 2 * vlm.text * length + 2 * length**2 * vlm.width * vlm.layers

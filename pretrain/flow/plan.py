@@ -51,7 +51,8 @@ def part_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:
             state = "trained" if recipe.trains(part) else "frozen"
             lines.append(f"{part}: {sizes.parameters[part] / 1e6:.2f} M parameters, {state}")
     if sizes.vlm is not None:
-        lines.append(f"VLM: {sizes.vlm.parameters / 1e6:.2f} M parameters, frozen")
+        state = "frozen" if recipe.loads_vlm else "not loaded: data.cache.queries has what it reads"
+        lines.append(f"VLM: {sizes.vlm.parameters / 1e6:.2f} M parameters, {state}")
     return [*lines, f"trained in all: {trained_count(recipe, sizes) / 1e6:.2f} M parameters"]
 
 
@@ -79,12 +80,17 @@ def trained_count(recipe: FlowRecipe, sizes: ModelSizes) -> int:
     return sum(count for part, count in sizes.parameters.items() if recipe.trains(part))
 
 
+def vlm_count(recipe: FlowRecipe, sizes: ModelSizes) -> int:
+    """Parameters of the VLM that a rank holds."""
+    return sizes.vlm.parameters if sizes.vlm is not None and recipe.loads_vlm else 0
+
+
 def state_bytes(recipe: FlowRecipe, sizes: ModelSizes, stage: int) -> tuple[float, float]:
     """(device, host) bytes of one rank's weights, gradients, optimizer and average; see the module's table."""
     width, ranks = _BYTES[recipe.model.dtype], recipe.resources.ranks
     count = trained_count(recipe, sizes)
     weights = width * sum(sizes.parameters.values()) / (ranks if stage == 3 else 1)
-    fixed = width * ((sizes.vlm.parameters if sizes.vlm else 0) + sizes.position_values)
+    fixed = width * (vlm_count(recipe, sizes) + sizes.position_values)
     gradients = width * count / (ranks if stage >= 2 else 1)
     optimizer = 16 * count / ranks
     if recipe.deepspeed.offload == "none":
@@ -128,7 +134,7 @@ def memory_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:
             f"{activations:.1f} GiB of activations (estimate) = {device + activations:.1f} GiB{off}{mark}"
         )
     width = _BYTES[recipe.model.dtype]
-    loading = width * (sum(sizes.parameters.values()) + (sizes.vlm.parameters if sizes.vlm else 0)) / _GIB
+    loading = width * (sum(sizes.parameters.values()) + vlm_count(recipe, sizes)) / _GIB
     lines.append(
         f"host memory while loading: {loading:.1f} GiB a rank, also with ZeRO-3; VAE and text encoders on top"
     )

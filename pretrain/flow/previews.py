@@ -42,7 +42,7 @@ def draw_previews(
     model = averaged_model(recipe, average).to(encoders.device)
     scheduler = load_scheduler(recipes.resolve(recipe.model.path))
     settings, names = recipe.samples, []
-    for batch in fixed_batches(recipe, stream):
+    for batch, unprompted in fixed_batches(recipe, stream):
         encoded = encoders.encode(batch)
         _, noise = draw_noise(
             recipe.seed, 0, batch.indices.tolist(), encoded.clean.shape[1:], recipe.timestep_shift
@@ -53,7 +53,7 @@ def draw_previews(
             scheduler,
             noise.to(encoders.device),
             model.embed(encoded.prompt),
-            model.embed(encoders.negative(batch) if guided else encoded.prompt),
+            model.embed(encoders.prompt(unprompted) if guided else encoded.prompt),
             encoded.references,
             guidance=settings.guidance_scale,
             steps=settings.steps,
@@ -71,10 +71,10 @@ def draw_previews(
     return names
 
 
-def fixed_batches(recipe: FlowRecipe, stream: BatchStream) -> Iterator[PretrainBatch]:
-    """Some samples of each task from the end of the run, at its last resolution; the same whenever it is called.
+def fixed_batches(recipe: FlowRecipe, stream: BatchStream) -> Iterator[tuple[PretrainBatch, PretrainBatch]]:
+    """Some samples of each task from the end of the run, at its last resolution, and the same with empty prompts.
 
-    Samples whose prompt was dropped are left out.
+    They are the same whenever it is called. Samples whose prompt was dropped are left out.
     """
     shown: set[str] = set()
     first = max(0, recipe.steps - _SEARCHED)
@@ -83,6 +83,6 @@ def fixed_batches(recipe: FlowRecipe, stream: BatchStream) -> Iterator[PretrainB
         kept = [row for row, prompt in enumerate(batch.prompts) if prompt][: recipe.samples.count]
         if batch.task not in shown and kept:
             shown.add(batch.task)
-            yield rows_of(batch, kept)
+            yield rows_of(batch, kept), rows_of(stream.batch(step, prompt_dropout=1.0), kept)
         if len(shown) == (2 if 0 < recipe.data.edit_share < 1 else 1):
             return

@@ -75,7 +75,7 @@ class FlowRank:
                 device=self.device,
                 timeout_s=resources.collective_timeout_s,
             )
-        shown = self.recipe.uses_vlm and self.recipe.references.vlm
+        shown = self.recipe.loads_vlm and self.recipe.references.vlm
         self.stream = BatchStream(
             replace(self.recipe.data, reference_images=shown),
             seed=self.recipe.seed,
@@ -84,7 +84,7 @@ class FlowRank:
             world_size=resources.ranks,
         )
         self.sizes = measure(self.recipe)
-        self.encoders = Encoders(self.recipe, self.stream.empty_prompt())
+        self.encoders = Encoders(self.recipe)
         self.model: FlowModel = load_model(self.recipe)
         set_trained(self.model, self.recipe)
         prepare_blocks(self.model, self.recipe)

@@ -130,7 +130,36 @@ def _reference_problems(recipe: FlowRecipe) -> list[str]:
             f"data.cache.text holds SD3's text embeddings, which stage {recipe.stage} does not read: set it to false",
         ),
     ]
-    return [message for fine, message in checks if not fine]
+    return [message for fine, message in checks if not fine] + _query_cache_problems(recipe)
+
+
+def _query_cache_problems(recipe: FlowRecipe) -> list[str]:
+    """Cached states stand in for the VLM only where it would read the same."""
+    cache, model = recipe.data.cache, recipe.model
+    if not cache.queries:
+        return []
+    if not recipe.uses_vlm:
+        return [
+            f"data.cache.queries holds a VLM's states, which stage {recipe.stage} does not read: set it to false"
+        ]
+    problems = []
+    if recipe.trains("queries"):
+        problems.append(
+            "data.cache.queries holds the VLM's states at queries that stay as they are: set train.queries=false, or "
+            "leave it out"
+        )
+    pairs = {
+        "vlm": ("model.vlm", model.vlm), "conditioner": ("model.conditioner", model.conditioner),
+        "position_mode": ("model.position_mode", model.position_mode), "text_dtype": ("model.dtype", model.dtype),
+        "show_references": ("references.vlm", recipe.references.vlm),
+    }  # fmt: skip
+    problems += [
+        f"data.cache.{name}={getattr(cache, name)} and {key}={value} must be the same: training would read otherwise "
+        "than the cache was made"
+        for name, (key, value) in pairs.items()
+        if getattr(cache, name) != value
+    ]
+    return problems
 
 
 def _step_problems(recipe: FlowRecipe) -> list[str]:

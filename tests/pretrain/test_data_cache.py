@@ -110,7 +110,7 @@ def test_each_of_latents_and_texts_can_be_cached_alone(files):
     only_latents, only_text = streams(live(files, latents=True), live(files, text=True))
     batch = only_latents.batch(1)
     assert batch.latents is not None
-    assert batch.prompt_embeds is only_latents.empty_prompt() is None
+    assert batch.prompt_embeds is batch.query_states is None
     batch = only_text.batch(1)
     assert batch.pixels is not None
     assert batch.latents is None
@@ -119,10 +119,11 @@ def test_each_of_latents_and_texts_can_be_cached_alone(files):
 
 def test_the_empty_prompt_is_cached_too(files, text_encoder):
     (stream,) = streams(files)
-    embeds, pooled = stream.empty_prompt()
+    batch = stream.batch(0, prompt_dropout=1.0)
     (expected,) = text_encoder.encode([""])
-    assert torch.equal(embeds, expected.prompt_embeds)
-    assert torch.equal(pooled, expected.pooled_prompt_embeds)
+    assert set(batch.prompts) == {""}
+    assert all(torch.equal(embeds, expected.prompt_embeds) for embeds in batch.prompt_embeds)
+    assert all(torch.equal(pooled, expected.pooled_prompt_embeds) for pooled in batch.pooled_prompt_embeds)
 
 
 def test_other_encoders_settings_or_data_have_shards_of_their_own(files, tmp_path):

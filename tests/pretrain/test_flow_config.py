@@ -18,6 +18,12 @@ from tests.pretrain.flow_runs import flow_recipe
 ROOT = Path(__file__).resolve().parents[2]
 FULL_SIZE = ["pretrain_kontext_sd35m", "metaquery_align", "metaquery_unified"]
 
+CACHED = (
+    "stage=unified", "train.queries=false", "model.vlm=/vlm", "model.conditioner=/c", "data.cache.queries=true",
+    "data.cache_dir=/cache", "data.cache.vlm=/vlm", "data.cache.conditioner=/c", "data.cache.text_dtype=float32",
+)  # fmt: skip
+"""A recipe whose VLM was read ahead."""
+
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -39,6 +45,16 @@ FULL_SIZE = ["pretrain_kontext_sd35m", "metaquery_align", "metaquery_unified"]
         (["references.transformer=false"], "nothing is shown the picture to edit"),
         (["data.reference_images=true"], "data.reference_images follows from stage and references.vlm"),
         (["stage=align", "model.vlm=/vlm", "data.cache.text=true"], "which stage align does not read"),
+        (["data.cache.queries=true"], "data.cache.queries holds a VLM's states, which stage kontext does not read"),
+        (["data.cache.queries=true"], "cache.vlm or cache.conditioner is empty"),
+        (["data.cache.queries=true"], "name the folder of what cache.latents, .text and .queries encode ahead"),
+        (["data.cache.position_mode=round"], "cache.position_mode='round' is neither flat nor mrope"),
+        ([*CACHED, "train.queries=true"], "states at queries that stay as they are: set train.queries=false"),
+        ([*CACHED, "data.cache.vlm=/b"], "data.cache.vlm=/b and model.vlm=/vlm must be the same"),
+        ([*CACHED, "model.conditioner=/d"], "data.cache.conditioner=/c and model.conditioner=/d must be the same"),
+        ([*CACHED, "model.position_mode=mrope"], "position_mode=flat and model.position_mode=mrope must be"),
+        ([*CACHED, "model.dtype=bfloat16"], "data.cache.text_dtype=float32 and model.dtype=bfloat16 must be"),
+        ([*CACHED, "references.vlm=false"], "data.cache.show_references=True and references.vlm=False must be"),
         (["batch_size=5"], "batch_size=5 is no multiple of micro_batch_size x resources.ranks = 2 x 1"),
         (["stop_step=6"], "stop_step=6 lies behind steps=4"),
         (["save_every=3"], "save_every=3 is no multiple of log_every=2"),
