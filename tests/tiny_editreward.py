@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from pretrain.vlm_tokenizer import CHAT_TEMPLATE
 from rewards.editreward.export import write_export
 from rewards.editreward.model import build_model
 from rewards.editreward.settings import RUBRIC, EditRewardSettings
-from tests.tiny_vlm import CHAT_TEMPLATE, make_tiny_vlm
+from tests.tiny_vlm import make_tiny_vlm
 
 DIMENSIONS = ("instruction", "preservation", "quality")
 
