@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     EDIT_ONLY: ("data.edit_share=1",),
 }
 """`metaquery_unified.yaml` with overrides: all start from the same aligned connector, and differ in this alone."""
-VARIANT = ("steps=1000", "save_every=500", "samples.every=0")
+VARIANT = ("steps=1000", "stop_step=0", "save_every=500", "samples.every=0")
 
 SHORT = (
     "stages[0].steps=3", "stages[1].steps=3", "checkpoint.every=2", "gallery.prompts=0",
