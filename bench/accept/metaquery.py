@@ -204,9 +204,20 @@ def document(
         "",
         f"Minutes: {clock.minutes()}.",
         "",
-        "Pictures in `docs/images/`: `metaquery_loss.png`; `metaquery_{align,unified}_{t2i,edit}.png`, drawn and the "
-        "data's own (editing: source, drawn, target); `metaquery_pdtr_{edit,t2i}.png`, before and after.",
+        "## Pictures",
+        "",
+        "Losses; then the last grids of both stages, drawn above the data's own (editing: source, drawn, target); then "
+        "held-out prompts before PDTR and after each of its stages.",
+        "",
+        *(f"![{path.stem}](../images/{path.name})\n" for path in pictures()),
     ]
+
+
+def pictures() -> list[Path]:
+    """The pictures that are kept of the runs, in the order of the page."""
+    names = ["metaquery_loss", f"{ALIGN}_t2i", f"{UNIFIED}_t2i", f"{UNIFIED}_edit"]
+    names += [f"metaquery_pdtr_{task}" for task in ("edit", "t2i")]
+    return [IMAGES / f"{name}.png" for name in names]
 
 
 def pdtr_table(whole: Path) -> list[str]:
