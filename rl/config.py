@@ -89,8 +89,7 @@ class LearnerConfig:
     `clip_range` is epsilon (not in the paper). `kl_form: without_dt` is (mu - mu_ref)^2 / (2 g^2), for which the
     paper's beta = .04 is meant; `exact` divides by -dt as well and wants about .004. `drop_last_steps` leaves
     out the end of the schedule, whose log-probability is at the mercy of rounding; `train_steps` > 0 trains on
-    that many of the remaining steps, drawn per group. `step_weighting: equal` undoes that a step's gradient falls with
-    its noise (see rl/grpo.py; `none` is the paper's). `log_prob_tolerance` bounds the gap between the rollout's
+    that many of the remaining steps, drawn per group. `log_prob_tolerance` bounds the gap between the rollout's
     log-probabilities and the learner's replay; null picks 1e-5 for float32 and 2e-2 for bfloat16.
     """
 
@@ -115,7 +114,6 @@ class LearnerConfig:
     log_prob_tolerance: float | None = None
     train_steps: int = 0
     drop_last_steps: int = 1
-    step_weighting: str = "none"
     ema: EmaConfig = field(default_factory=EmaConfig)
 
 

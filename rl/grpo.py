@@ -11,8 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rollout.flow_sde import sde_diffusion
-
 KLForm = Literal["without_dt", "exact"]
 
 
@@ -41,21 +39,6 @@ def gaussian_kl(
     scale = diffusion if form == "without_dt" else step_std
     squared = (mean - reference_mean).square().flatten(1).mean(1)
     return squared / (2 * scale.square())
-
-
-def step_weights(sigmas: Tensor, noise_level: float, drop_last_steps: int) -> Tensor:
-    """Weights [T] under which each step of the SDE moves the velocity equally; their mean over trained steps is 1.
-
-    Not in the paper, where a step counts by its log-probability alone: its gradient by the velocity is
-    z sqrt(-dt) (1 + g^2 (1 - sigma) / (2 sigma)) / g, at T=10 six times larger at the sixth step than at the first.
-    TempFlow-GRPO weights by g sqrt(-dt) instead, which leaves a factor -dt between steps.
-
-    sigmas: [T+1] from 1 to 0; noise_level: a > 0; the last `drop_last_steps` take no part in the mean.
-    """
-    sigma, dt = sigmas[:-1], sigmas[1:] - sigmas[:-1]
-    g = sde_diffusion(sigma, float(sigmas[1]), noise_level)
-    weights = g / (torch.sqrt(-dt) * (1 + g.square() * (1 - sigma) / (2 * sigma)))
-    return weights / weights[: len(weights) - drop_last_steps].mean()
 
 
 def grpo_loss(

@@ -22,7 +22,7 @@ from rl.batching import TrainSample
 from rl.config import LearnerConfig
 from rl.ema import AdapterEma
 from rl.gate import LogProbGate
-from rl.grpo import gaussian_kl, grpo_loss, step_weights
+from rl.grpo import gaussian_kl, grpo_loss
 from rl.learner_stats import StatsAccumulator, UpdateStats
 from rollout.engine import ReplicaSpec, attach_rollout_adapter, torch_dtype
 from rollout.flow_sde import FlowSDEStep
@@ -177,7 +177,7 @@ class Learner:
                 loss = grpo_loss(
                     log_prob=step.log_prob,
                     old_log_prob=before,
-                    advantages=batch.advantages * self._step_weights(batch, index),
+                    advantages=batch.advantages,
                     clip_range=self.config.clip_range,
                     weights=batch.weights / pairs * self.world_size,
                     kl=self._kl(x, prev, index, batch, step),
@@ -186,13 +186,6 @@ class Learner:
                 self.engine.backward(loss.loss)
                 statistics.add(loss, batch.weights, self.config.kl_beta)
         return statistics
-
-    def _step_weights(self, batch: _MicroBatch, index: Tensor) -> Tensor | float:
-        """What a pair's advantage is multiplied by: [B], for steps `index` [B]."""
-        if self.config.step_weighting == "none":
-            return 1.0
-        weights = step_weights(batch.sigmas, self.sampling.noise_level, self.config.drop_last_steps)
-        return weights.to(index.device)[index]
 
     def _old_log_probs(self, updates: Sequence[tuple[Sequence[TrainSample], int]]) -> list[Tensor | None]:
         if self.config.old_log_prob == "rollout":

@@ -18,7 +18,6 @@ _CHOICES = {
     "learner.advantage_std": ("group", "batch"),
     "learner.cfg_gradient": ("conditional", "both"),
     "learner.old_log_prob": ("rollout", "replay"),
-    "learner.step_weighting": ("none", "equal"),
     "resources.device": ("cuda", "cpu"),
     "resources.placement": ("shared", "separate", "inprocess"),
 }
@@ -102,11 +101,6 @@ def _objective(config: RunConfig) -> Iterator[str]:
         yield (
             f"rollout.variant='cps' with learner.kl_beta={learner.kl_beta:g}: the KL penalty is that of the SDE and "
             "does not apply to CPS; set learner.kl_beta=0"
-        )
-    if r.variant == "cps" and learner.step_weighting != "none":
-        yield (
-            f"rollout.variant='cps' with learner.step_weighting={learner.step_weighting!r}: the weights are those of "
-            "the SDE's log-probability; set learner.step_weighting=none"
         )
     if r.window_size and r.window_last - r.window_size > 0 and learner.drop_last_steps:
         overlap = r.window_last - (r.num_steps - learner.drop_last_steps)

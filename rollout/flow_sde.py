@@ -90,16 +90,11 @@ def flow_sde_step(
     return FlowSDEStep(prev_sample, log_density.flatten(1).mean(1), mean, g.flatten(), std.flatten())
 
 
-def sde_diffusion(sigma: Tensor, sigma_clip: float, noise_level: float) -> Tensor:
-    """g = a sqrt(sigma / (1 - sigma)), with `sigma_clip` in the denominator where sigma is 1."""
-    clipped = torch.where(sigma >= 1.0, torch.full_like(sigma, sigma_clip), sigma)
-    return noise_level * torch.sqrt(sigma / (1 - clipped))
-
-
 def _sde_mean(
     velocity: Tensor, sample: Tensor, sigma: Tensor, dt: Tensor, sigma_clip: float, noise_level: float
 ) -> tuple[Tensor, Tensor]:
-    g = sde_diffusion(sigma, sigma_clip, noise_level)
+    clipped = torch.where(sigma >= 1.0, torch.full_like(sigma, sigma_clip), sigma)
+    g = noise_level * torch.sqrt(sigma / (1 - clipped))
     drift = g.square() / (2 * sigma)
     return sample * (1 + drift * dt) + velocity * (1 + drift * (1 - sigma)) * dt, g
 

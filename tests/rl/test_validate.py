@@ -76,11 +76,6 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "no noise trained": ({"rollout__noise_level": 0.0}, "cannot be trained"),
     "negative noise": ({"rollout__noise_level": -0.7}, "a noise level above 0"),
     "cps with kl": ({"rollout__variant": "cps"}, "does not apply to CPS; set learner.kl_beta=0"),
-    "cps with step weights": (
-        {"rollout__variant": "cps", "learner__kl_beta": 0.0, "learner__step_weighting": "equal"},
-        "set learner.step_weighting=none",
-    ),
-    "step weighting": ({"learner__step_weighting": "late"}, "step_weighting='late': choose one of 'none', 'equal'"),
     "window into dropped steps": (
         {"rollout__window_size": 3, "rollout__window_last": 10}, "reaches into the last .*set rollout.window_last=9",
     ),
