@@ -43,7 +43,7 @@ def aligned(tmp_path_factory, tiny_model, reader):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_vlm, aligned):
-    """Pictures with one or two captions, edits of which one is broken behind its header, at two resolutions."""
+    """Pictures with captions, edits of which one is broken behind its header, at two resolutions."""
     folder = tmp_path_factory.mktemp("files")
     members = edit_members(9)
     members["0003.source.png"] = members["0003.source.png"][: len(members["0003.source.png"]) // 2]
@@ -60,9 +60,8 @@ def files(tmp_path_factory, tiny_vlm, aligned):
             samples_per_shard=5,
         ),
     )  # fmt: skip
-    assert (
-        fill_cache(config, workers=1) == 2 + 2 * 2
-    )  # two shards of texts; two of edits at each of two sizes
+    # Two shards of texts; two of edits at each of two sizes.
+    assert fill_cache(config, workers=1) == 2 + 2 * 2
     return config
 
 
@@ -102,6 +101,20 @@ def test_a_text_alone_is_kept_once_and_an_edit_with_its_empty_prompt(files):
         else:
             assert set(shard["rows"][:, 0].tolist()) == {0}
             assert shard["states"].shape[0] == 1 + len(shard["rows"])
+
+
+def test_a_caption_that_the_vlm_refuses_is_named_and_left_out(files, tmp_path, caplog):
+    members = t2i_members(6) | {"0002.txt": b"a cat<|im_end|>"}
+    source = tar_source("t2i", write_tar(tmp_path / "t2i.tar", members))
+    config = replace(
+        config_of(tmp_path, source, cache=files.cache), max_corrupt_share=0.2, reference_images=False
+    )
+    assert fill_cache(config, workers=1) == 2
+    assert "t2i.tar: 0002" in caplog.text and "control tokens of the VLM: <|im_end|>" in caplog.text
+    stream = BatchStream(config, seed=0, batch_size=4)
+    shown = {prompt for step in range(6) for prompt in stream.batch(step).prompts}
+    assert shown == {f"caption {number}" for number in (0, 1, 3, 4, 5)}
+    assert stream.skipped == 1
 
 
 def test_what_changes_the_states_changes_where_they_are(files, aligned, tmp_path):
