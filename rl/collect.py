@@ -49,6 +49,15 @@ class SampledGroup:
     failure: str = ""
 
 
+@dataclass(frozen=True)
+class SampledPrompt:
+    """One picture: row `row` of a trajectory, and its conditioning (both references)."""
+
+    trajectory: Any
+    row: int
+    conditioning: Any
+
+
 @dataclass
 class _Pending:
     group: PromptGroup
@@ -195,6 +204,37 @@ class Collector:
                 bar.advance(len(part))
         rewards, components = _in_order(scores, starts, len(prompts), batch_size)
         return rewards, components, [images.get(start) for start in starts]
+
+    def sample_prompts(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        spec: SamplingSpec,
+        policy: Policy,
+        batch_size: int,
+        step: int,
+        label: str,
+    ) -> list[SampledPrompt]:
+        """One picture per prompt, in prompt order, not scored. A batch that fails is logged and left out."""
+        landed: dict[int, list[SampledPrompt]] = {}
+        with self.progress.phase(label, total=len(prompts), unit="image") as bar:
+            conditionings = self.encode(prompts)
+            for start in range(0, len(prompts), batch_size):
+                request = SampleRequest(start, 0, tuple(seeds[start : start + batch_size]), ())
+                args = (request, spec, policy, self.negative, *conditionings[start : start + batch_size])
+                self.dispatcher.submit(Call("rollout", start, "sample", args, num_returns=3))
+            while self.dispatcher.outstanding():
+                done = self.dispatcher.wait()
+                start, own = done.call.key, done.call.args[4:]  # type: ignore[assignment]
+                bar.advance(len(own))
+                if done.failure is not None:
+                    log.error(
+                        "%s: prompts %d-%d left out: %s", label, start, start + len(own) - 1, done.failure
+                    )
+                    continue
+                self._note_sample(done.result, policy, step)
+                landed[start] = [SampledPrompt(done.refs[1], row, ref) for row, ref in enumerate(own)]
+        return [picture for start in sorted(landed) for picture in landed[start]]
 
     def take_images(self) -> int:
         """Images scored since the last call."""

@@ -156,6 +156,19 @@ class StagePartConfig:
 
 
 @dataclass
+class RehearsalConfig:
+    """Holds a stage near its first policy on the other tasks of earlier stages (`rl/rehearsal.py`; not in the paper).
+
+    `num_prompts` prompts of those stages are drawn once; each optimizer update adds `beta` times the mean squared
+    change of velocity at `samples` noised pictures of them.
+    """
+
+    beta: float = MISSING
+    num_prompts: int = 256
+    samples: int = 32
+
+
+@dataclass
 class StageConfig:
     """One stage of the staged order (PDTR: editing, then text-to-image). `steps` counts rollouts.
 
@@ -168,6 +181,7 @@ class StageConfig:
     steps: int = MISSING
     rewards: list[RewardConfig] = field(default_factory=list)
     parts: list[StagePartConfig] = field(default_factory=list)
+    rehearsal: RehearsalConfig | None = None
 
 
 @dataclass
@@ -318,6 +332,8 @@ def _check_node(node: Any, schema: type, prefix: str, problems: list[str]) -> No
         inner, child = _NESTED.get((schema, key)), node._get_node(key)
         if inner is None or (child is not None and child._is_none()):
             _check_value(node, key, definition, schema, prefix, problems)
+        elif child is None and definition.default is None:
+            continue
         elif "list" not in str(definition.type):
             _check_node(OmegaConf.create({}) if child is None else child, inner, f"{prefix}{key}.", problems)
         elif isinstance(child, ListConfig):
@@ -356,6 +372,7 @@ _NESTED: dict[tuple[type, str], type] = {
     (LearnerConfig, "ema"): EmaConfig,
     (StageConfig, "rewards"): RewardConfig,
     (StageConfig, "parts"): StagePartConfig,
+    (StageConfig, "rehearsal"): RehearsalConfig,
     (StagePartConfig, "rewards"): RewardConfig,
     (RewardConfig, "service"): ServiceConfig,
     (EvaluationConfig, "tasks"): EvaluationTaskConfig,

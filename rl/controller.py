@@ -24,12 +24,13 @@ from rl.adapters import publish
 from rl.checkpoint import prune_checkpoints, save_checkpoint
 from rl.cluster import Cluster, training_spec
 from rl.collect import Collector, SampledGroup
-from rl.config import RunConfig, StageConfig
+from rl.config import RehearsalConfig, RunConfig, StageConfig
 from rl.evaluation import Evaluator
 from rl.groups import GroupRecord, best_and_worst, group_record, group_samples
 from rl.journal import Journal
 from rl.preflight import stage_set_name
 from rl.progress import Progress
+from rl.rehearsal import draw_pictures
 from rl.results import RunResults
 from rl.stage_parts import stage_tasks
 from rl.state import RunState, StageProgress
@@ -101,6 +102,8 @@ class Controller:
             self.state.stages.append(StageProgress(stage.name))
             self.cluster.learner.begin_stage()
         progress = self.state.stages[index]
+        if stage.rehearsal is not None and progress.steps < stage.steps:
+            self._prepare_rehearsal(index, stage.rehearsal)
         turns = Turns(stage, self.config)
         while progress.steps < stage.steps:
             began = time.monotonic()
@@ -111,6 +114,13 @@ class Controller:
             self._close_step(stage, turn, progress, outcome)
         self._evaluate(f"after_{stage.name}")
         self.journal.alarms(self.results.cross_task_alarms(index))
+
+    def _prepare_rehearsal(self, index: int, rehearsal: RehearsalConfig) -> None:
+        """Draw with the stage's first policy what its updates rehearse; a run resumed within it draws the same."""
+        adapter = self.cluster.learner.reference_adapter(self.state.version)
+        policy = Policy(adapter.version, adapter.sha256, (ray.put(adapter),))
+        pictures = draw_pictures(self.collector, self.config, index, policy, self.state.step)
+        self.cluster.learner.rehearse(rehearsal, pictures)
 
     def _step(self, turn: Turn, groups: list[Any]) -> StepOutcome:
         """One turn of the algorithm: rollout with streamed rewards, advantages, update, publish."""

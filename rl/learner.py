@@ -24,9 +24,10 @@ from rl.ema import AdapterEma
 from rl.gate import LogProbGate
 from rl.grpo import gaussian_kl, grpo_loss
 from rl.learner_stats import StatsAccumulator, UpdateStats
+from rl.rehearsal import Rehearsal, RehearsalBatch
 from rollout.engine import ReplicaSpec, attach_rollout_adapter, torch_dtype
 from rollout.flow_sde import FlowSDEStep
-from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec, replay_step
+from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec, guided_velocity, replay_step
 
 log = logging.getLogger(__name__)
 POLICY, REFERENCE = "policy", "reference"
@@ -79,6 +80,7 @@ class Learner:
         self.world_size = torch.distributed.get_world_size()
         self.reference: str | None = None
         self.negative: Conditioning | None = None
+        self.rehearsal: Rehearsal | None = None
         self.begin_stage()
 
     def _deepspeed_config(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ class Learner:
         """Freeze the live adapter as the KL reference; restart optimizer state and moving average."""
         state = self.adapter()
         self._set_reference(state)
+        self.rehearsal = None
         self.engine.optimizer.optimizer.state.clear()
         ema = self.config.ema
         self.ema = AdapterEma(state, decay=ema.decay, every=ema.every) if ema.enabled else None
@@ -145,6 +148,8 @@ class Learner:
         for u, (samples, count) in enumerate(updates):
             gate = self._gate() if u == 0 else None
             accumulated = self.accumulate(samples, count, old[u], gate)
+            if self.rehearsal is not None:
+                self._rehearse(self.rehearsal, samples[0].group, accumulated)
             gaps = gate.check() if gate else None
             self.engine.step()
             if self.ema is not None and self.ema.due():
@@ -215,6 +220,27 @@ class Learner:
         with use_adapter(self.transformer, self.reference):
             reference = self._replay(x, prev, index, batch, grad=False)
         return gaussian_kl(step.mean, reference.mean, step.diffusion, step.step_std, self.config.kl_form)  # type: ignore[arg-type]
+
+    def _rehearse(self, rehearsal: Rehearsal, group: int, statistics: StatsAccumulator) -> None:
+        """Forward and backward of `beta |v - v_start|^2`; `group`, the update's first, names the states to draw."""
+        for batch in rehearsal.batches(group, device=self.replica.device, dtype=self.dtype):
+            velocity = self._rehearsed_velocity(self.engine, batch)
+            with torch.no_grad(), use_adapter(self.transformer, self.reference):
+                start = self._rehearsed_velocity(self.transformer, batch)
+            distance = (velocity - start).square().mean()
+            self.engine.backward(rehearsal.beta * distance / rehearsal.micro_batches)
+            statistics.add_rehearsal(distance.detach(), rehearsal.beta)
+
+    def _rehearsed_velocity(self, transformer: torch.nn.Module, batch: RehearsalBatch) -> Tensor:
+        return guided_velocity(
+            transformer,
+            batch.x,
+            batch.sigma,
+            batch.conditioning,
+            self.negative,
+            self.sampling.guidance_scale,
+            cfg_gradient=self.config.cfg_gradient,  # type: ignore[arg-type]
+        ).float()
 
     def _replay(
         self, x: Tensor, prev: Tensor, index: Tensor, batch: _MicroBatch, *, grad: bool

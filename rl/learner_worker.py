@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from models.lora import Adapter
 from rl.adapters import make_adapter
 from rl.batching import RankShare, TrainBatch, TrainSample
-from rl.config import LearnerConfig
+from rl.collect import SampledPrompt
+from rl.config import LearnerConfig, RehearsalConfig
 from rl.learner import Learner
 from rl.learner_stats import UpdateStats
 from rl.process_group import join_process_group
+from rl.rehearsal import Rehearsal, RehearsalPicture, rank_share
 from rollout.engine import AdapterReceipt, ReplicaSpec, SampleInfo, SampleRequest
 from rollout.sampler import Conditioning, SamplingSpec, Trajectory
 from rollout.worker import Policy, Replica, WorkerInfo
@@ -100,6 +102,23 @@ class LearnerRank:
         """The negative prompt's conditioning, for classifier-free guidance in the replay."""
         self._learner().negative = negative
 
+    def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPrompt]) -> None:
+        """Keep this rank's share of the drawn pictures; the stage's updates rehearse them from now on."""
+        learner, own = self._learner(), rank_share(pictures, self.rank, self.world_size)
+        refs = list({r for p in own for r in (p.trajectory, p.conditioning)})
+        values = dict(zip(refs, ray.get(refs, timeout=600), strict=True))
+        learner.rehearsal = Rehearsal(
+            config,
+            [
+                RehearsalPicture(values[p.trajectory].final_latents[p.row].clone(), values[p.conditioning])
+                for p in own
+            ],
+            values[own[0].trajectory].sigmas,
+            rank=self.rank,
+            ranks=self.world_size,
+            micro_batch_size=self.spec.config.micro_batch_size,
+        )
+
     def update(self, shares: Sequence[RankShare]) -> tuple[list[UpdateStats], float, float]:
         """Train this rank's shares of one rollout. Returns statistics, start time and seconds."""
         started = time.time()
@@ -121,6 +140,11 @@ class LearnerRank:
         learner = self._learner()
         tensors = learner.shipped_adapter() if shipped else learner.adapter()
         return make_adapter(version, tensors) if self.rank == 0 else None
+
+    def reference_adapter(self, version: int) -> Adapter | None:
+        """The adapter as the stage began; None off rank 0."""
+        reference = self._learner().reference_state()
+        return make_adapter(version, reference) if self.rank == 0 else None
 
     def save(self, folder: str) -> None:
         """Write the engine's state, the stage's reference and the moving average into `folder`."""
@@ -191,6 +215,9 @@ class LearnerGroup:
     def set_negative(self, negative: Any) -> None:
         self._all("set_negative", negative)
 
+    def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPrompt]) -> None:
+        self._all("rehearse", config, list(pictures))
+
     def update(self, batch: TrainBatch) -> tuple[list[UpdateStats], list[tuple[float, float]]]:
         """One rollout's updates; statistics are global, spans are (start, seconds) per rank."""
         calls = [
@@ -205,6 +232,9 @@ class LearnerGroup:
             [a.adapter.remote(version, shipped=shipped) for a in self.actors], "adapter", self._timeout_s
         )
         return adapters[0]
+
+    def reference_adapter(self, version: int) -> Adapter:
+        return self._all("reference_adapter", version)[0]
 
     def save(self, folder: Path) -> None:
         self._all("save", str(folder))

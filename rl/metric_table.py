@@ -57,6 +57,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("policy/clip_fraction_high", "share", "Ratios above 1 + clip range (for positive advantages)."),
     Metric("policy/approx_kl", "nat/element", "Half the mean squared log-ratio: the way since the rollout."),
     Metric("policy/kl", "nat/element", "KL to the reference policy, in the recipe's form, unweighted."),
+    Metric("policy/rehearsal", "velocity²", "Squared change of velocity on rehearsed tasks in this stage."),
     Metric("policy/version", "publishes", "Version of the adapter that the rollout workers hold."),
     Metric("loss/policy", "loss", "Clipped surrogate of equation 2, without the KL term."),
     Metric("loss/total", "loss", "Clipped surrogate plus weighted KL: what is differentiated."),

@@ -6,6 +6,7 @@ moving average run through. Each part visits its own prompts, in its own count o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rl.config import RewardConfig, StageConfig
@@ -36,6 +37,12 @@ def stage_parts(stage: StageConfig) -> list[StagePart]:
 def stage_tasks(stage: StageConfig) -> list[str]:
     """The tasks that a stage trains."""
     return [part.task for part in stage_parts(stage)]
+
+
+def rehearsed_parts(stages: Sequence[StageConfig], index: int) -> list[StagePart]:
+    """What stage `index` rehearses: the parts of the stages before it whose task it does not train itself."""
+    own = stage_tasks(stages[index])
+    return [part for stage in stages[:index] for part in stage_parts(stage) if part.task not in own]
 
 
 def steps_of(stage: StageConfig, part: int) -> int:

@@ -97,6 +97,8 @@ def update_metrics(stats: Sequence[UpdateStats], learning_rate: float, samples: 
         "optimizer/grad_norm": _mean([s.grad_norm for s in stats if not math.isnan(s.grad_norm)]),
         "optimizer/lr": learning_rate,
     }
+    if stats[0].rehearsal is not None:
+        values["policy/rehearsal"] = _mean([s.rehearsal for s in stats if s.rehearsal is not None])
     gaps = stats[0].gaps
     if gaps is not None:
         values["gate/log_prob_gap_mean"] = _mean(list(gaps.mean_by_step.values()))

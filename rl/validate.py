@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rewards.base import RewardSpec, reward_label
 from rl.config import RewardConfig, RunConfig, StageConfig
-from rl.stage_parts import JOINT, stage_parts, stage_tasks
+from rl.stage_parts import JOINT, rehearsed_parts, stage_parts, stage_tasks
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -141,6 +141,25 @@ def _stages(config: RunConfig) -> Iterator[str]:
             )
         for part in stage_parts(stage):
             yield from _rewards(f"stage {part.label!r}", part.rewards)
+    yield from _rehearsals(config)
+
+
+def _rehearsals(config: RunConfig) -> Iterator[str]:
+    for index, stage in enumerate(config.stages):
+        if stage.rehearsal is None:
+            continue
+        where = f"stage {stage.name!r}: rehearsal"
+        for key in ("beta", "num_prompts", "samples"):
+            value = getattr(stage.rehearsal, key)
+            if not value > 0:
+                yield f"{where}.{key}={value:g}: must be above 0; take the stage's rehearsal out to do without"
+        if not rehearsed_parts(config.stages, index):
+            yield f"{where}: no stage before it trains another task, so there is nothing to keep; take it out"
+        if config.learner.kl_reference == "base":
+            yield (
+                f"{where} holds the policy of the stage's start, learner.kl_reference='base' that of the run's; set "
+                "learner.kl_reference=stage_start, or take the rehearsal out"
+            )
 
 
 def _tasks(stage: StageConfig) -> Iterator[str]:

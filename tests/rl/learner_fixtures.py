@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from rl.batching import RankShare, SampleRef, TrainSample, trained_positions
+from models.lora import Adapter, hash_state, load_adapter_state
+from rl.batching import RankShare, SampleRef, TrainSample, make_train_batch, trained_positions
 from rl.config import LearnerConfig
-from rollout.engine import ReplicaSpec, RolloutEngine, SampleRequest
+from rl.learner import Learner
+from rollout.engine import AdapterReceipt, ReplicaSpec, RolloutEngine, SampleRequest
 from rollout.prompts import derive_seed
 from rollout.sampler import Conditioning, SamplingSpec, Trajectory
 
@@ -69,3 +71,49 @@ def sample_refs(groups: list[tuple[int, Trajectory, Conditioning]], num_steps: i
 
 def resolve(share: RankShare) -> tuple[list[TrainSample], int]:
     return [TrainSample.of(s, s.trajectory, s.conditioning) for s in share.samples], share.count
+
+
+def make_learner(folder: Path, *, guidance: float = 1.0, **changes: Any) -> Learner:
+    """A learner in this process; wants the `process_group` fixture."""
+    learner = Learner(
+        replica_spec(folder),
+        learner_config(**changes),
+        sampling_spec(guidance),
+        seed=0,
+        inprocess=False,
+        gradient_checkpointing=False,
+    )
+    learner.negative = conditioning("negative")
+    return learner
+
+
+def publish(learner: Learner, engine: RolloutEngine, version: int = 1) -> AdapterReceipt:
+    state = learner.adapter()
+    return engine.load_adapter(Adapter(version, hash_state(state), state))
+
+
+def rollout(
+    engine: RolloutEngine, *, guidance: float = 1.0, groups: int = 2, size: int = 4, first: int = 0
+) -> list[tuple[int, Trajectory, Conditioning]]:
+    spec = sampling_spec(guidance)
+    return [
+        (g, *sample_group(engine, spec, g, size, conditioning("negative")))
+        for g in range(first, first + groups)
+    ]
+
+
+def updates(
+    groups: list[tuple[int, Trajectory, Conditioning]], num_updates: int = 1, micro: int = 2
+) -> list[tuple[list[TrainSample], int]]:
+    batch = make_train_batch(sample_refs(groups, 4), num_updates, 1, micro)
+    return [resolve(shares[0]) for shares in batch.updates]
+
+
+def randomise(learner: Learner, scale: float = 0.05) -> None:
+    """Give the untrained adapter a B, so that LoRA has an effect."""
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        name: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in name else tensor
+        for name, tensor in learner.adapter().items()
+    }
+    load_adapter_state(learner.transformer, state, "policy")

@@ -1,90 +1,39 @@
 """The learner in one process: gradients against autograd, the gate, the KL reference, the clip, the stages."""
 
-import socket
-
 import pytest
 import torch
 
 from models.components import load_transformer
 from models.lora import (
-    Adapter,
     adapter_parameters,
     adapter_state,
     attach_lora,
     hash_state,
     load_adapter_state,
 )
-from rl.batching import make_train_batch
 from rl.gate import LogProbMismatch
 from rl.learner import Learner
-from rl.process_group import join_process_group
 from rollout.engine import RolloutEngine
 from rollout.flow_sde import flow_sde_step
 from tests.rl.learner_fixtures import (
     conditioning,
     learner_config,
+    make_learner,
+    publish,
+    randomise,
     replica_spec,
-    resolve,
-    sample_group,
-    sample_refs,
+    rollout,
     sampling_spec,
+    updates,
 )
 from tests.tiny_models import make_tiny_folder
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_tiny_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Left standing at the end: DeepSpeed keeps its groups for the process's life and cannot join a second time.
-    join_process_group(rank=0, world_size=1, address="127.0.0.1", port=port, device="cpu", timeout_s=60)
-
-
-def make_learner(folder, *, guidance=1.0, **changes):
-    learner = Learner(
-        replica_spec(folder),
-        learner_config(**changes),
-        sampling_spec(guidance),
-        seed=0,
-        inprocess=False,
-        gradient_checkpointing=False,
-    )
-    learner.negative = conditioning("negative")
-    return learner
-
-
-def publish(learner, engine, version=1):
-    state = learner.adapter()
-    return engine.load_adapter(Adapter(version, hash_state(state), state))
-
-
-def rollout(engine, *, guidance=1.0, groups=2, size=4, first=0):
-    spec = sampling_spec(guidance)
-    return [
-        (g, *sample_group(engine, spec, g, size, conditioning("negative")))
-        for g in range(first, first + groups)
-    ]
-
-
-def updates(groups, num_updates=1, micro=2):
-    batch = make_train_batch(sample_refs(groups, 4), num_updates, 1, micro)
-    return [resolve(shares[0]) for shares in batch.updates]
-
-
-def randomise(learner, scale=0.05):
-    """Give the untrained adapter a B, so that LoRA has an effect."""
-    generator = torch.Generator().manual_seed(1)
-    state = {
-        name: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in name else tensor
-        for name, tensor in learner.adapter().items()
-    }
-    load_adapter_state(learner.transformer, state, "policy")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

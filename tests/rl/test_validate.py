@@ -13,6 +13,7 @@ from rl import validate
 from rl.config import (
     EvaluationTaskConfig,
     ModelConfig,
+    RehearsalConfig,
     RewardConfig,
     RunConfig,
     ServiceConfig,
@@ -97,6 +98,16 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "stage without prompts": ({"stages__0__prompts": None}, "stage 'edit': prompts is not set"),
     "parts of a stage of one task": (
         {"stages__0__parts": [StagePartConfig("t2i", "t.jsonl")]}, "stage 'edit': parts belong to .* task: joint",
+    ),
+    "rehearsal without strength": (
+        {"stages__1__rehearsal": RehearsalConfig(0.0)}, r"stage 't2i': rehearsal.beta=0: must be above 0",
+    ),
+    "rehearsal of nothing": (
+        {"stages__0__rehearsal": RehearsalConfig(1.0)}, "stage 'edit': rehearsal: no stage before it trains another",
+    ),
+    "rehearsal of another start": (
+        {"stages__1__rehearsal": RehearsalConfig(1.0), "learner__kl_reference": "base"},
+        "rehearsal holds the policy of the stage's start, learner.kl_reference='base' that of the run's",
     ),
     "joint with prompts": (
         {"stages": joint("edit", "t2i", prompts="e.jsonl")}, "stage 'joint': .* no prompts and rewards of its own",
@@ -199,6 +210,7 @@ def test_numbers_that_must_be_above_zero(key, value):
         {"stages": joint("edit", "t2i")},
         {"stages": joint("t2i", "edit", steps=5)},
         {"rollout__workers": 16},
+        {"stages__1__rehearsal": RehearsalConfig(1.0)},
         {"evaluation__tasks": [], "gallery__prompts": 0},
         {"stages__0__rewards": served("a:judge"), "stages__1__rewards": served("a:judge", weight=0.5)},
         {"stages__0__rewards": served("a:judge"), "stages__1__rewards": [RewardConfig("b:judge")]},
