@@ -9,7 +9,7 @@ import recipes
 from models.metaquery_config import MetaQueryConfig
 from rl.config import RunConfig
 from rl.placement import describe_plan, make_plan
-from rl.stage_parts import stage_tasks
+from rl.stage_parts import rehearsed_parts, stage_tasks
 
 _GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -38,6 +38,7 @@ def describe_run(config: RunConfig) -> list[str]:
         f"run {config.name}: "
         + " -> ".join(f"{s.name} ({' + '.join(stage_tasks(s))}, {s.steps} steps)" for s in config.stages),
         *_batch_lines(config, size),
+        *_rehearsal_lines(config),
         *_memory_lines(config, size),
         *describe_plan(make_plan(config), config.resources),
     ]
@@ -105,6 +106,19 @@ def _batch_lines(config: RunConfig, size: ModelSize) -> list[str]:
         f"({size.lora_parameters * _BYTES[config.model.dtype] / 1e6:.1f} MB a publish), "
         f"scaling {config.model.lora.alpha / config.model.lora.rank:g}",
     ]
+
+
+def _rehearsal_lines(config: RunConfig) -> list[str]:
+    found = []
+    for index, stage in enumerate(config.stages):
+        if stage.rehearsal is None:
+            continue
+        old = " + ".join(part.label for part in rehearsed_parts(config.stages, index))
+        found.append(
+            f"rehearsal in {stage.name}: {stage.rehearsal.num_prompts} pictures of {old} drawn at its start, "
+            f"{stage.rehearsal.samples} noised ones of them in each update (beta {stage.rehearsal.beta:g})"
+        )
+    return found
 
 
 def _memory_lines(config: RunConfig, size: ModelSize) -> list[str]:

@@ -1,9 +1,11 @@
 """The run in numbers: SD3.5-Medium's counts without its weights, and the batch equations."""
 
+from dataclasses import replace
+
 import pytest
 
 from models.lora_targets import DEFAULT_TARGETS
-from rl.config import EvaluationTaskConfig, ModelConfig, RewardConfig, RunConfig, StageConfig
+from rl.config import EvaluationTaskConfig, ModelConfig, RehearsalConfig, RewardConfig, RunConfig, StageConfig
 from rl.plan import describe_run, measure_model
 
 
@@ -73,3 +75,10 @@ def test_a_window_and_drawn_steps_change_the_equations(paper):
     assert "1.05 MB of latents a sample" in text
     windowed.learner.train_steps = 2
     assert "x 2 trained steps" in "\n".join(describe_run(windowed))
+
+
+def test_a_rehearsing_stage_says_what_it_keeps(paper):
+    stages = [*paper.stages[:1], replace(paper.stages[1], rehearsal=RehearsalConfig(0.1, samples=16))]
+    text = "\n".join(describe_run(replace(paper, stages=stages)))
+    assert "rehearsal in t2i: 256 pictures of edit drawn at its start, 16 noised ones of them in each" in text
+    assert "(beta 0.1)" in text and "rehearsal" not in "\n".join(describe_run(paper))
