@@ -25,9 +25,9 @@ def publish(adapter: Adapter, dispatcher: Dispatcher, *, previous: Policy | None
     """Send `adapter` to all rollout workers; returns only when every answering one is verified.
 
     Each replica hashes its live weights after loading and runs a fixed probe before and after. Verified means:
-    the hash is the learner's, and if it differs from `previous`, the probe's output moved (an adapter that binds
-    to no module changes no output). A worker that does not answer is taken out of service; it fetches the
-    adapter by itself before its next sample.
+    the hash is the learner's, and if it differs from `previous` and from what the replica held, the probe's output
+    moved (an adapter that binds to no module changes no output). A worker that does not answer is taken out of
+    service; it fetches the adapter by itself before its next sample.
 
     Raises PublishError naming the replica.
     """
@@ -61,7 +61,8 @@ def check_receipt(receipt: AdapterReceipt, adapter: Adapter, previous: Policy | 
             "diverged; start a run under another name with a lower learner.learning_rate"
         )
     changed = previous is not None and previous.sha256 != adapter.sha256
-    if changed and receipt.probe_shift == 0.0:
+    # A replica that has just drawn an evaluation may hold what it is sent: the average, from which a stage begins.
+    if changed and receipt.replaced != adapter.sha256 and receipt.probe_shift == 0.0:
         raise PublishError(
             f"replica {receipt.worker} loaded version {adapter.version}, but its outputs did not move: the adapter "
             "binds to no module that is used. Check model.lora.targets."

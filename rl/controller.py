@@ -87,7 +87,7 @@ class Controller:
         self.cluster.learner.check_sees(self.run_dir)
         if self.resumed:
             self.cluster.learner.load(self.resumed / "learner")
-        self._publish(max(self.state.version, 1))
+        self._publish(max(self.state.version, 1), updated=False)
         self._evaluate_base()
         for index, stage in enumerate(self.config.stages):
             if index < self.state.stage:
@@ -101,6 +101,7 @@ class Controller:
             self.state.stage = index
             self.state.stages.append(StageProgress(stage.name))
             self.cluster.learner.begin_stage()
+            self._publish(self.state.version + 1, updated=False)
         progress = self.state.stages[index]
         if stage.rehearsal is not None and progress.steps < stage.steps:
             self._prepare_rehearsal(index, stage.rehearsal)
@@ -144,7 +145,7 @@ class Controller:
         clock.lap("update")
         if stats:
             with self.journal.timed("publish", self.state.step + 1):
-                self._publish(self.state.version + 1)
+                self._publish(self.state.version + 1, updated=True)
         clock.lap("publish")
         metrics = reward_metrics(scored, advantages, config.learner.advantage_clip)
         metrics |= update_metrics(stats, config.learner.learning_rate, batch.num_samples)
@@ -167,9 +168,12 @@ class Controller:
         before, self._events = self._events, now
         return {"workers/restarts": now[0] - before[0], "workers/redispatched_chunks": now[1] - before[1]}
 
-    def _publish(self, version: int) -> None:
+    def _publish(self, version: int, *, updated: bool) -> None:
+        """Give the live adapter to the replicas, unless they have it; an update must have changed it (`updated`)."""
         adapter = self.cluster.learner.adapter(version, shipped=False)
         if self.policy is not None and adapter.sha256 == self.policy.sha256:
+            if not updated:
+                return
             raise RuntimeError(
                 f"the update after version {self.state.version} left every adapter tensor unchanged: the optimizer "
                 "does not reach the adapter"

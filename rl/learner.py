@@ -81,6 +81,7 @@ class Learner:
         self.reference: str | None = None
         self.negative: Conditioning | None = None
         self.rehearsal: Rehearsal | None = None
+        self.ema: AdapterEma | None = None
         self.begin_stage()
 
     def _deepspeed_config(self) -> dict[str, Any]:
@@ -98,7 +99,14 @@ class Learner:
     # ---- stages -------------------------------------------------------------------------------------------
 
     def begin_stage(self) -> None:
-        """Freeze the live adapter as the KL reference; restart optimizer state and moving average."""
+        """Continue from what the stage before ships, freeze that as the KL reference, restart optimizer and average.
+
+        Where a moving average is kept it is what was evaluated, and live weights at a high learning rate score less.
+        """
+        if self.ema is not None:
+            with self._gathered(modify=True):
+                load_adapter_state(self.transformer, self.ema.state(self.dtype), POLICY)
+            self.engine.optimizer.refresh_fp32_params()
         state = self.adapter()
         self._set_reference(state)
         self.rehearsal = None

@@ -77,12 +77,14 @@ class SampleInfo:
 
 @dataclass(frozen=True)
 class AdapterReceipt:
-    """A replica's proof that an adapter took effect: hash of its live weights, and how far a probe moved."""
+    """A replica's proof that an adapter took effect: hash of its live weights, and how far a probe moved from what the
+    replica held before (`replaced`, the hash of that)."""
 
     worker: str
     version: int
     sha256: str
     probe_shift: float
+    replaced: str
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -110,12 +112,12 @@ class RolloutEngine:
 
     def load_adapter(self, adapter: Adapter) -> AdapterReceipt:
         """Put `adapter` into the live weights; the receipt hashes what is then in the module, not what came."""
-        before = self._probe()
+        before, replaced = self._probe(), self.sha256
         load_adapter_state(self.transformer, adapter.tensors, ROLLOUT_ADAPTER)
         self.sha256 = hash_state(adapter_state(self.transformer, ROLLOUT_ADAPTER))
         self.version = adapter.version
         shift = float((self._probe() - before).abs().max())
-        return AdapterReceipt(self.worker, self.version, self.sha256, shift)
+        return AdapterReceipt(self.worker, self.version, self.sha256, shift, replaced)
 
     def sample(
         self,

@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from rewards.shapes.world import BACKGROUNDS
 logger = logging.getLogger(__name__)
 
 COUNTS = {"train": {"t2i": 1024, "edit": 1024}, "heldout": {"t2i": 2048, "edit": 2048}}
+WIDE_COUNT = 4096
 SEEDS = {"train": 1, "heldout": 2}
 
 
@@ -46,10 +48,7 @@ def t2i_lines(split: str, count: int, seed: int | None = None) -> Iterator[dict[
 
 def _tag_captions(rng: np.random.Generator, tag: str, split: str, count: int) -> list[Caption]:
     """Captions of one tag, without repeats where there are enough; the smaller families whole, then more."""
-    families = [
-        [replace(item, background=b) for item in captions(tag, colored, split) for b in (None, *BACKGROUNDS)]
-        for colored in FAMILIES[tag]
-    ]
+    families = _families(tag, split)
     chosen: list[Caption] = []
     for left, family in zip(range(len(families), 0, -1), sorted(families, key=len), strict=True):
         share = (count - len(chosen)) // left
@@ -57,6 +56,33 @@ def _tag_captions(rng: np.random.Generator, tag: str, split: str, count: int) ->
     rounds = -(-count // len(chosen))
     order = [index for _ in range(rounds) for index in rng.permutation(len(chosen))]
     return [chosen[index] for index in order[:count]]
+
+
+def _families(tag: str, split: str) -> list[list[Caption]]:
+    """The captions of a tag with and without backgrounds, one list for those without colours and one for those with."""
+    return [
+        [replace(item, background=b) for item in captions(tag, colored, split) for b in (None, *BACKGROUNDS)]
+        for colored in FAMILIES[tag]
+    ]
+
+
+def wide_t2i_lines(count: int, seed: int = SEEDS["train"]) -> Iterator[dict[str, Any]]:
+    """Training lines for long runs: tags in proportion to the square root of their number of texts, mixed.
+
+    In equal turns a run of thousands of groups sees the few texts of single_object and two_object so often that it
+    learns them by heart, which held-out texts gain nothing from.
+    """
+    rng = np.random.default_rng(seed)
+    texts = {tag: sum(len(family) for family in _families(tag, "train")) for tag in TAGS}
+    total = sum(n**0.5 for n in texts.values())
+    chosen = [
+        caption
+        for tag, n in texts.items()
+        for caption in _tag_captions(rng, tag, "train", math.ceil(count * n**0.5 / total))
+    ]
+    for index in rng.permutation(len(chosen))[:count]:
+        record = chosen[index].metadata()
+        yield {"prompt": record.pop("prompt"), "metadata": record}
 
 
 def edit_lines(split: str, count: int, seed: int | None = None) -> Iterator[dict[str, Any]]:
@@ -90,11 +116,12 @@ def data_uri(image: np.ndarray) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write the four files `{edit,t2i}_{train,heldout}.jsonl`."""
+    """Write the four files `{edit,t2i}_{train,heldout}.jsonl`, and `t2i_train_wide.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, counts in COUNTS.items():
         for task, lines in (("t2i", t2i_lines), ("edit", edit_lines)):
             write_lines(folder / f"{task}_{split}.jsonl", lines(split, counts[task]))
+    write_lines(folder / "t2i_train_wide.jsonl", wide_t2i_lines(WIDE_COUNT))
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from rewards.geneval import TAGS
 from rewards.shapes.edits import KINDS, Edit
-from rewards.shapes.prompts import COUNTS, data_uri, edit_lines, main, write
+from rewards.shapes.prompts import COUNTS, WIDE_COUNT, data_uri, edit_lines, main, write
 from rewards.shapes.render import render
 from rewards.shapes.world import COLORS, SHAPES
 
@@ -56,8 +56,24 @@ def test_files_are_small_and_balanced_in_every_prefix(task, split):
         assert set(kinds[start : start + 6]) == set(names)
 
 
+def test_the_wide_training_set_is_what_the_code_makes_and_spends_its_lines_where_texts_are_many(made):
+    name = "t2i_train_wide.jsonl"
+    assert (FOLDER / name).read_text() == (made / name).read_text()
+    lines = read(FOLDER, "t2i", "train_wide")
+    tags = [line["metadata"]["tag"] for line in lines]
+    texts = {tag: {line["prompt"] for line in lines if line["metadata"]["tag"] == tag} for tag in TAGS}
+    assert len(lines) == WIDE_COUNT and sum(map(len, texts.values())) > 3 * len(lines) / 4
+    # By hand: 12, 40, 168, 72, 5328 and 1080 texts; their square roots sum to 137.
+    shares = {"single_object": 3.5, "two_object": 6.3, "counting": 13.0, "colors": 8.5, "position": 73.0,
+              "color_attr": 32.9}  # fmt: skip
+    for tag, root in shares.items():
+        assert tags.count(tag) / len(lines) == pytest.approx(root / 137.1, abs=0.002)
+        assert tags[:1024].count(tag) / 1024 == pytest.approx(root / 137.1, abs=0.03), "mixed, not in blocks"
+
+
 def test_train_and_heldout_are_disjoint():
     texts = {split: {line["prompt"] for line in read(FOLDER, "t2i", split)} for split in COUNTS}
+    texts["train"] |= {line["prompt"] for line in read(FOLDER, "t2i", "train_wide")}
     assert not texts["train"] & texts["heldout"]
     scenes = {
         split: {Edit.from_json(line["metadata"]["edit"])[1].content for line in read(FOLDER, "edit", split)}

@@ -8,7 +8,7 @@ import torch
 
 from models.lora import Adapter, hash_state, load_adapter_state
 from rl.batching import RankShare, SampleRef, TrainSample, make_train_batch, trained_positions
-from rl.config import LearnerConfig
+from rl.config import EmaConfig, LearnerConfig
 from rl.learner import Learner
 from rollout.engine import AdapterReceipt, ReplicaSpec, RolloutEngine, SampleRequest
 from rollout.prompts import derive_seed
@@ -30,9 +30,7 @@ def learner_config(**changes: Any) -> LearnerConfig:
         "ranks": 1, "zero_stage": 1, "micro_batch_size": 2, "updates_per_rollout": 1, "learning_rate": 1e-3,
         "max_grad_norm": 1e9, "clip_range": 0.2, "kl_beta": 0.04,
     }  # fmt: skip
-    config = LearnerConfig(**{**defaults, **changes})
-    config.ema.enabled = False
-    return config
+    return LearnerConfig(**{**defaults, "ema": EmaConfig(enabled=False), **changes})
 
 
 def sampling_spec(guidance_scale: float = 1.0, num_steps: int = 4) -> SamplingSpec:

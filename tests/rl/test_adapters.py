@@ -16,8 +16,8 @@ ADAPTER = make_adapter(4, {"a.lora_B.weight": torch.ones(2, 2)})
 BEFORE = Policy(3, "0" * 64, ())
 
 
-def receipt(version=4, sha256=ADAPTER.sha256, shift=0.1):
-    return AdapterReceipt("node:1", version, sha256, shift)
+def receipt(version=4, sha256=ADAPTER.sha256, shift=0.1, replaced=BEFORE.sha256):
+    return AdapterReceipt("node:1", version, sha256, shift, replaced)
 
 
 def test_the_hash_is_of_the_tensors():
@@ -52,6 +52,11 @@ def test_unchanged_weights_need_not_move_anything():
     """The first publish (B is zero) and a publish of the same adapter again."""
     check_receipt(receipt(shift=0.0), ADAPTER, None)
     check_receipt(receipt(shift=0.0), ADAPTER, Policy(3, ADAPTER.sha256, ()))
+
+
+def test_a_replica_that_held_the_weights_already_need_not_move():
+    """A stage begins from the average, which the replica has just evaluated."""
+    check_receipt(receipt(shift=0.0, replaced=ADAPTER.sha256), ADAPTER, BEFORE)
 
 
 class Worker:

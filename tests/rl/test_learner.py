@@ -11,6 +11,7 @@ from models.lora import (
     hash_state,
     load_adapter_state,
 )
+from rl.config import EmaConfig
 from rl.gate import LogProbMismatch
 from rl.learner import Learner
 from rollout.engine import RolloutEngine
@@ -155,6 +156,26 @@ def test_a_stage_restarts_the_optimizer_and_keeps_the_adapter(folder):
     trained.update(updates(groups))
     fresh.update(updates(groups))
     assert hash_state(trained.adapter()) == hash_state(fresh.adapter())
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_stage_continues_from_what_the_one_before_shipped(folder, zero_stage):
+    """With a moving average: weights, KL reference and the optimizer's own copy are the average."""
+    learner = make_learner(folder, zero_stage=zero_stage, learning_rate=5e-3, ema=EmaConfig(True, 0.5, 1))
+    engine = RolloutEngine(replica_spec(folder))
+    for version in (1, 2):
+        publish(learner, engine, version)
+        learner.update(updates(rollout(engine, first=2 * version)))
+    shipped = learner.shipped_adapter()
+    assert hash_state(shipped) != hash_state(learner.adapter())
+    learner.begin_stage()
+    for state in (learner.adapter(), learner.reference_state(), learner.shipped_adapter()):
+        assert hash_state(state) == hash_state(shipped)
+    publish(learner, engine, 3)
+    (first,) = learner.update(updates(rollout(engine, first=8)))
+    assert first.kl == 0.0 and first.gaps.largest <= 1e-6
+    moved = max(float((t - shipped[n]).abs().max()) for n, t in learner.adapter().items())
+    assert 0 < moved <= 5.1e-3, "one Adam step from the average, not from the weights before"
 
 
 def test_padding_samples_change_nothing(folder):

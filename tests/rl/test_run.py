@@ -10,6 +10,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+import ray
 import yaml
 from safetensors.torch import load_file
 
@@ -152,8 +153,12 @@ def test_inprocess_placement_learns_the_same(straight, tmp_path):
 
 
 def first_process(title):
+    """A worker of this Ray alone: another run on the machine has workers of the same names."""
+    session = ray.get_runtime_context().get_session_name()
     for process in psutil.process_iter(["cmdline"]):
-        if " ".join(process.info["cmdline"] or []).startswith(title):
+        if " ".join(process.info["cmdline"] or []).startswith(title) and session in " ".join(
+            process.parent().cmdline()
+        ):
             return process.pid
     return None
 
