@@ -34,15 +34,16 @@ def claims_table(claims: Iterable[Claim]) -> list[str]:
 
 
 def commit() -> str:
-    """The checkout's commit, marked `+changes` when tracked files differ from it."""
+    """The checkout's commit, marked `+changes` when tracked files differ from it, those apart that proofs write."""
 
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=30
         ).stdout.strip()
 
+    outputs = (":!docs/evidence", ":!docs/images")
     return git("rev-parse", "HEAD") + (
-        "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        "+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".", *outputs) else ""
     )
 
 
