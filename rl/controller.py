@@ -118,10 +118,12 @@ class Controller:
 
     def _prepare_rehearsal(self, index: int, rehearsal: RehearsalConfig) -> None:
         """Draw with the stage's first policy what its updates rehearse; a run resumed within it draws the same."""
+        began = time.monotonic()
         adapter = self.cluster.learner.reference_adapter(self.state.version)
         policy = Policy(adapter.version, adapter.sha256, (ray.put(adapter),))
         pictures = draw_pictures(self.collector, self.config, index, policy, self.state.step)
         self.cluster.learner.rehearse(rehearsal, pictures)
+        self.state.seconds += time.monotonic() - began
 
     def _step(self, turn: Turn, groups: list[Any]) -> StepOutcome:
         """One turn of the algorithm: rollout with streamed rewards, advantages, update, publish."""
@@ -243,9 +245,11 @@ class Controller:
         self._evaluate("before")
         for moment, scale in scales.items():
             assert self.policy is not None
+            began = time.monotonic()
             with self.journal.timed("evaluate", self.state.step):
                 scores = self.evaluator.evaluate(moment, self.policy, self.state.step, guidance_scale=scale)
             self.results.add(moment, scores)
+            self.state.seconds += time.monotonic() - began
 
     def _evaluate(self, moment: str, *, tasks: list[str] | None = None) -> None:
         """Evaluate the shipped adapter on all tasks (or `tasks`) and record it."""
