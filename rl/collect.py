@@ -218,7 +218,8 @@ class Collector:
         """One picture per prompt, in prompt order, not scored. A batch that fails is logged and left out."""
         landed: dict[int, list[SampledPrompt]] = {}
         with self.progress.phase(label, total=len(prompts), unit="image") as bar:
-            conditionings = self.encode(prompts)
+            # One call per prompt, as in training: a reference image that fails takes its own batch alone with it.
+            conditionings = [ref for prompt in prompts for ref in self.encode([prompt])]
             for start in range(0, len(prompts), batch_size):
                 request = SampleRequest(start, 0, tuple(seeds[start : start + batch_size]), ())
                 args = (request, spec, policy, self.negative, *conditionings[start : start + batch_size])

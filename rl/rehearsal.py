@@ -13,17 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import recipes
-from rl.collect import Collector, SampledPrompt
 from rl.config import RehearsalConfig, RunConfig
 from rl.stage_parts import rehearsed_parts
 from rollout.prompts import Prompt, derive_seed, load_prompts
 from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec
-from rollout.worker import Policy
+
+if TYPE_CHECKING:  # the learner runs without Ray too
+    from rl.collect import Collector, SampledPrompt
+    from rollout.worker import Policy
 
 
 @dataclass(frozen=True)

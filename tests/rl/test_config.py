@@ -119,6 +119,15 @@ def test_an_unknown_key_offers_the_nearest_name(recipe, key, expected):
     assert problem.endswith(expected)
 
 
+def test_a_part_that_may_be_absent_is_checked_where_it_is_given(recipe):
+    assert [stage.rehearsal for stage in load_config(recipe()).stages] == [None, None]
+    unknown, missing = problems_of(recipe(), "stages[1].rehearsal.betta=1")
+    assert unknown.endswith("'stages[1].rehearsal.betta': did you mean 'stages[1].rehearsal.beta'?")
+    assert missing.startswith("key 'stages[1].rehearsal.beta' has no value")
+    given = load_config(recipe(), ["stages[1].rehearsal.beta=0.5"]).stages[1].rehearsal
+    assert (given.beta, given.num_prompts, given.samples) == (0.5, 256, 32)
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -8,7 +8,7 @@ from models.components import load_transformer
 from models.lora import adapter_parameters, attach_lora, load_adapter_state
 from rl.batching import make_train_batch
 from rl.collect import SampledPrompt
-from rl.config import RehearsalConfig, StageConfig, StagePartConfig, load_config
+from rl.config import EmaConfig, RehearsalConfig, StageConfig, StagePartConfig, load_config
 from rl.learner_stats import StatsAccumulator
 from rl.learner_worker import LearnerGroup, LearnerRank, LearnerSpec
 from rl.rehearsal import Rehearsal, RehearsalPicture, draw_pictures, rank_share, rehearsal_prompts
@@ -181,16 +181,9 @@ def test_a_rehearsed_policy_stays_nearer_to_its_start_on_the_old_task(folder):
 
 @pytest.mark.parametrize("stage", [1, 3], ids=["zero1", "zero3"])
 def test_two_ranks_rehearse_their_shares(folder, ray_session, stage):
-    """The statistic is the mean over ranks, and the collectives of both ranks match."""
-    spec = LearnerSpec(
-        replica_spec(folder),
-        learner_config(ranks=2, zero_stage=stage),
-        sampling_spec(),
-        0,
-        False,
-        False,
-        120.0,
-    )
+    """The collectives of both ranks match, and the next stage begins from the average on both."""
+    config = learner_config(ranks=2, zero_stage=stage, ema=EmaConfig(True, 0.5, 1))
+    spec = LearnerSpec(replica_spec(folder), config, sampling_spec(), 0, False, False, 120.0)
     actors = [ray.remote(LearnerRank).options(num_cpus=0.1).remote(spec, rank, 2) for rank in range(2)]
     group = LearnerGroup(actors, call_timeout_s=240, start_timeout_s=240)
     engine = RolloutEngine(replica_spec(folder))
@@ -215,6 +208,10 @@ def test_two_ranks_rehearse_their_shares(folder, ray_session, stage):
         engine.load_adapter(group.adapter(1, shipped=False))
     assert found[0] == 0.0 < found[1]
     assert not any(t.any() for n, t in group.reference_adapter(1).tensors.items() if "lora_B" in n)
+    shipped = group.adapter(1, shipped=True)
+    assert group.adapter(1, shipped=False).sha256 != shipped.sha256
+    group.begin_stage()
+    assert group.adapter(1, shipped=False).sha256 == group.reference_adapter(1).sha256 == shipped.sha256
     for actor in actors:
         ray.kill(actor)
 
