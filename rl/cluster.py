@@ -87,6 +87,7 @@ def training_spec(config: RunConfig) -> SamplingSpec:
         r.window_size,
         r.window_first,
         r.window_last,
+        r.branch,
     )
 
 

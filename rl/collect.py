@@ -102,11 +102,13 @@ class Collector:
         # One call per group: a reference image that fails takes no other group with it.
         for group in groups:
             steps = spec.stochastic_steps(derive_seed("group-steps", *group.seeds[:1]))
+            trunk = derive_seed("trunk", *group.seeds[:1]) if spec.branch else None
             (conditioning,) = self.encode([group.prompt])
             size = len(group.seeds)
             pending[group.id] = _Pending(group, steps, conditioning, missing=-(-size // chunk_size))
             for first in range(0, size, chunk_size):
-                request = SampleRequest(group.id, first, group.seeds[first : first + chunk_size], steps)
+                seeds = group.seeds[first : first + chunk_size]
+                request = SampleRequest(group.id, first, seeds, steps, trunk)
                 args = (request, spec, policy, self.negative, conditioning)
                 self.dispatcher.submit(Call("rollout", (group.id, first), "sample", args, num_returns=3))
         with ExitStack() as bars:

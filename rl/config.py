@@ -55,7 +55,8 @@ class RolloutConfig:
     """T = `num_steps`, G = `group_size`, a = `noise_level` (paper section 4.1).
 
     `chunk_size` samples of one group are one unit of work. `window_size` > 0 makes only that many consecutive
-    steps stochastic, starting at a step drawn per group so that they lie in [window_first, window_last).
+    steps stochastic, starting at a step drawn per group so that they lie in [window_first, window_last). `branch`: a
+    group's samples share their initial noise and part at its first stochastic step (not in the paper; Flow-GRPO-Fast).
     """
 
     workers: int = 8
@@ -70,6 +71,7 @@ class RolloutConfig:
     window_size: int = 0
     window_first: int = 0
     window_last: int = 10
+    branch: bool = False
     max_failed_prompts: int = 16
 
 
@@ -90,7 +92,8 @@ class LearnerConfig:
     paper's beta = .04 is meant; `exact` divides by -dt as well and wants about .004. `drop_last_steps` leaves
     out the end of the schedule, whose log-probability is at the mercy of rounding; `train_steps` > 0 trains on
     that many of the remaining steps, drawn per group. `log_prob_tolerance` bounds the gap between the rollout's
-    log-probabilities and the learner's replay; null picks 1e-5 for float32 and 2e-2 for bfloat16.
+    log-probabilities and the learner's replay; null picks 1e-5 for float32 and 2e-2 for bfloat16. `micro_batch_size`
+    counts samples; with `rollout.branch` those of one group are a single row at their first stochastic step.
     """
 
     ranks: int = 8

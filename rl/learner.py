@@ -182,7 +182,8 @@ class Learner:
             batch = _MicroBatch(samples[start : start + size], self.replica.device, self.dtype)
             for s in range(len(samples[0].positions)):
                 x, prev, index, rollout_log_prob = batch.step(s)
-                step = self._replay(x, prev, index, batch, grad=True)
+                trunks = self._trunks(batch, s)
+                step = self._replay(x, prev, index, batch, trunks, grad=True)
                 assert step.log_prob is not None
                 if gate is not None:
                     gate.add(index, step.log_prob.detach(), rollout_log_prob, batch.weights)
@@ -193,7 +194,7 @@ class Learner:
                     advantages=batch.advantages,
                     clip_range=self.config.clip_range,
                     weights=batch.weights / pairs * self.world_size,
-                    kl=self._kl(x, prev, index, batch, step),
+                    kl=self._kl(x, prev, index, batch, trunks, step),
                     kl_beta=self.config.kl_beta,
                 )
                 self.engine.backward(loss.loss)
@@ -214,19 +215,29 @@ class Learner:
             columns = []
             for s in range(len(samples[0].positions)):
                 x, prev, index, _ = batch.step(s)
-                log_prob = self._replay(x, prev, index, batch, grad=False).log_prob
+                log_prob = self._replay(x, prev, index, batch, self._trunks(batch, s), grad=False).log_prob
                 assert log_prob is not None
                 columns.append(log_prob)
             rows.append(torch.stack(columns, 1))
         return torch.cat(rows)
 
+    def _trunks(self, batch: _MicroBatch, s: int) -> Tensor | None:
+        """Which samples [B] share the forward of the s-th trained step: a branching group's, until it has branched."""
+        return batch.groups if self.sampling.branch and batch.at_branch(s) else None
+
     def _kl(
-        self, x: Tensor, prev: Tensor, index: Tensor, batch: _MicroBatch, step: FlowSDEStep
+        self,
+        x: Tensor,
+        prev: Tensor,
+        index: Tensor,
+        batch: _MicroBatch,
+        trunks: Tensor | None,
+        step: FlowSDEStep,
     ) -> Tensor | None:
         if self.config.kl_beta == 0:
             return None
         with use_adapter(self.transformer, self.reference):
-            reference = self._replay(x, prev, index, batch, grad=False)
+            reference = self._replay(x, prev, index, batch, trunks, grad=False)
         return gaussian_kl(step.mean, reference.mean, step.diffusion, step.step_std, self.config.kl_form)  # type: ignore[arg-type]
 
     def _rehearse(self, rehearsal: Rehearsal, group: int, statistics: StatsAccumulator) -> None:
@@ -251,7 +262,7 @@ class Learner:
         ).float()
 
     def _replay(
-        self, x: Tensor, prev: Tensor, index: Tensor, batch: _MicroBatch, *, grad: bool
+        self, x: Tensor, prev: Tensor, index: Tensor, batch: _MicroBatch, trunks: Tensor | None, *, grad: bool
     ) -> FlowSDEStep:
         with torch.set_grad_enabled(grad):
             return replay_step(
@@ -264,6 +275,7 @@ class Learner:
                 self.negative,
                 self.sampling,
                 cfg_gradient=self.config.cfg_gradient,  # type: ignore[arg-type]
+                trunks=trunks,
             )
 
     # ---- checkpoint ---------------------------------------------------------------------------------------
@@ -305,6 +317,11 @@ class _MicroBatch:
         )
         self.advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device)
         self.weights = torch.tensor([s.weight for s in samples], dtype=torch.float32, device=device)
+        self.groups = torch.tensor([s.group for s in samples])
+
+    def at_branch(self, s: int) -> bool:
+        """Whether the s-th trained step is the first stochastic one of every sample."""
+        return all(sample.positions[s] == 0 for sample in self.samples)
 
     def step(self, s: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x_t, x_{t-1} [B, C, H, W], step index [B] and rollout log-prob [B] of the s-th trained step."""

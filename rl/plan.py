@@ -99,7 +99,8 @@ def _batch_lines(config: RunConfig, size: ModelSize) -> list[str]:
     trajectory = (min(r.window_size or r.num_steps, r.num_steps) + 1) * size.latent_values * 4
     return [
         f"rollout: {r.prompts_per_rollout} prompts x G={r.group_size} = {samples} samples in chunks of {r.chunk_size}, "
-        f"T={r.num_steps}, {trajectory / 1e6:.2f} MB of latents a sample",
+        f"T={r.num_steps}, {trajectory / 1e6:.2f} MB of latents a sample"
+        + (", one trajectory a group until its first stochastic step" if r.branch else ""),
         f"update: {samples} / {learner.updates_per_rollout} = {per_update} samples; per rank {per_rank} in {micro} "
         f"micro-batches of {learner.micro_batch_size} x {steps} trained steps",
         f"LoRA: {size.lora_linears} linears, {size.lora_parameters / 1e6:.2f} M parameters "

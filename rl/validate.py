@@ -102,6 +102,12 @@ def _objective(config: RunConfig) -> Iterator[str]:
             f"rollout.variant='cps' with learner.kl_beta={learner.kl_beta:g}: the KL penalty is that of the SDE and "
             "does not apply to CPS; set learner.kl_beta=0"
         )
+    if r.branch and config.model.dtype == "bfloat16" and learner.old_log_prob == "rollout":
+        yield (
+            "rollout.branch=true with learner.old_log_prob='rollout' in bfloat16: the learner replays a group's shared "
+            "step in batches of another size, whose rounding would be told as a change of policy; set "
+            "learner.old_log_prob=replay"
+        )
     if r.window_size and r.window_last - r.window_size > 0 and learner.drop_last_steps:
         overlap = r.window_last - (r.num_steps - learner.drop_last_steps)
         if overlap > 0:

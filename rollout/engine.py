@@ -54,12 +54,16 @@ class SampleRequest:
 
     The unit of work never depends on the number of workers, so one worker and three give the same bits, and a
     request dispatched again after a crash gives the same samples.
+
+    `trunk_seed` decides the initial noise that all samples of a branching group share, in whatever chunk they are;
+    None gives each its own.
     """
 
     group_id: int
     first: int
     seeds: tuple[int, ...]
     steps: tuple[int, ...]
+    trunk_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class RolloutEngine:
         )
         sigmas = sigma_table(self.scheduler, spec.num_steps)
         generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+        trunk = None if request.trunk_seed is None else torch.Generator().manual_seed(request.trunk_seed)
         with use_adapter(self.transformer, ROLLOUT_ADAPTER):
             trajectory = sample_trajectories(
                 self.transformer,
@@ -149,6 +154,7 @@ class RolloutEngine:
                 self.latent_shape,
                 generators,
                 request.steps,
+                trunk,
             )
         if not torch.isfinite(trajectory.final_latents).all():
             raise DataFailure(f"group {request.group_id}: the sampled latents are not finite")

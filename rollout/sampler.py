@@ -65,6 +65,15 @@ class ConditioningBatch:
 
         return ConditioningBatch(**{field.name: gather(field.name) for field in fields(ConditioningBatch)})  # type: ignore[arg-type]
 
+    def rows(self, index: Tensor) -> ConditioningBatch:
+        """The samples that `index` [n] int64 names."""
+
+        def pick(name: str) -> Tensor | None:
+            tensor = getattr(self, name)
+            return None if tensor is None else tensor[index]
+
+        return ConditioningBatch(**{field.name: pick(field.name) for field in fields(ConditioningBatch)})  # type: ignore[arg-type]
+
     def unconditional(self, shared: Conditioning | None) -> ConditioningBatch:
         """The unconditional rows, with the same reference images: the samples' own negatives, else the `shared` one."""
         if self.negative_prompt_embeds is not None and self.negative_pooled_prompt_embeds is not None:
@@ -86,6 +95,9 @@ class SamplingSpec:
 
     `window_size` consecutive steps, starting somewhere in [window_first, window_last - window_size], are
     stochastic and the rest are ODE steps; 0 means all T steps.
+
+    `branch`: the samples of a group share their initial noise, so that they are one trajectory up to the first
+    stochastic step and its velocity is one forward for all of them, in the rollout and in the replay.
     """
 
     num_steps: int
@@ -95,6 +107,7 @@ class SamplingSpec:
     window_size: int = 0
     window_first: int = 0
     window_last: int = 0
+    branch: bool = False
 
     def stochastic_steps(self, seed: int) -> tuple[int, ...]:
         """Which steps are stochastic for a group with this seed (never a matter of the request or worker)."""
@@ -181,20 +194,30 @@ def sample_trajectories(
     latent_shape: tuple[int, int, int],
     generators: Sequence[torch.Generator],
     steps: tuple[int, ...],
+    trunk: torch.Generator | None = None,
 ) -> Trajectory:
     """Sample B = len(generators) trajectories; sample k's initial and step noise come from generators[k] alone.
 
     `steps` (from `SamplingSpec.stochastic_steps`) are the stochastic ones, consecutive; () is pure ODE sampling.
+    With `trunk` the initial noise is one draw from it for all B, which then must be samples of one prompt, and a
+    single row runs until the first stochastic step. Raises ValueError where there is none to branch at.
     """
+    if trunk is not None and not steps:
+        raise ValueError("a trunk without a stochastic step would give the same sample B times")
     device = positive.prompt_embeds.device
-    x = torch.stack([torch.randn(latent_shape, generator=g) for g in generators]).to(device)
-    kept, log_probs = [], []
+    noise = [torch.randn(latent_shape, generator=g) for g in (generators if trunk is None else [trunk])]
+    x = torch.stack(noise).to(device)
+    kept, log_probs, every = [], [], positive
+    positive = every if trunk is None else every.rows(torch.zeros(1, dtype=torch.long, device=device))
     for t in range(spec.num_steps):
         stochastic = t in steps
-        if stochastic:
-            kept.append(x.cpu())
         sigma = sigmas[t].expand(len(x)).to(device)
         velocity = guided_velocity(transformer, x, sigma, positive, negative, spec.guidance_scale)
+        if stochastic and len(x) < len(generators):
+            size, positive = len(generators), every
+            x, velocity = x.expand(size, *x.shape[1:]), velocity.expand(size, *velocity.shape[1:])
+        if stochastic:
+            kept.append(x.cpu())
         step = flow_sde_step(
             velocity,
             x,
@@ -232,10 +255,12 @@ def replay_step(
     spec: SamplingSpec,
     *,
     cfg_gradient: CFGGradient = "conditional",
+    trunks: Tensor | None = None,
 ) -> FlowSDEStep:
     """The step that a stored trajectory took, under the transformer's present weights, with gradient.
 
-    sample, prev_sample [B, C, H, W] float32; step_index [B] int64, which may differ between samples.
+    sample, prev_sample [B, C, H, W] float32; step_index [B] int64, which may differ between samples. `trunks` [B]
+    int64: rows with the same number have the same sample, step and conditioning, and share one forward.
     Raises ValueError where the step was an ODE step (it has no log-probability).
     """
     if spec.variant == "ode" or spec.noise_level == 0:
@@ -245,9 +270,17 @@ def replay_step(
     device = sample.device
     table = sigmas.to(device)
     sigma, sigma_next = table[step_index], table[step_index + 1]
-    velocity = guided_velocity(
-        transformer, sample, sigma, positive, negative, spec.guidance_scale, cfg_gradient=cfg_gradient
-    )
+    if trunks is None:
+        velocity = guided_velocity(
+            transformer, sample, sigma, positive, negative, spec.guidance_scale, cfg_gradient=cfg_gradient
+        )
+    else:
+        first, owner = _first_rows(trunks)
+        first, owner = first.to(device), owner.to(device)
+        velocity = guided_velocity(
+            transformer, sample[first], sigma[first], positive.rows(first), negative, spec.guidance_scale,
+            cfg_gradient=cfg_gradient,
+        )[owner]  # fmt: skip
     return flow_sde_step(
         velocity,
         sample,
@@ -258,3 +291,12 @@ def replay_step(
         variant=spec.variant,
         prev_sample=prev_sample,
     )
+
+
+def _first_rows(trunks: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of every trunk [U], and for each row [B] which of these it belongs to."""
+    numbers, owner = torch.unique(trunks.cpu(), return_inverse=True)
+    first = torch.full((len(numbers),), len(trunks)).scatter_reduce(
+        0, owner, torch.arange(len(trunks)), reduce="amin"
+    )
+    return first, owner

@@ -52,7 +52,10 @@ def sample_group(
     seeds = tuple(derive_seed("noise", group, k) for k in range(size))
     steps = spec.stochastic_steps(group)
     condition = conditioning(f"group {group}")
-    _, trajectory, _ = engine.sample(SampleRequest(group, 0, seeds, steps), spec, negative, [condition])
+    trunk = derive_seed("trunk", group) if spec.branch else None
+    _, trajectory, _ = engine.sample(
+        SampleRequest(group, 0, seeds, steps, trunk), spec, negative, [condition]
+    )
     return trajectory, condition
 
 

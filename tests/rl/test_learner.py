@@ -1,5 +1,7 @@
 """The learner in one process: gradients against autograd, the gate, the KL reference, the clip, the stages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from rl.gate import LogProbMismatch
 from rl.learner import Learner
 from rollout.engine import RolloutEngine
 from rollout.flow_sde import flow_sde_step
+from rollout.sampler import SamplingSpec
 from tests.rl.learner_fixtures import (
     conditioning,
     learner_config,
@@ -24,6 +27,7 @@ from tests.rl.learner_fixtures import (
     randomise,
     replica_spec,
     rollout,
+    sample_group,
     sampling_spec,
     updates,
 )
@@ -176,6 +180,40 @@ def test_a_stage_continues_from_what_the_one_before_shipped(folder, zero_stage):
     assert first.kl == 0.0 and first.gaps.largest <= 1e-6
     moved = max(float((t - shipped[n]).abs().max()) for n, t in learner.adapter().items())
     assert 0 < moved <= 5.1e-3, "one Adam step from the average, not from the weights before"
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_branching_groups_share_a_row_where_they_branch_and_teach_the_same(folder, window):
+    """Two groups of 4 in a micro-batch of 8: 2 rows at the first stochastic step instead of 8, policy and KL alike."""
+    spec = SamplingSpec(4, 0.7, 3.0, window_size=window, window_last=3, branch=True)
+    learner, engine = make_learner(folder, micro_batch_size=8), RolloutEngine(replica_spec(folder))
+    randomise(learner, scale=0.2)
+    learner.begin_stage()
+    publish(learner, engine)
+    groups = [(g, *sample_group(engine, spec, g, 4, conditioning("negative"))) for g in range(2)]
+    assert all(torch.equal(t.latents[0, 0], t.latents[3, 0]) for _, t, _ in groups)
+    randomise(learner, scale=0.21)
+    (samples, count), *_ = updates(groups, micro=8)
+    old = torch.stack([s.log_probs[list(s.positions)] for s in samples])
+    rows, found = [], []
+    hook = learner.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    for branch in (True, False):
+        learner.sampling = replace(spec, branch=branch)
+        learner.engine.zero_grad()
+        statistics = learner.accumulate(samples, count, old, None).result(0.0, None)
+        gradients = {n: p.grad.clone() for n, p in adapter_parameters(learner.transformer, "policy").items()}
+        found.append((statistics, gradients))
+    hook.remove()
+    # A step is two halves of the guidance for the policy and two for the reference.
+    assert rows == [2] * 4 + [8] * 4 * (window - 1) + [8] * 4 * window
+    (shared, ours), (apart, theirs) = found
+    assert shared.kl == pytest.approx(apart.kl, rel=1e-4) and apart.kl > 0
+    assert shared.loss == pytest.approx(apart.loss, rel=1e-4, abs=1e-6)
+    scale = max(float(g.abs().max()) for g in theirs.values())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_padding_samples_change_nothing(folder):

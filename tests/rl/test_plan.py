@@ -73,6 +73,11 @@ def test_a_window_and_drawn_steps_change_the_equations(paper):
     text = "\n".join(describe_run(windowed))
     assert "x 3 trained steps" in text
     assert "1.05 MB of latents a sample" in text
+    assert "one trajectory a group" not in text
+    windowed.rollout.branch = True
+    assert "a sample, one trajectory a group until its first stochastic step" in "\n".join(
+        describe_run(windowed)
+    )
     windowed.learner.train_steps = 2
     assert "x 2 trained steps" in "\n".join(describe_run(windowed))
 

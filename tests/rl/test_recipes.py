@@ -12,6 +12,7 @@ DRIVEN_BY_EDITREWARD = ["recipes/shapes/edit_editreward.yaml", "recipes/shapes/r
 ON_METAQUERY = ["recipes/shapes/pdtr_metaquery.yaml"]
 FULL_SIZE = [
     "recipes/pdtr_sd35m_kontext.yaml",
+    "recipes/pdtr_sd35m_kontext_fast.yaml",
     "recipes/edit_sd35m_kontext.yaml",
     "recipes/t2i_sd35m_kontext.yaml",
     "recipes/t2i_no_clip_sd35m_kontext.yaml",

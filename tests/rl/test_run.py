@@ -152,6 +152,18 @@ def test_inprocess_placement_learns_the_same(straight, tmp_path):
     assert final_hash(tmp_path) == final_hash(folder)
 
 
+def test_a_group_in_chunks_branches_from_one_trajectory(tmp_path, ray_session):
+    """The learner replays a group's first stochastic step from one sample's latents for all four, so chunks with
+    other initial noise would show as log-probabilities of another policy."""
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, "rollout.branch=true", "rollout.window_size=2", "rollout.window_last=3",
+        "rollout.chunk_size=2", "learner.micro_batch_size=8")  # fmt: skip
+    steps = [r for r in records(tmp_path) if "loss/total" in r]
+    assert len(steps) == 4 and all(r["gate/log_prob_gap_max"] <= 1e-6 for r in steps)
+    spread = [np.std(record["rewards"]) for record in map(json.loads, groups(tmp_path).splitlines())]
+    assert min(spread) > 0
+
+
 def first_process(title):
     """A worker of this Ray alone: another run on the machine has workers of the same names."""
     session = ray.get_runtime_context().get_session_name()

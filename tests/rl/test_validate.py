@@ -60,6 +60,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "updates do not divide": (
         {"rollout__prompts_per_rollout": 5}, "prompts_per_rollout=5 does not divide .*updates_per_rollout=2",
     ),
+    "branch in bfloat16": ({"rollout__branch": True}, "rollout.branch=true .*set learner.old_log_prob=replay"),
     "negative window": ({"rollout__window_size": 2, "rollout__window_first": -1}, "must not be negative"),
     "negative window size": ({"rollout__window_size": -2}, "must not be negative"),
     "window beyond T": (
@@ -202,6 +203,8 @@ def test_numbers_that_must_be_above_zero(key, value):
     "changes",
     [
         {"rollout__window_size": 3, "rollout__window_last": 9},
+        {"rollout__branch": True, "learner__old_log_prob": "replay"},
+        {"rollout__branch": True, "model__dtype": "float32"},
         {"rollout__window_size": 3, "rollout__window_last": 10, "learner__drop_last_steps": 0},
         {"rollout__variant": "cps", "learner__kl_beta": 0.0},
         {"learner__train_steps": 9},

@@ -231,6 +231,95 @@ def test_mixtures_and_missing_parts_are_refused(transformer):
             replay(transformer, spec, batch, trajectory, 0)
 
 
+# ---- branching -------------------------------------------------------------------------------------------------
+
+
+def branched(transformer, spec, batch, seeds, steps, trunk_seed=7):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    trunk = torch.Generator().manual_seed(trunk_seed)
+    return sample_trajectories(transformer, batch, NEGATIVE, spec, SIGMAS, LATENTS, generators, steps, trunk)
+
+
+@pytest.mark.parametrize("steps", [(0,), (2,), (1, 2, 3)])
+@pytest.mark.parametrize("spec", [PLAIN, GUIDED], ids=["plain", "guided"])
+def test_a_branching_group_is_one_ode_trajectory_until_its_first_stochastic_step(transformer, spec, steps):
+    item = conditioning(1, reference=True)
+    group = branched(transformer, spec, stack(*[item] * 3), (10, 11, 12), steps)
+    x = torch.randn(LATENTS, generator=torch.Generator().manual_seed(7))[None]
+    for t in range(steps[0]):
+        with torch.no_grad():
+            velocity = guided_velocity(
+                transformer, x, SIGMAS[t].reshape(1), stack(item), NEGATIVE, spec.guidance_scale
+            )
+        x = x + (SIGMAS[t + 1] - SIGMAS[t]) * velocity
+    torch.testing.assert_close(group.latents[:, 0], x.expand(3, *LATENTS))
+    assert group.latents.shape == (3, len(steps) + 1, *LATENTS)
+    assert (group.latents[0, 1] - group.latents[1, 1]).abs().max() > 0.1, "and then each has noise of its own"
+    assert (group.final_latents[1] - group.final_latents[2]).abs().max() > 0.1
+
+
+def test_a_branching_group_in_chunks_is_the_same_group(transformer):
+    batch = stack(*[conditioning(1)] * 4)
+    whole = branched(transformer, PLAIN, batch, (10, 11, 12, 13), (1, 2))
+    parts = [
+        branched(transformer, PLAIN, batch.rows(torch.arange(2)), s, (1, 2)) for s in ((10, 11), (12, 13))
+    ]
+    assert torch.equal(torch.cat([p.latents[:, :2] for p in parts]), whole.latents[:, :2])
+    torch.testing.assert_close(
+        torch.cat([p.final_latents for p in parts]), whole.final_latents, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_trunk_needs_a_step_to_branch_at(transformer):
+    with pytest.raises(ValueError, match="without a stochastic step"):
+        branched(transformer, PLAIN, stack(conditioning(1)), (10,), ())
+
+
+@pytest.mark.parametrize("cfg_gradient", ["conditional", "both"])
+def test_a_shared_forward_replays_what_separate_ones_do(transformer, cfg_gradient):
+    """Two groups of unequal size that branch at different steps, in mixed order; one brings negatives of its own."""
+    items = [
+        replace(conditioning(i, reference=True), negative_prompt_embeds=n.prompt_embeds,
+                negative_pooled_prompt_embeds=n.pooled_prompt_embeds)
+        for i, n in ((1, conditioning(5)), (2, conditioning(6)))
+    ]  # fmt: skip
+    one = branched(transformer, GUIDED, stack(*[items[0]] * 2), (10, 11), (1,))
+    two = branched(transformer, GUIDED, stack(*[items[1]] * 3), (12, 13, 14), (3,), trunk_seed=8)
+    order = [(two, 0), (one, 0), (two, 1), (two, 2), (one, 1)]
+    sample, after = (torch.stack([t.latents[row, i] for t, row in order]) for i in (0, 1))
+    index = torch.tensor([t.steps[0] for t, _ in order])
+    batch = stack(*[items[1] if t is two else items[0] for t, _ in order])
+    trunks = torch.tensor([40 if t is two else 3 for t, _ in order])
+    parameters, rows = list(adapter_parameters(transformer).values()), []
+    hook = transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    found = []
+    for shared in (None, trunks):
+        step = replay_step(
+            transformer,
+            sample,
+            after,
+            index,
+            SIGMAS,
+            batch,
+            None,
+            GUIDED,
+            cfg_gradient=cfg_gradient,
+            trunks=shared,
+        )
+        weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
+        found.append((step.log_prob.detach(), step.mean.detach(),
+                      torch.autograd.grad((weights * step.log_prob).sum(), parameters)))  # fmt: skip
+    hook.remove()
+    assert rows == [5, 5, 2, 2]
+    stored = torch.stack([t.log_probs[row, 0] for t, row in order])
+    torch.testing.assert_close(found[1][0], stored, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1][:2], found[0][:2], rtol=1e-4, atol=1e-5)
+    for a, b in zip(found[1][2], found[0][2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1))
+
+
 # ---- the window -------------------------------------------------------------------------------------------------
 
 
