@@ -88,6 +88,9 @@ class EmaConfig:
 class LearnerConfig:
     """The objective (eq. 1 and 2) and its optimizer.
 
+    With `final_learning_rate` the rate falls linearly over each stage, from `learning_rate` at its first step towards
+    this after its last; null keeps it constant (paper).
+
     `clip_range` is epsilon (not in the paper). `kl_form: without_dt` is (mu - mu_ref)^2 / (2 g^2), for which the
     paper's beta = .04 is meant; `exact` divides by -dt as well and wants about .004. `drop_last_steps` leaves
     out the end of the schedule, whose log-probability is at the mercy of rounding; `train_steps` > 0 trains on
@@ -101,6 +104,7 @@ class LearnerConfig:
     micro_batch_size: int = 8
     updates_per_rollout: int = 2
     learning_rate: float = 3e-4
+    final_learning_rate: float | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8

@@ -34,7 +34,7 @@ from rl.rehearsal import draw_pictures
 from rl.results import RunResults
 from rl.stage_parts import stage_tasks
 from rl.state import RunState, StageProgress
-from rl.step import make_batch, reward_metrics, update_metrics
+from rl.step import make_batch, reward_metrics, stage_learning_rate, update_metrics
 from rl.turns import Turn, Turns
 from rollout.worker import Policy
 
@@ -110,7 +110,8 @@ class Controller:
             began = time.monotonic()
             turn = turns.of(progress.steps)
             groups = turns.groups(progress.steps)  # pure: which prompts, which seeds
-            outcome = self._step(turn, groups)
+            rate = stage_learning_rate(self.config.learner, progress.steps, stage.steps)
+            outcome = self._step(turn, groups, rate)
             self._account(progress, outcome, time.monotonic() - began)
             self._close_step(stage, turn, progress, outcome)
         self._evaluate(f"after_{stage.name}")
@@ -125,7 +126,7 @@ class Controller:
         self.cluster.learner.rehearse(rehearsal, pictures)
         self.state.seconds += time.monotonic() - began
 
-    def _step(self, turn: Turn, groups: list[Any]) -> StepOutcome:
+    def _step(self, turn: Turn, groups: list[Any], learning_rate: float) -> StepOutcome:
         """One turn of the algorithm: rollout with streamed rewards, advantages, update, publish."""
         assert self.policy is not None
         config, clock = self.config, _Clock()
@@ -142,7 +143,7 @@ class Controller:
         turn.monitor.observe([g.score for g in scored if g.score is not None])
         self._count_failures(scored)
         batch, advantages = make_batch(scored, config)
-        stats, spans = self.cluster.learner.update(batch) if batch.updates else ([], [])
+        stats, spans = self.cluster.learner.update(batch, learning_rate) if batch.updates else ([], [])
         self.journal.update_spans(spans, self.state.step + 1)
         clock.lap("update")
         if stats:
@@ -150,7 +151,7 @@ class Controller:
                 self._publish(self.state.version + 1, updated=True)
         clock.lap("publish")
         metrics = reward_metrics(scored, advantages, config.learner.advantage_clip)
-        metrics |= update_metrics(stats, config.learner.learning_rate, batch.num_samples)
+        metrics |= update_metrics(stats, learning_rate, batch.num_samples)
         images = sum(len(g.group.seeds) for g in scored)
         metrics |= {f"time/{name}": seconds for name, seconds in clock.laps.items()}
         metrics |= {

@@ -143,6 +143,11 @@ class Learner:
             adapters, modifier_rank=0 if modify else None, enabled=enabled
         )
 
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of the updates from here on; a checkpoint brings back that of its own step."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
     # ---- the update ---------------------------------------------------------------------------------------
 
     def update(self, updates: Sequence[tuple[Sequence[TrainSample], int]]) -> list[UpdateStats]:

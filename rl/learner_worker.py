@@ -119,8 +119,10 @@ class LearnerRank:
             micro_batch_size=self.spec.config.micro_batch_size,
         )
 
-    def update(self, shares: Sequence[RankShare]) -> tuple[list[UpdateStats], float, float]:
-        """Train this rank's shares of one rollout. Returns statistics, start time and seconds."""
+    def update(
+        self, shares: Sequence[RankShare], learning_rate: float
+    ) -> tuple[list[UpdateStats], float, float]:
+        """Train this rank's shares of one rollout at this rate. Returns statistics, start time and seconds."""
         started = time.time()
         refs = {r for share in shares for s in share.samples for r in (s.trajectory, s.conditioning)}
         order = list(refs)
@@ -132,6 +134,7 @@ class LearnerRank:
             )
             for share in shares
         ]
+        self._learner().set_learning_rate(learning_rate)
         stats = self._learner().update(resolved)
         return stats, started, time.time() - started
 
@@ -218,10 +221,12 @@ class LearnerGroup:
     def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPrompt]) -> None:
         self._all("rehearse", config, list(pictures))
 
-    def update(self, batch: TrainBatch) -> tuple[list[UpdateStats], list[tuple[float, float]]]:
+    def update(
+        self, batch: TrainBatch, learning_rate: float
+    ) -> tuple[list[UpdateStats], list[tuple[float, float]]]:
         """One rollout's updates; statistics are global, spans are (start, seconds) per rank."""
         calls = [
-            actor.update.remote([shares[rank] for shares in batch.updates])
+            actor.update.remote([shares[rank] for shares in batch.updates], learning_rate)
             for rank, actor in enumerate(self.actors)
         ]
         results = self._gather(calls, "update", self._timeout_s)

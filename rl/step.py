@@ -11,7 +11,7 @@ import numpy as np
 from rl.advantages import Advantages, group_advantages
 from rl.batching import SampleRef, TrainBatch, make_train_batch, trained_positions
 from rl.collect import SampledGroup
-from rl.config import RunConfig
+from rl.config import LearnerConfig, RunConfig
 from rl.learner_stats import UpdateStats
 
 
@@ -49,6 +49,13 @@ def make_batch(groups: Sequence[SampledGroup], config: RunConfig) -> tuple[Train
         )
     batch = make_train_batch(samples, learner.updates_per_rollout, learner.ranks, learner.micro_batch_size)
     return batch, advantages
+
+
+def stage_learning_rate(config: LearnerConfig, done: int, steps: int) -> float:
+    """The rate of a stage's step after `done` of its `steps`: a function of these alone, so resuming needs no more."""
+    if config.final_learning_rate is None:
+        return config.learning_rate
+    return config.learning_rate + (config.final_learning_rate - config.learning_rate) * done / steps
 
 
 def reward_metrics(groups: Sequence[SampledGroup], advantages: Advantages, clip: float) -> dict[str, Any]:

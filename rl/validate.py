@@ -121,6 +121,12 @@ def _objective(config: RunConfig) -> Iterator[str]:
     stochastic = r.window_size or r.num_steps - learner.drop_last_steps
     if not 0 <= learner.train_steps <= stochastic:
         yield f"learner.train_steps={learner.train_steps}: there are {stochastic} stochastic steps to train on"
+    final = learner.final_learning_rate
+    if final is not None and not 0 < final <= learner.learning_rate:
+        yield (
+            f"learner.final_learning_rate={final:g}: must be above 0 and at most learner.learning_rate="
+            f"{learner.learning_rate:g}; null keeps the rate constant"
+        )
     if learner.kl_beta < 0:
         yield f"learner.kl_beta={learner.kl_beta:g} must not be negative"
     if not 0 <= learner.ema.decay < 1:

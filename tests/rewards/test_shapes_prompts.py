@@ -62,13 +62,13 @@ def test_the_wide_training_set_is_what_the_code_makes_and_spends_its_lines_where
     lines = read(FOLDER, "t2i", "train_wide")
     tags = [line["metadata"]["tag"] for line in lines]
     texts = {tag: {line["prompt"] for line in lines if line["metadata"]["tag"] == tag} for tag in TAGS}
-    assert len(lines) == WIDE_COUNT and sum(map(len, texts.values())) > 3 * len(lines) / 4
-    # By hand: 12, 40, 168, 72, 5328 and 1080 texts; their square roots sum to 137.
-    shares = {"single_object": 3.5, "two_object": 6.3, "counting": 13.0, "colors": 8.5, "position": 73.0,
-              "color_attr": 32.9}  # fmt: skip
+    assert len(lines) == WIDE_COUNT and sum(map(len, texts.values())) > len(lines) / 2
+    # By hand: 12, 40, 168, 72, 5328 and 1080 texts; their fourth roots sum to 25.2.
+    shares = {"single_object": 1.86, "two_object": 2.51, "counting": 3.60, "colors": 2.91, "position": 8.54,
+              "color_attr": 5.73}  # fmt: skip
     for tag, root in shares.items():
-        assert tags.count(tag) / len(lines) == pytest.approx(root / 137.1, abs=0.002)
-        assert tags[:1024].count(tag) / 1024 == pytest.approx(root / 137.1, abs=0.03), "mixed, not in blocks"
+        assert tags.count(tag) / len(lines) == pytest.approx(root / 25.17, abs=0.002)
+        assert tags[:1024].count(tag) / 1024 == pytest.approx(root / 25.17, abs=0.03), "mixed, not in blocks"
 
 
 def test_train_and_heldout_are_disjoint():

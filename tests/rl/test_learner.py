@@ -216,6 +216,21 @@ def test_branching_groups_share_a_row_where_they_branch_and_teach_the_same(folde
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_the_rate_of_an_update_is_the_one_set(folder, zero_stage):
+    """Adam's first step of a stage moves an element by the rate where its gradient is well above epsilon."""
+    learner = make_learner(folder, zero_stage=zero_stage, learning_rate=1e-3)
+    engine = RolloutEngine(replica_spec(folder))
+    for version, rate in ((1, 1e-3), (2, 2e-4)):
+        before = learner.adapter()
+        publish(learner, engine, version)
+        learner.set_learning_rate(rate)
+        learner.update(updates(rollout(engine, first=2 * version)))
+        moved = max(float((t - before[n]).abs().max()) for n, t in learner.adapter().items())
+        assert moved == pytest.approx(rate, rel=0.02)
+        learner.begin_stage()
+
+
 def test_padding_samples_change_nothing(folder):
     learner = make_learner(folder)
     engine = RolloutEngine(replica_spec(folder))

@@ -6,11 +6,11 @@ import pytest
 
 from rewards.scoring import GroupScore
 from rl.collect import Chunk, SampledGroup
-from rl.config import RunConfig
+from rl.config import LearnerConfig, RunConfig
 from rl.gate import LogProbGaps
 from rl.learner_stats import UpdateStats
 from rl.metric_table import find_metric
-from rl.step import make_batch, reward_metrics, update_metrics
+from rl.step import make_batch, reward_metrics, stage_learning_rate, update_metrics
 from rollout.prompts import Prompt, PromptGroup
 
 
@@ -116,6 +116,15 @@ def test_clamped_advantages_are_counted():
     groups = [scored(1, [0.0] * 31 + [1.0])]
     advantages = make_batch(groups, config(advantage_clip=5.0))[1]
     assert reward_metrics(groups, advantages, clip=5.0)["advantage/clamped_share"] == pytest.approx(1 / 32)
+
+
+def test_the_rate_falls_linearly_over_a_stage_where_a_recipe_asks():
+    constant, falling = LearnerConfig(learning_rate=1e-3), LearnerConfig(learning_rate=1e-3)
+    falling.final_learning_rate = 2e-4
+    assert [stage_learning_rate(constant, done, 4) for done in range(4)] == [1e-3] * 4
+    assert [stage_learning_rate(falling, done, 4) for done in range(4)] == pytest.approx(
+        [1e-3, 8e-4, 6e-4, 4e-4]
+    )
 
 
 def stats(**changes) -> UpdateStats:

@@ -88,6 +88,10 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"learner__train_steps": 4, "rollout__window_size": 3, "rollout__window_last": 9},
         "train_steps=4: there are 3 stochastic steps",
     ),
+    "final rate above the first": (
+        {"learner__final_learning_rate": 1e-3}, "final_learning_rate=0.001: must be .* at most .*=0.0003",
+    ),
+    "final rate of nothing": ({"learner__final_learning_rate": 0.0}, "final_learning_rate=0: must be above 0"),
     "negative kl": ({"learner__kl_beta": -0.1}, "kl_beta=-0.1 must not be negative"),
     "ema never takes in": (
         {"learner__ema__every": 11}, "its 10 updates are fewer than learner.ema.every=11",
@@ -208,6 +212,7 @@ def test_numbers_that_must_be_above_zero(key, value):
         {"rollout__window_size": 3, "rollout__window_last": 10, "learner__drop_last_steps": 0},
         {"rollout__variant": "cps", "learner__kl_beta": 0.0},
         {"learner__train_steps": 9},
+        {"learner__final_learning_rate": 3e-5},
         {"learner__zero_stage": 3, "resources__placement": "separate", "rollout__workers": 3},
         {"resources__placement": "inprocess"},
         {"stages": joint("edit", "t2i")},
