@@ -135,15 +135,25 @@ def _memory_lines(config: RunConfig, size: ModelSize) -> list[str]:
     )  # float32 master copy and both Adam moments, sharded by ZeRO
     tokens = 2 * size.image_tokens + size.text_tokens
     per_layer = 2 if config.model.gradient_checkpointing else 34
-    activations = (
-        config.learner.micro_batch_size * tokens * size.hidden_size * size.num_layers * per_layer * width
-    )
+    rows = _rows(config)
+    activations = rows * tokens * size.hidden_size * size.num_layers * per_layer * width
     learner = weights + 2 * adapters + gradients + optimizer
     return [
         f"transformer: {size.parameters / 1e6:.2f} M parameters, position table {size.position_values / 1e6:.1f} M "
         f"values ({size.source})",
         f"memory, rollout worker: {(base + adapters) / _GIB:.2f} GiB of transformer and adapter, plus the VAE",
         f"memory, learner rank: {learner / _GIB:.2f} GiB of weights, adapters, gradients and optimizer (ZeRO-{zero}), "
-        f"plus about {activations / _GIB:.1f} GiB of activations (estimate, editing, micro-batch "
-        f"{config.learner.micro_batch_size})",
+        f"plus about {activations / _GIB:.1f} GiB of activations (estimate, editing, {rows} rows at once)",
     ]
+
+
+def _rows(config: RunConfig) -> int:
+    """Transformer rows of the learner's largest forward. A branching group is one row where no later step is trained."""
+    r, micro = config.rollout, config.learner.micro_batch_size
+    if not (r.branch and r.window_size == 1):
+        return micro
+    groups = min(
+        micro, 1 + -(-micro // r.group_size)
+    )  # the first one may have begun in the micro-batch before
+    rehearsed = [s.rehearsal.samples for s in config.stages if s.rehearsal is not None]
+    return max(groups, min(micro, -(-max(rehearsed, default=0) // config.learner.ranks)))

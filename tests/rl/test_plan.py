@@ -78,6 +78,10 @@ def test_a_window_and_drawn_steps_change_the_equations(paper):
     assert "a sample, one trajectory a group until its first stochastic step" in "\n".join(
         describe_run(windowed)
     )
+    assert "8 rows at once" in text, "steps after the branch are replayed apart"
+    windowed.rollout.window_size, windowed.learner.micro_batch_size = 1, 32
+    assert "3 rows at once" in "\n".join(describe_run(windowed)), "two groups of 16 and a begun one"
+    windowed.rollout.window_size, windowed.learner.micro_batch_size = 3, 8
     windowed.learner.train_steps = 2
     assert "x 2 trained steps" in "\n".join(describe_run(windowed))
 
