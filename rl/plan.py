@@ -148,7 +148,7 @@ def _memory_lines(config: RunConfig, size: ModelSize) -> list[str]:
 
 
 def _rows(config: RunConfig) -> int:
-    """Transformer rows of the learner's largest forward. A branching group is one row where no later step is trained."""
+    """Transformer rows of the learner's largest forward. A branching group is one row if no later step is trained."""
     r, micro = config.rollout, config.learner.micro_batch_size
     if not (r.branch and r.window_size == 1):
         return micro
