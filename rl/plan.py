@@ -152,8 +152,7 @@ def _rows(config: RunConfig) -> int:
     r, micro = config.rollout, config.learner.micro_batch_size
     if not (r.branch and r.window_size == 1):
         return micro
-    groups = min(
-        micro, 1 + -(-micro // r.group_size)
-    )  # the first one may have begun in the micro-batch before
+    # The first group may have begun in the micro-batch before.
+    groups = min(micro, 1 + -(-micro // r.group_size))
     rehearsed = [s.rehearsal.samples for s in config.stages if s.rehearsal is not None]
     return max(groups, min(micro, -(-max(rehearsed, default=0) // config.learner.ranks)))
