@@ -18,7 +18,7 @@ from rewards.shapes.prompts import edit_lines, t2i_lines
 from rl.statistics import Difference, paired_bootstrap
 
 SEEDS = (1, 2, 3)
-PROMPT_SEED = 20
+PROMPT_SEED = 21
 NUM_PROMPTS = 2048
 LIMIT_S = 3600.0
 GAIN, LOST = 0.10, -0.02
