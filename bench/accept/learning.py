@@ -18,7 +18,7 @@ from rewards.shapes.prompts import edit_lines, t2i_lines
 from rl.statistics import Difference, paired_bootstrap
 
 SEEDS = (1, 2, 3)
-PROMPT_SEED = 22
+PROMPT_SEED = 23
 NUM_PROMPTS = 2048
 LIMIT_S = 3600.0
 GAIN, LOST = 0.10, -0.02
@@ -39,9 +39,11 @@ class Check:
 def main() -> None:
     """Write `docs/evidence/learning.md` after every seed; exits 1 when a part fails in any of them."""
     prompts = write_prompts()
+    # The base at its best guidance is the same for every seed: one run of a step a stage measures it, on its own clock.
+    base = train("base", prompts, "stages[0].steps=1", "stages[1].steps=1")
     results: dict[int, dict[str, Any]] = {}
     for seed in SEEDS:
-        results[seed] = run(seed, prompts)
+        results[seed] = run(seed, prompts, base)
         path = report(results)
     sys.stdout.write(path.read_text())
     if not all(result["holds"] for result in results.values()):
@@ -60,21 +62,26 @@ def write_prompts() -> dict[str, Path]:
     return paths
 
 
-def run(seed: int, prompts: dict[str, Path]) -> dict[str, Any]:
-    """Train one seed, or what is left of it, and check its claims."""
-    folder = FOLDER / f"seed{seed}"
+def train(name: str, prompts: dict[str, Path], *changes: str) -> Path:
+    """The folder of a run of the recipe under `changes`, trained, or what is left of it."""
+    folder = FOLDER / name
     if not (folder / "summary.json").is_file():
-        changes = [f"output_dir={FOLDER}", f"name=seed{seed}", f"seed={seed}"]
+        command = [sys.executable, "-m", "rl.train", "recipes/shapes/pdtr_long.yaml"]
+        command += [f"output_dir={FOLDER}", f"name={name}", *changes]
         for index, task in enumerate(TASKS):
-            changes.append(f"evaluation.tasks[{index}].prompts={prompts[task]}")
-            changes.append(f"evaluation.tasks[{index}].num_prompts={NUM_PROMPTS}")
-        if seed != SEEDS[0]:
-            changes.append("evaluation.baseline_guidance=[]")
-        resume = ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
-        command = [sys.executable, "-m", "rl.train", "recipes/shapes/pdtr_long.yaml", *changes, *resume]
+            command.append(f"evaluation.tasks[{index}].prompts={prompts[task]}")
+            command.append(f"evaluation.tasks[{index}].num_prompts={NUM_PROMPTS}")
+        if (folder / "metrics.jsonl").is_file():
+            command += ["--resume", "auto"]
         subprocess.run(command, cwd=ROOT, check=True, timeout=3 * LIMIT_S)
+    return folder
+
+
+def run(seed: int, prompts: dict[str, Path], base: Path) -> dict[str, Any]:
+    """Train one seed, or what is left of it, and check its claims."""
+    folder = train(f"seed{seed}", prompts, f"seed={seed}", "evaluation.baseline_guidance=[]")
     seconds = json.loads((folder / "summary.json").read_text())["seconds"]
-    checks = claims(folder)
+    checks = claims(folder, base)
     return {
         "seconds": seconds,
         "checks": checks,
@@ -82,24 +89,24 @@ def run(seed: int, prompts: dict[str, Path]) -> dict[str, Any]:
     }
 
 
-def claims(folder: Path) -> list[Check]:
-    """Every part of the claim from a run's stored evaluations, paired by prompt and noise.
+def claims(folder: Path, base: Path) -> list[Check]:
+    """Every part of the claim from a run's stored evaluations, paired by prompt and noise with those of `base`.
 
-    The base at other guidance scales is the same for every seed, so the first one's run measured it.
+    Raises ValueError where the two scored the untrained base differently: then they are not pairs.
     """
-    found, first = [], FOLDER / f"seed{SEEDS[0]}"
+    found = []
     for task in TASKS:
         before, after = rewards(folder, "before", task), rewards(folder, "after_t2i", task)
-        if before != rewards(first, "before", task):
-            raise ValueError(f"{folder} and {first} scored the base differently: remove both and run again")
+        if before != rewards(base, "before", task):
+            raise ValueError(f"{folder} and {base} scored the base differently: remove both and run again")
         change = paired_bootstrap(before, after)
         found.append(
             Check(f"{task}: gain of at least {GAIN:g} at guidance 1", change, above(change.mean, GAIN))
         )
         best = max(
-            ("before_guidance_2", "before_guidance_3"), key=lambda moment: mean(rewards(first, moment, task))
+            ("before_guidance_2", "before_guidance_3"), key=lambda moment: mean(rewards(base, moment, task))
         )
-        change = paired_bootstrap(rewards(first, best, task), after)
+        change = paired_bootstrap(rewards(base, best, task), after)
         scale = best.rpartition("_")[2]
         found.append(
             Check(f"{task}: over the base at guidance {scale}, its best", change, above(change.low, 0.0))
@@ -136,7 +143,8 @@ def report(results: dict[int, dict[str, Any]]) -> Path:
     lines = [
         f"`recipes/shapes/pdtr_long.yaml`; {NUM_PROMPTS} held-out prompts a task, drawn with a seed that no setting "
         f"was chosen on; everything at guidance 1 unless said; training seeds {', '.join(map(str, SEEDS))}, named in "
-        "`bench/accept/learning.py`. Differences with 95 % intervals over prompts.",
+        "`bench/accept/learning.py`. Differences with 95 % intervals over prompts. Times are of training with the "
+        "evaluations before, between and after the stages; the base at other guidance is measured once, before.",
         "",
         "| part | " + " | ".join(f"seed {seed}" for seed in results) + " |",
         "|---" * (len(results) + 1) + "|",
