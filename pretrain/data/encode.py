@@ -18,12 +18,12 @@ from models.components import load_conditioner, load_vae
 from models.latents import encode_images
 from models.metaquery_vlm import QueryReader
 from models.text import SD3TextEncoder
-from models.vlm import refuse_control_tokens
 from pretrain.data.buckets import bucket_size, nearest_buckets
 from pretrain.data.config import DataConfig
 from pretrain.data.encoded import EncodedLatents, EncodedQueries, EncodedTexts, Shards, stack
 from pretrain.data.errors import SampleError
 from pretrain.data.pixels import fitted_pictures, to_pixels
+from pretrain.data.readable import readable_texts
 from pretrain.data.sources import Source, check_corrupt, open_sources
 
 
@@ -190,7 +190,7 @@ def encode_queries(
         for place in places:
             ordinal = ordinals[place]
             try:
-                texts, picture = readable_texts(source, ordinal, reader), None
+                texts, picture = readable_texts(source, ordinal, reader.tokenizer), None
                 if area:
                     size = bucket_size(int(buckets[place]), area, data.multiple)
                     picture = fitted_pictures(source, ordinal, size)[0]
@@ -209,17 +209,6 @@ def encode_queries(
     width = max(1, *map(len, rows))
     filled = [row + [-1] * (width - len(row)) for row in rows]
     return {"rows": torch.tensor(filled, dtype=torch.int32), "states": torch.cat(done)}, broken
-
-
-def readable_texts(source: Source, ordinal: int, reader: QueryReader) -> tuple[str, ...]:
-    """A sample's texts. Raises SampleError also for one that the VLM refuses: it must not end the whole shard."""
-    texts = source.texts(ordinal)
-    try:
-        for text in texts:
-            refuse_control_tokens(text, reader.tokenizer)
-    except ValueError as error:
-        raise SampleError(str(error)) from error
-    return texts
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -167,6 +167,20 @@ class EncodedQueries:
         return states
 
 
+def open_encoded(
+    data: DataConfig, sources: Sequence[Source]
+) -> tuple[EncodedLatents | None, EncodedTexts | None, EncodedQueries | None]:
+    """What the recipe reads from its cache. Raises DataError where shards are missing."""
+    cache = data.cache
+    latents = EncodedLatents(data, sources) if cache.latents else None
+    texts = EncodedTexts(data, sources) if cache.text else None
+    queries = EncodedQueries(data, sources) if cache.queries else None
+    for encoded in (latents, texts, queries):
+        if encoded:
+            encoded.shards.require()
+    return latents, texts, queries
+
+
 def encoders_digest(data: DataConfig, folder: str, parts: Sequence[str], settings: list[Any]) -> str:
     """A name for the numbers that these parts of a model folder give under these settings.
 

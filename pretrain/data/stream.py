@@ -3,6 +3,7 @@
 import logging
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,12 +13,13 @@ from models.latents import ASPECT_RATIOS
 from pretrain.data.batch import PretrainBatch
 from pretrain.data.buckets import area_at
 from pretrain.data.config import DataConfig, data_problems
-from pretrain.data.encoded import EncodedLatents, EncodedQueries, EncodedTexts, stack
+from pretrain.data.encoded import open_encoded, stack
 from pretrain.data.errors import DataError, SampleError
 from pretrain.data.order import BatchOrder, Draw, Plan
 from pretrain.data.permutation import mixed
 from pretrain.data.pixels import fitted_pictures, to_pixels
 from pretrain.data.prefetch import Prefetch
+from pretrain.data.readable import readable_texts
 from pretrain.data.sources import Source, check_corrupt, open_sources
 
 log = logging.getLogger(__name__)
@@ -41,9 +43,17 @@ class BatchStream:
     """A rank's batches. Opening it indexes what is not indexed yet. `batch` is safe to call from several threads."""
 
     def __init__(
-        self, config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        tokenizer: Any = None,
     ) -> None:
-        """`batch_size` is the global one, shared equally among ranks.
+        """`batch_size` is the global one, shared equally among ranks; `tokenizer` that of a VLM that will be shown the
+        texts, so that a sample with one that it refuses is left out as broken.
 
         Raises:
             DataError: a configuration or data that cannot be used; sizes that do not divide.
@@ -55,17 +65,12 @@ class BatchStream:
             )
         if problems:
             raise DataError("; ".join(problems))
-        self.config, self.seed = config, seed
+        self.config, self.seed, self._tokenizer = config, seed, tokenizer
         share = batch_size // world_size
         self._places = range(rank * share, (rank + 1) * share)
         self._sources = open_sources(config)
         self._order = BatchOrder(config, self._sources, seed=seed, batch_size=batch_size)
-        self._latents = EncodedLatents(config, self._sources) if config.cache.latents else None
-        self._texts = EncodedTexts(config, self._sources) if config.cache.text else None
-        self._queries = EncodedQueries(config, self._sources) if config.cache.queries else None
-        for encoded in (self._latents, self._texts, self._queries):
-            if encoded:
-                encoded.shards.require()
+        self._latents, self._texts, self._queries = open_encoded(config, self._sources)
         self._broken = BrokenSamples(config, self._sources)
 
     @property
@@ -140,8 +145,7 @@ class BatchStream:
         raise DataError(f"data.sources[{draw.source}]: {_ATTEMPTS} samples one after the other are broken")
 
     def _load(self, plan: Plan, draw: Draw, step: int, place: int, dropout: float) -> _Item:
-        source = self._sources[draw.source]
-        texts = source.texts(draw.ordinal)
+        texts = self._read_texts(draw)
         number: int | None = mixed(self.seed, _CAPTION, step, place) % len(texts)
         if (mixed(self.seed, _DROPOUT, step, place) >> 11) / 2**53 < dropout:
             number = None
@@ -153,6 +157,12 @@ class BatchStream:
             embeds=self._texts.get(*sample, number) if self._texts else None,
             states=self._queries.get(*sample, area, number) if self._queries else None,
         )
+
+    def _read_texts(self, draw: Draw) -> tuple[str, ...]:
+        source = self._sources[draw.source]
+        if self._tokenizer is None:
+            return source.texts(draw.ordinal)
+        return readable_texts(source, draw.ordinal, self._tokenizer)
 
     def _pictures(self, plan: Plan, draw: Draw) -> tuple[Image.Image, ...] | None:
         if self._latents and not (plan.task == "edit" and self.config.reference_images):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import recipes
 from models.components import load_vae
@@ -86,6 +87,13 @@ class Encoders:
         if latents is not None:
             return latents.to(self.device)
         return None if pixels is None else encode_images(self.vae, pixels.to(self.device))
+
+
+def load_tokenizer(recipe: FlowRecipe) -> Any:
+    """That of the VLM which is shown the prompts while training, or None."""
+    if not recipe.loads_vlm:
+        return None
+    return AutoTokenizer.from_pretrained(recipes.resolve(str(recipe.model.vlm)), local_files_only=True)
 
 
 def _cached(queries: Tensor, states: Tensor) -> Tensor:

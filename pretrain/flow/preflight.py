@@ -11,8 +11,10 @@ from models.components import METAQUERY_PARTS, TEXT_PARTS, check_model_folder, c
 from models.metaquery_config import MetaQueryConfig
 from models.sizes import geometry
 from pretrain.data.buckets import areas, bucket_size
+from pretrain.data.encoded import open_encoded
 from pretrain.data.errors import DataError
 from pretrain.data.index import source_files
+from pretrain.data.sources import open_sources
 from pretrain.flow.config import FlowRecipe
 from rl.preflight import submitted_job
 
@@ -21,7 +23,7 @@ def preflight(recipe: FlowRecipe) -> list[str]:
     """Every problem with files, sizes and paths; empty when the run may start."""
     problems = [*_model_problems(recipe), *_data_problems(recipe), *_path_problems(recipe)]
     if not problems:
-        problems += [*_fit_problems(recipe), *_size_problems(recipe)]
+        problems += [*_fit_problems(recipe), *_size_problems(recipe), *_cache_problems(recipe)]
     return problems
 
 
@@ -90,6 +92,17 @@ def _size_problems(recipe: FlowRecipe) -> Iterator[str]:
                 f"data.resolution: about {area} px make sides of {largest}, the transformer's position table ends at "
                 f"{model.largest}"
             )
+
+
+def _cache_problems(recipe: FlowRecipe) -> Iterator[str]:
+    """Whether the cache has all that the batches take from it; opening the sources indexes them if nothing has yet."""
+    cache = recipe.data.cache
+    if not (cache.latents or cache.text or cache.queries):
+        return
+    try:
+        open_encoded(recipe.data, open_sources(recipe.data))
+    except DataError as error:
+        yield str(error)
 
 
 def _path_problems(recipe: FlowRecipe) -> Iterator[str]:

@@ -21,7 +21,7 @@ from pretrain.data.batch import PretrainBatch
 from pretrain.data.prefetch import Prefetch
 from pretrain.data.stream import BatchStream
 from pretrain.flow.average import ShardedAverage
-from pretrain.flow.conditions import Encoders, micro_batches
+from pretrain.flow.conditions import Encoders, load_tokenizer, micro_batches
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.costs import sample_flops
 from pretrain.flow.draws import draw_noise
@@ -82,6 +82,7 @@ class FlowRank:
             batch_size=self.recipe.batch_size,
             rank=self.rank,
             world_size=resources.ranks,
+            tokenizer=load_tokenizer(self.recipe),
         )
         self.sizes = measure(self.recipe)
         self.encoders = Encoders(self.recipe)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.data.cache import fill_cache
 from pretrain.flow.__main__ import main
 from pretrain.flow.config import load_recipe
 from pretrain.flow.peaks import PEAK_TFLOPS
@@ -166,6 +167,17 @@ def test_preflight_lists_what_does_not_fit(tmp_path, tiny_model, tiny_vlm):
     conditioner.mkdir(parents=True)
     recipe = flow_recipe(tmp_path, tiny_model, f"model.conditioner={tmp_path}/aligned", vlm=other)
     assert any("model.conditioner: " in problem for problem in preflight(recipe))
+
+
+def test_a_shard_that_was_not_encoded_is_found_before_ranks_start(tmp_path, tiny_model):
+    recipe = flow_recipe(
+        tmp_path, tiny_model, "data.cache.latents=true", f"data.cache.vae={tiny_model}",
+        f"data.cache_dir={tmp_path / 'cache'}", "data.cache.samples_per_shard=64",
+    )  # fmt: skip
+    (problem,) = preflight(recipe)
+    assert "2 of 2 shards are not encoded yet" in problem and "python -m pretrain.data.cache" in problem
+    fill_cache(recipe.data, workers=1)
+    assert preflight(recipe) == []
 
 
 def test_memory_follows_the_printed_formula(tmp_path, tiny_model, tiny_vlm):

@@ -1,5 +1,6 @@
 """What a VLM was shown ahead trains as what it is shown live, and then no VLM is loaded."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -115,6 +116,21 @@ def test_a_caption_that_the_vlm_refuses_is_named_and_left_out(files, tmp_path, c
     shown = {prompt for step in range(6) for prompt in stream.batch(step).prompts}
     assert shown == {f"caption {number}" for number in (0, 1, 3, 4, 5)}
     assert stream.skipped == 1
+
+
+def test_training_with_the_vlm_leaves_out_a_caption_that_it_refuses(tmp_path, tiny_model, tiny_vlm, caplog):
+    """It must not end a run that has trained for a day; the sample is that which the cache leaves out."""
+    path = write_tar(tmp_path / "t2i.tar", t2i_members(6) | {"0002.txt": b"a cat<|im_end|>"})
+    source = {"kind": "webdataset", "task": "t2i", "paths": [str(path)]}
+    recipe = flow_recipe(
+        tmp_path, tiny_model, f"data.sources=[{json.dumps(source)}]", "data.edit_share=0",
+        "data.max_corrupt_share=0.2", f"data.cache_dir={tmp_path / 'cache'}", vlm=tiny_vlm,
+    )  # fmt: skip
+    rank = LocalRank(partial(FlowRank, recipe)).rank
+    figures = rank.advance(4)
+    assert len(figures) == 4 and all(len(figure.losses) == 4 for figure in figures)
+    assert rank.stream.skipped == 1
+    assert "t2i.tar: 0002" in caplog.text and "control tokens of the VLM: <|im_end|>" in caplog.text
 
 
 def test_what_changes_the_states_changes_where_they_are(files, aligned, tmp_path):
