@@ -15,6 +15,8 @@ from typing import Any
 
 from bench.accept.evidence import ROOT, write
 from rewards.shapes.prompts import edit_lines, t2i_lines
+from rl.checkpoint import check_same_recipe
+from rl.config import load_config, to_yaml
 from rl.statistics import Difference, paired_bootstrap
 
 SEEDS = (1, 2, 3)
@@ -23,6 +25,7 @@ NUM_PROMPTS = 2048
 LIMIT_S = 3600.0
 GAIN, LOST = 0.10, -0.02
 FOLDER = ROOT / "runs" / "learning"
+RECIPE = ROOT / "recipes" / "shapes" / "pdtr_long.yaml"
 TASKS = ("edit", "t2i")
 SECOND = {"edit": "edit_shapes_template", "t2i": "geneval_shapes_template"}
 
@@ -51,29 +54,38 @@ def main() -> None:
 
 
 def write_prompts() -> dict[str, Path]:
-    """Held-out prompts that no setting was chosen on."""
+    """Held-out prompts that no setting was chosen on. Raises ValueError where runs were evaluated on others."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {"edit": edit_lines, "t2i": t2i_lines}
     paths = {}
     for task, lines in makers.items():
         paths[task] = FOLDER / f"{task}_test.jsonl"
         rows = [json.dumps(line) for line in lines("heldout", NUM_PROMPTS, PROMPT_SEED)]
-        paths[task].write_text("\n".join(rows) + "\n", encoding="utf-8")
+        text = "\n".join(rows) + "\n"
+        if paths[task].is_file() and paths[task].read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{paths[task]} holds prompts of another seed or code: remove {FOLDER} and run again"
+            )
+        paths[task].write_text(text, encoding="utf-8")
     return paths
 
 
 def train(name: str, prompts: dict[str, Path], *changes: str) -> Path:
-    """The folder of a run of the recipe under `changes`, trained, or what is left of it."""
+    """The folder of a run of the recipe under `changes`, trained, or what is left of it.
+
+    Raises ConfigError where a finished one was trained by other settings: its figures are not of this commit.
+    """
     folder = FOLDER / name
-    if not (folder / "summary.json").is_file():
-        command = [sys.executable, "-m", "rl.train", "recipes/shapes/pdtr_long.yaml"]
-        command += [f"output_dir={FOLDER}", f"name={name}", *changes]
-        for index, task in enumerate(TASKS):
-            command.append(f"evaluation.tasks[{index}].prompts={prompts[task]}")
-            command.append(f"evaluation.tasks[{index}].num_prompts={NUM_PROMPTS}")
-        if (folder / "metrics.jsonl").is_file():
-            command += ["--resume", "auto"]
-        subprocess.run(command, cwd=ROOT, check=True, timeout=3 * LIMIT_S)
+    overrides = [f"output_dir={FOLDER}", f"name={name}", *changes]
+    for index, task in enumerate(TASKS):
+        overrides.append(f"evaluation.tasks[{index}].prompts={prompts[task]}")
+        overrides.append(f"evaluation.tasks[{index}].num_prompts={NUM_PROMPTS}")
+    if (folder / "summary.json").is_file():
+        check_same_recipe((folder / "config.yaml").read_text(), to_yaml(load_config(RECIPE, overrides)))
+        return folder
+    resume = ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
+    command = [sys.executable, "-m", "rl.train", str(RECIPE), *overrides, *resume]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=3 * LIMIT_S)
     return folder
 
 
