@@ -41,6 +41,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def dry_run(config: RunConfig) -> int:
     """Print the plan and what is missing. 0 when the recipe is ready to run."""
+    from rl.blind_spots import blind_spots
     from rl.plan import describe_run
     from rl.preflight import preflight
     from rl.reward_plan import reward_lines
@@ -53,6 +54,8 @@ def dry_run(config: RunConfig) -> int:
             sys.stdout.write(line + "\n")
     except ValueError as error:
         problems += [p for p in [f"model.lora: {error}"] if p not in problems]
+    for line in blind_spots(config):
+        sys.stdout.write(f"note: {line}\n")
     if problems:
         sys.stdout.write("Not ready:\n" + "\n".join(f"- {problem}" for problem in problems) + "\n")
         return 2
@@ -62,6 +65,7 @@ def dry_run(config: RunConfig) -> int:
 
 def train(config: RunConfig, *, resume: str | None = None) -> int:
     """Check everything, then run (or continue) the recipe on the Ray cluster."""
+    from rl.blind_spots import blind_spots
     from rl.preflight import preflight
     from rl.reward_plan import reward_lines
     from rl.state import RunState
@@ -71,6 +75,8 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
         raise ConfigError(checked.problems)
     for line in reward_lines(config):
         log.info(line)
+    for line in blind_spots(config):
+        log.warning(line)
     run_dir = Path(config.output_dir).expanduser().absolute() / config.name
     checkpoint = find_checkpoint(run_dir, resume) if resume else None
     if checkpoint is not None:

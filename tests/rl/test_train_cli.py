@@ -36,6 +36,13 @@ def test_a_dry_run_prints_the_plan_and_says_ready(recipe, capsys):
     assert not (recipe.parent / "runs").exists(), "a dry run writes nothing"
 
 
+def test_a_dry_run_notes_an_evaluation_that_sees_the_trained_reward_alone(recipe, capsys):
+    assert main([str(recipe), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "note: evaluation of edit: nothing but " in out
+    assert out.endswith("Ready to run.\n")
+
+
 def test_a_dry_run_loads_no_ray(recipe):
     code = (
         "import sys; from rl.train import main; code = main(sys.argv[1:]);"
