@@ -20,7 +20,7 @@ from rl.config import load_config, to_yaml
 from rl.statistics import Difference, paired_bootstrap
 
 SEEDS = (1, 2, 3)
-PROMPT_SEED = 23
+PROMPT_SEED = 24
 NUM_PROMPTS = 2048
 LIMIT_S = 3600.0
 GAIN, LOST = 0.10, -0.02
