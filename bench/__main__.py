@@ -1,4 +1,4 @@
-"""Command line: `python -m bench engine|detectors|service [options]`."""
+"""Command line: `python -m bench engine|detectors|service|signal [options]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import detectors, service
+from bench import detectors, service, signal
 from bench.engine import EngineBench, Settings
 from bench.report import document, table
 from bench.sizes import DEFAULT_RESOLUTION, SIZES, VAE_FACTOR, transformer_config
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     for module, text in (
         (detectors, "images a second of each GenEval backend and colour rule"),
         (service, "what a reward service adds to a reward in the same process, and what image codecs cost"),
+        (signal, "which steps of the schedule a recipe's policy gradient learns from"),
     ):
         suite = suites.add_parser(module.__name__.rpartition(".")[2], help=text)
         module.add_arguments(suite)

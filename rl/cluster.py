@@ -165,9 +165,9 @@ def _start_actors(config: RunConfig, plan: ResourcePlan, reward_sets: list[Rewar
     return Cluster(dispatcher, learner, encoder, group, actors)
 
 
-def _start_encoder(config: RunConfig, actor: ActorPlan, group: Any) -> Any:
-    """Encoding is a function of its arguments alone, so Ray itself may restart the worker and repeat the call."""
-    spec = EncoderSpec(
+def encoder_spec(config: RunConfig) -> EncoderSpec:
+    """What the encode worker is built from."""
+    return EncoderSpec(
         model_path=str(recipes.resolve(config.model.path)),
         dtype=config.model.dtype,
         device=config.resources.device if config.resources.encode_gpus else "cpu",
@@ -180,8 +180,13 @@ def _start_encoder(config: RunConfig, actor: ActorPlan, group: Any) -> Any:
         position_mode=config.model.position_mode,  # type: ignore[arg-type]
         negative_prompt=config.rollout.negative_prompt,
     )
+
+
+def _start_encoder(config: RunConfig, actor: ActorPlan, group: Any) -> Any:
+    """Encoding is a function of its arguments alone, so Ray itself may restart the worker and repeat the call."""
     options = actor_options(actor, group, restarts=config.resources.max_restarts)
-    return EncodeWorker.options(**options, max_task_retries=config.resources.max_restarts).remote(spec)
+    options |= {"max_task_retries": config.resources.max_restarts}
+    return EncodeWorker.options(**options).remote(encoder_spec(config))
 
 
 def reserve(plan: ResourcePlan, what: str, way_out: str, timeout_s: float) -> Any:
