@@ -20,8 +20,8 @@ from rl.config import load_config, to_yaml
 from rl.statistics import Difference, paired_bootstrap
 
 SEEDS = (1, 2, 3)
-PROMPT_SEED = 24
-NUM_PROMPTS = 2048
+PROMPT_SEED = 25
+NUM_PROMPTS = 3072
 LIMIT_S = 3600.0
 GAIN, LOST = 0.10, -0.02
 FOLDER = ROOT / "runs" / "learning"
