@@ -194,6 +194,11 @@ class SignalBench:
         advantages = group_advantages(score.rewards, [0] * len(group.seeds), mask=score.mask)
         rewards = np.array([np.nan if r is None else r for r in score.rewards])
         rewards = rewards[np.isfinite(rewards)]
+        if score.dropped or not len(rewards):
+            raise RuntimeError(
+                f"group {group.id} ({group.prompt.prompt!r}) was not scored ({score.reason or score.failures}); a "
+                "missing reward is not a gradient of zero: mend the reward and run again"
+            )
         if not advantages.used.any():
             return _Group(torch.zeros(self.size), rewards, time.perf_counter() - began)
         scale = rewards.std() if self.config.learner.advantage_std == "batch" else 1.0

@@ -134,3 +134,15 @@ def test_the_gradient_is_that_of_the_log_probabilities(recipe):
 def test_what_cannot_be_measured(recipe, arguments, message):
     with pytest.raises(SystemExit, match=message):
         main(["signal", str(recipe), *arguments])
+
+
+def test_a_failed_reward_is_no_gradient(tmp_path):
+    path = tiny_recipe(tmp_path / "tiny")
+    (tmp_path / "none.py").write_text(
+        "def none(*, images, prompts, references, metadata):\n    return [None] * len(images)\n"
+    )
+    name = f"{tmp_path / 'none.py'}:none"
+    config = load_config(str(path), [f"stages[1].rewards=[{{name: '{name}'}}]"])
+    bench = SignalBench(config, "t2i", None, 10)
+    with pytest.raises(RuntimeError, match=r"group 0 .* was not scored"):
+        bench.groups(0, 3)
