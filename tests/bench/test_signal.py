@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.signal import SignalBench
+from bench.signal_groups import SignalBench
 from bench.signal_share import common_share
 from models.lora import use_adapter
 from rl.config import load_config
