@@ -1,4 +1,4 @@
-"""Command line: `python -m bench engine|detectors|service|signal [options]`."""
+"""Command line: `python -m bench engine|detectors|service|signal|model [options]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import detectors, service, signal
+from bench import detectors, random_model, service, signal
 from bench.engine import EngineBench, Settings
 from bench.report import document, table
 from bench.sizes import DEFAULT_RESOLUTION, SIZES, VAE_FACTOR, transformer_config
@@ -64,12 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--warmup", type=int, default=1)
     engine.add_argument("--repeats", type=int, default=3, help="the median is reported")
     engine.add_argument("--json", metavar="PATH", help="also write everything as JSON")
-    for module, text in (
-        (detectors, "images a second of each GenEval backend and colour rule"),
-        (service, "what a reward service adds to a reward in the same process, and what image codecs cost"),
-        (signal, "which steps of the schedule a recipe's policy gradient learns from"),
+    for name, module, text in (
+        ("detectors", detectors, "images a second of each GenEval backend and colour rule"),
+        (
+            "service",
+            service,
+            "what a reward service adds to a reward in the same process, and what image codecs cost",
+        ),
+        ("signal", signal, "which steps of the schedule a recipe's policy gradient learns from"),
+        ("model", random_model, "write a model folder of full size with random weights"),
     ):
-        suite = suites.add_parser(module.__name__.rpartition(".")[2], help=text)
+        suite = suites.add_parser(name, help=text)
         module.add_arguments(suite)
         suite.set_defaults(run=module.run)
     return parser

@@ -49,11 +49,19 @@ def random_transformer(
         transformer, dtype
     )  # diffusers overrides `to` with a warning about nothing kept in float32
     transformer = transformer.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
-            if tensor.ndim > 1:
-                tensor.normal_(0.0, 0.02, generator=generator)
-            else:
-                tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+    fill(transformer, seed)
     return transformer
+
+
+@torch.no_grad()
+def fill(module: torch.nn.Module, seed: int) -> None:
+    """Every parameter and buffer in place: matrices N(0, .02²), vectors 1, biases 0, position numbers counted up."""
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name.endswith("position_ids"):
+            tensor.copy_(torch.arange(tensor.shape[-1]))
+        elif tensor.ndim > 1:
+            tensor.normal_(0.0, 0.02, generator=generator)
+        else:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
