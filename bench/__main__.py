@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         dtype=arguments.dtype,
         device=arguments.device,
         gradient_checkpointing=arguments.gradient_checkpointing,
+        compile=arguments.compile,
         warmup=arguments.warmup,
         repeats=arguments.repeats,
     )
@@ -61,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     engine.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     engine.add_argument("--gradient-checkpointing", action="store_true")
+    engine.add_argument(
+        "--compile", action="store_true", help="the transformer's blocks, as model.compile does"
+    )
     engine.add_argument("--warmup", type=int, default=1)
     engine.add_argument("--repeats", type=int, default=3, help="the median is reported")
     engine.add_argument("--json", metavar="PATH", help="also write everything as JSON")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench.measure import Measurement, measure
 from bench.sizes import VAE_FACTOR, random_transformer, transformer_config
+from models.compiling import compile_blocks
 from models.flops import Tokens, rollout_flops, update_flops
 from models.kontext import KontextTransformer
 from models.lora import attach_lora, use_adapter
@@ -53,6 +54,7 @@ class Settings:
     dtype: str
     device: str
     gradient_checkpointing: bool = False
+    compile: bool = False
     warmup: int = 1
     repeats: int = 3
     seed: int = 0
@@ -219,6 +221,8 @@ def build_transformer(
     attach_lora(transformer, rank=rank, alpha=2 * rank, targets=DEFAULT_TARGETS, seed=settings.seed)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if settings.compile:
+        compile_blocks(transformer)
     return transformer
 
 

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from models.lora_linear import LoraLinear
 from models.lora_targets import DEFAULT_TARGETS
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def attach_lora(
         lora_dropout=0.0,
         bias="none",
     )
+    config._register_custom_module({nn.Linear: LoraLinear})
     _inject(transformer, config, adapter_name)
     parameters = adapter_parameters(transformer, adapter_name)
     _initialise(parameters, seed)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.compiling import compile_blocks
 from models.components import load_transformer
 from models.lora import adapter_state, attach_lora, load_adapter_state, use_adapter
 from rl.batching import TrainSample
@@ -66,6 +67,8 @@ class Learner:
             attach_rollout_adapter(transformer, replica)
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        if replica.compile:
+            compile_blocks(transformer)
         self.transformer = transformer.train()
         trainable = [p for p in transformer.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(
@@ -213,16 +216,20 @@ class Learner:
         return [None] + [self._replayed_log_probs(samples) for samples, _ in updates[1:]]
 
     def _replayed_log_probs(self, samples: Sequence[TrainSample]) -> Tensor:
-        """Log-probabilities [n, S'] under the present weights, at the training micro-batch's shape."""
+        """Log-probabilities [n, S'] under the present weights, at the training micro-batch's shape.
+
+        A compiled model has another graph where a gradient is recorded, which rounds differently: then one is here too.
+        """
         size, rows = self.config.micro_batch_size, []
         for start in range(0, len(samples), size):
             batch = _MicroBatch(samples[start : start + size], self.replica.device, self.dtype)
             columns = []
             for s in range(len(samples[0].positions)):
                 x, prev, index, _ = batch.step(s)
-                log_prob = self._replay(x, prev, index, batch, self._trunks(batch, s), grad=False).log_prob
+                trunks = self._trunks(batch, s)
+                log_prob = self._replay(x, prev, index, batch, trunks, grad=self.replica.compile).log_prob
                 assert log_prob is not None
-                columns.append(log_prob)
+                columns.append(log_prob.detach())
             rows.append(torch.stack(columns, 1))
         return torch.cat(rows)
 

@@ -134,7 +134,8 @@ def _memory_lines(config: RunConfig, size: ModelSize) -> list[str]:
         size.lora_parameters * 12 / ranks
     )  # float32 master copy and both Adam moments, sharded by ZeRO
     tokens = 2 * size.image_tokens + size.text_tokens
-    per_layer = 2 if config.model.gradient_checkpointing else 34
+    # Values kept for the backward per token, layer and unit of width, as measured on SD3.5-Medium (bench/RESULTS.md).
+    per_layer = 2 if config.model.gradient_checkpointing else 18 if config.model.compile else 24
     rows = _rows(config)
     activations = rows * tokens * size.hidden_size * size.num_layers * per_layer * width
     learner = weights + 2 * adapters + gradients + optimizer

@@ -248,6 +248,17 @@ def _services(config: RunConfig) -> Iterator[str]:
 
 def _resources(config: RunConfig) -> Iterator[str]:
     resources, learner = config.resources, config.learner
+    if config.model.compile:
+        if learner.old_log_prob != "replay":
+            yield (
+                f"model.compile=true with learner.old_log_prob={learner.old_log_prob!r}: compiled graphs with and "
+                "without gradient round differently, by more than the clip range; set learner.old_log_prob=replay"
+            )
+        if learner.zero_stage == 3:
+            yield (
+                "model.compile=true with learner.zero_stage=3: ZeRO-3 gathers weights in hooks that a compiled block "
+                "does not call; use ZeRO 1 or 2, or model.compile=false"
+            )
     if resources.placement == "inprocess":
         if learner.zero_stage == 3:
             yield (

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.compiling import compile_blocks
 from models.components import load_scheduler, load_transformer, load_vae
 from models.kontext import KontextTransformer
 from models.latents import decode_latents, latent_shape
@@ -106,9 +107,9 @@ class RolloutEngine:
         if transformer is None:
             transformer = load_transformer(spec.model_path, dtype=dtype, device=spec.device)
             attach_rollout_adapter(transformer, spec)
+            if spec.compile:
+                compile_blocks(transformer)
         self.transformer = transformer.eval()
-        if spec.compile:
-            self.transformer.compile()
         self.vae = load_vae(spec.model_path, dtype=dtype, device=spec.device)
         self.scheduler = load_scheduler(spec.model_path)
         self.latent_shape = latent_shape(self.vae, spec.height, spec.width)

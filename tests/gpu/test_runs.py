@@ -77,7 +77,7 @@ def test_a_resumed_run_goes_on_where_it_was(straight, tmp_path):
             "model__dtype": "bfloat16", "rollout__branch": True, "rollout__window_size": 1, "rollout__window_last": 2,
             "learner__old_log_prob": "replay", "learner__zero_stage": 2,
         },
-        {"model__compile": True},
+        {"model__compile": True, "learner__old_log_prob": "replay"},
     ],
     ids=["zero3", "inprocess", "branch", "compile"],
 )  # fmt: skip

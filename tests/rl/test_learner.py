@@ -121,6 +121,21 @@ def test_two_updates_per_rollout_make_the_clip_act(folder):
     assert second.gaps is None and first.gaps is not None
 
 
+def test_a_compiled_learner_replays_on_the_graph_that_it_trains_on(folder):
+    """Graphs with and without gradient round differently, so old log-probabilities come from the one with it."""
+    learner = make_learner(folder, updates_per_rollout=2, old_log_prob="replay")
+    engine = RolloutEngine(replica_spec(folder))
+    publish(learner, engine)
+    batches = updates(rollout(engine), num_updates=2)
+    eager, modes = learner._old_log_probs(batches)[1], []
+    learner.replica = replace(learner.replica, compile=True)
+    learner.transformer.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    first, second = learner._old_log_probs(batches)
+    assert first is None and second is not None and not second.requires_grad
+    assert modes and all(modes)
+    assert torch.equal(second, eager)
+
+
 @pytest.mark.parametrize("kl_reference", ["stage_start", "base"])
 def test_kl_is_measured_from_the_stage_start(folder, kl_reference):
     learner = make_learner(folder, kl_reference=kl_reference, learning_rate=5e-3)

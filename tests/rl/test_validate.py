@@ -170,6 +170,11 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "zero 3 in process": (
         {"resources__placement": "inprocess", "learner__zero_stage": 3}, "weights are spread over the others",
     ),
+    "compiled, with the rollout's log-probabilities": ({"model__compile": True}, "set learner.old_log_prob=replay"),
+    "compiled under zero 3": (
+        {"model__compile": True, "learner__old_log_prob": "replay", "learner__zero_stage": 3},
+        "hooks that a compiled block does not call",
+    ),
     "workers in process": (
         {"resources__placement": "inprocess", "rollout__workers": 4}, "4 must equal learner.ranks=8",
     ),
@@ -215,6 +220,7 @@ def test_numbers_that_must_be_above_zero(key, value):
         {"learner__final_learning_rate": 3e-5},
         {"learner__zero_stage": 3, "resources__placement": "separate", "rollout__workers": 3},
         {"resources__placement": "inprocess"},
+        {"model__compile": True, "learner__old_log_prob": "replay"},
         {"stages": joint("edit", "t2i")},
         {"stages": joint("t2i", "edit", steps=5)},
         {"rollout__workers": 16},
