@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,72 +61,80 @@ def write_random_model(folder: Path, size: str, *, device: str = "cpu", seed: in
 
 def parts(size: str) -> dict[str, Callable[[], Any]]:
     """Constructors of the parts that have weights, by folder name."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
     from models.kontext import KontextTransformer
 
     full, config = size == "sd35m", transformer_config(size)
-    tokenizer = load_tokenizer(TOKENIZER_SOURCE, TOKENIZERS[0])
-
-    def clip(width: int, layers: int, heads: int, activation: str) -> CLIPTextModelWithProjection:
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=49408 if full else len(tokenizer),
-                hidden_size=width,
-                intermediate_size=4 * width,
-                projection_dim=width,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                hidden_act=activation,
-                max_position_embeddings=77,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-
-    def t5() -> T5EncoderModel:
-        width, inner, layers, heads = (
-            (4096, 10240, 24, 64) if full else (config["joint_attention_dim"], 64, 2, 2)
-        )
-        return T5EncoderModel(
-            T5Config(
-                vocab_size=32128,
-                d_model=width,
-                d_kv=64,
-                d_ff=inner,
-                num_layers=layers,
-                num_heads=heads,
-                feed_forward_proj="gated-gelu",
-            )
-        )
-
-    def autoencoder() -> AutoencoderKL:
-        widths = (128, 256, 512, 512) if full else (8, 16, 16, 16)
-        return AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=widths,
-            layers_per_block=2,
-            latent_channels=config["in_channels"],
-            norm_num_groups=32 if full else 4,
-            sample_size=1024,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
-
     pooled = config["pooled_projection_dim"]
+    small = _Clip(pooled // 2, 2, 2, "quick_gelu")
     return {
         "transformer": lambda: KontextTransformer(**config),
-        "vae": autoencoder,
-        "text_encoder": lambda: (
-            clip(768, 12, 12, "quick_gelu") if full else clip(pooled // 2, 2, 2, "quick_gelu")
-        ),
-        "text_encoder_2": lambda: clip(1280, 32, 20, "gelu") if full else clip(pooled // 2, 2, 2, "gelu"),
-        "text_encoder_3": t5,
+        "vae": lambda: _autoencoder(full, config["in_channels"]),
+        "text_encoder": lambda: _clip(_Clip(768, 12, 12, "quick_gelu") if full else small),
+        "text_encoder_2": lambda: _clip(_Clip(1280, 32, 20, "gelu") if full else small),
+        "text_encoder_3": lambda: _t5(full, config["joint_attention_dim"]),
     }
+
+
+class _Clip(NamedTuple):
+    width: int
+    layers: int
+    heads: int
+    activation: str
+
+
+def _clip(shape: _Clip) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    tokenizer = load_tokenizer(TOKENIZER_SOURCE, TOKENIZERS[0])
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=shape.width,
+            intermediate_size=4 * shape.width,
+            projection_dim=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            hidden_act=shape.activation,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _t5(full: bool, width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    inner, layers, heads = (10240, 24, 64) if full else (64, 2, 2)
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=32128,
+            d_model=width,
+            d_kv=64,
+            d_ff=inner,
+            num_layers=layers,
+            num_heads=heads,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def _autoencoder(full: bool, channels: int) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512) if full else (8, 16, 16, 16),
+        layers_per_block=2,
+        latent_channels=channels,
+        norm_num_groups=32 if full else 4,
+        sample_size=1024,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )

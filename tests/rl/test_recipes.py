@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from rl.config import load_config
+from rl.placement import make_plan
 from rl.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = ["recipes/shapes/pdtr.yaml", "recipes/shapes/pdtr_long.yaml", "recipes/examples/custom_reward.yaml"]
 DRIVEN_BY_EDITREWARD = ["recipes/shapes/edit_editreward.yaml", "recipes/shapes/reward_hacking.yaml"]
 ON_METAQUERY = ["recipes/shapes/pdtr_metaquery.yaml"]
+SMOKE = ["recipes/smoke_sd35m_kontext.yaml"]
 FULL_SIZE = [
     "recipes/pdtr_sd35m_kontext.yaml",
     "recipes/pdtr_sd35m_kontext_fast.yaml",
@@ -33,7 +36,7 @@ def rl_recipes():
 
 
 def test_no_recipe_is_left_out():
-    assert rl_recipes() == sorted(READY + DRIVEN_BY_EDITREWARD + ON_METAQUERY + FULL_SIZE)
+    assert rl_recipes() == sorted(READY + DRIVEN_BY_EDITREWARD + ON_METAQUERY + SMOKE + FULL_SIZE)
 
 
 @pytest.mark.parametrize("recipe", READY)
@@ -44,9 +47,6 @@ def test_small_recipes_are_ready(recipe, capsys):
 
 @pytest.mark.parametrize("recipe", READY)
 def test_small_recipes_fit_two_cores(recipe):
-    from rl.config import load_config
-    from rl.placement import make_plan
-
     plan = make_plan(load_config(ROOT / recipe))
     assert plan.cpus <= 2 and plan.gpus == 0 and len(plan.of("rollout")) >= 2 and len(plan.of("reward")) >= 1
 
@@ -58,6 +58,15 @@ def test_a_recipe_of_the_trained_reward_lacks_nothing_but_its_folder(recipe, cap
     assert main([recipe, *(f"{reward}.params.model={folder}" for reward in rewards), "--dry-run"]) == 2
     problems = capsys.readouterr().out.partition("Not ready:\n")[2].splitlines()
     assert len(problems) == 1 and f"{folder}: no such folder" in problems[0]
+
+
+@pytest.mark.parametrize("recipe", SMOKE)
+def test_the_smoke_recipe_lacks_nothing_but_its_model_and_takes_one_gpu(recipe, capsys, tmp_path):
+    folder = str(tmp_path / "model")
+    assert main([recipe, f"model.path={folder}", "--dry-run"]) == 2
+    problems = capsys.readouterr().out.partition("Not ready:\n")[2].splitlines()
+    assert len(problems) == 1 and f"{folder}: no such model folder" in problems[0]
+    assert make_plan(load_config(ROOT / recipe)).gpus == 1
 
 
 @pytest.mark.parametrize("recipe", ON_METAQUERY)
@@ -79,9 +88,9 @@ def test_full_size_recipes_print_the_plan_and_what_is_missing(recipe, capsys):
         + (
             "1 micro-batches of 32 x 1 trained steps"
             if branching
-            else "8 micro-batches of 4 x 9 trained steps"
+            else "4 micro-batches of 8 x 9 trained steps"
         ),
-        "3 rows at once" if branching else "4 rows at once",
+        "3 rows at once" if branching else "8 rows at once",
         "LoRA: 243 linears, 23.89 M parameters (47.8 MB a publish), scaling 2",
         "transformer: 2243.17 M parameters, position table 226.5 M",
         "memory, rollout worker:",
@@ -95,8 +104,6 @@ def test_full_size_recipes_print_the_plan_and_what_is_missing(recipe, capsys):
 
 @pytest.mark.parametrize("recipe", FULL_SIZE)
 def test_full_size_recipes_hold_the_papers_values(recipe):
-    from rl.config import load_config
-
     c = load_config(ROOT / recipe)
     assert (c.rollout.num_steps, c.rollout.group_size, c.rollout.noise_level) == (10, 16, 0.7)
     assert (c.learner.kl_beta, c.learner.kl_form, c.learner.learning_rate) == (0.04, "without_dt", 3e-4)
