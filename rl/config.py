@@ -35,8 +35,8 @@ class ModelConfig:
 
     With `conditioner/` in it the model is a UniPic2-MetaQuery, and `vlm` is the folder of its Qwen2.5-VL, which sees
     positions by `position_mode`: flat, as the released inference does, or mrope. `compile` compiles the transformer's
-    blocks in rollout workers and learner (a minute at the start; a step of SD3.5-Medium then takes 0.6 of the time and
-    less memory); it wants `learner.old_log_prob: replay`, since the two then differ by rounding.
+    blocks in rollout workers and learner (half a minute at the start; bench/RESULTS.md has what it gains); it wants
+    `learner.old_log_prob: replay`, since the two then differ by rounding.
     """
 
     path: str = MISSING

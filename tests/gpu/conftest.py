@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def card():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA card here; run `python -m pytest tests/gpu` on a machine with one")

@@ -40,8 +40,6 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA card here")
     return run(tiny_recipe(tmp_path_factory.mktemp("cuda"), resources__device="cuda"))
 
 

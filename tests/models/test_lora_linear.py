@@ -50,6 +50,20 @@ def test_the_selected_adapter_counts():
     torch.testing.assert_close(made(x), made.base_layer(x), atol=0, rtol=0)
 
 
+def test_several_adapters_and_merged_ones_are_pefts():
+    made, x = layer(), torch.randn(4, 8)
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, init_lora_weights=False)
+    made.update_layer("reference", 3, 6, config=config)
+    both = expected(made, x) + expected(made, x, "reference") - made.base_layer(x)
+    made._active_adapter = ["policy", "reference"]
+    torch.testing.assert_close(made(x), both)
+    made._active_adapter = ["policy"]
+    one = expected(made, x)
+    made.merge()
+    torch.testing.assert_close(made(x), one)
+    torch.testing.assert_close(made(x), made.base_layer(x), atol=0, rtol=0)
+
+
 def test_hooks_on_both_matrices_run():
     """ZeRO-3 gathers a module's parameters in its hooks."""
     made, seen = layer(), []
