@@ -19,6 +19,7 @@ from typing import Any
 
 from bench.accept.evidence import FOLDER as EVIDENCE
 from bench.accept.evidence import ROOT, write
+from bench.accept.learning_pictures import draw_pictures
 from rewards.shapes.prompts import edit_lines, t2i_lines
 from rl.checkpoint import check_same_recipe
 from rl.config import load_config, to_yaml
@@ -60,6 +61,8 @@ def main() -> None:
         base = train("base", prompts, "stages[0].steps=1", "stages[1].steps=1")
     for seed in todo:
         results[seed] = run(seed, prompts, base)
+        if seed == max(results):
+            draw_pictures(FOLDER / f"seed{seed}", PROMPT_SEED)
         report(results, made)
     sys.stdout.write((EVIDENCE / "learning.md").read_text())
     if not all(result["holds"] for result in results.values()):
@@ -209,7 +212,12 @@ def report(results: dict[int, dict[str, Any]], made: str) -> Path:
         "",
     ]
     held = sum(result["holds"] for result in results.values())
-    lines.append(f"All parts hold in **{held} of {len(results)}** seeds run so far ({len(SEEDS)} are named).")
+    lines += [
+        f"All parts hold in **{held} of {len(results)}** seeds run so far ({len(SEEDS)} are named).",
+        "",
+        f"Held-out prompts drawn by the base and by seed {max(results)}, the same noise on both sides: "
+        "`docs/images/learning_edit.png`, `docs/images/learning_t2i.png`.",
+    ]
     data = {
         str(seed): {
             "commit": result["commit"],
