@@ -114,17 +114,18 @@ class TransformerModel:
 
 
 @dataclass
-class StopScore:
-    """Ends a run where its averaged weights reach a score, for a skill that is learned in one steep rise: at which
-    step that falls is chance, and a fixed last step would give another model each time."""
+class Targets:
+    """Ends a run where its averaged weights reach a score in both tasks. At which step a task is learned is chance, so
+    a fixed last step would give another model each time; until the end each task gets batches in proportion to what
+    it lacks, so that both arrive together."""
 
-    task: str = "edit"
-    score: float = 0.0
-    """Mean score of ODE samples at guidance 1 from which on the run ends; 0 = never."""
+    t2i: float = 0.0
+    """Mean score of ODE samples at guidance 1; 0 for both tasks: the run ends by its steps."""
+    edit: float = 0.0
     every: int = 100
     """Steps between two looks."""
     prompts: int = 512
-    """Held-out prompts of a look; others than `pretrain.evaluate` asks."""
+    """Held-out prompts a task and look; others than `pretrain.evaluate` asks."""
 
 
 @dataclass
@@ -142,9 +143,9 @@ class KontextRecipe(Recipe):
     pool_seed: int = 0
     prompt_dropout: float = 0.1
     edit_share: float = 0.5
-    """Share of batches that are editing; batches alternate, they never mix tasks."""
+    """Share of batches that are editing; batches alternate, they never mix tasks. `targets` change it at each look."""
     preview_steps: int = 10
-    stop_score: StopScore = field(default_factory=StopScore)
+    targets: Targets = field(default_factory=Targets)
 
 
 @dataclass
@@ -291,16 +292,7 @@ def _bad_values(recipe: Recipe) -> list[str]:
         for name in ("prompt_dropout", "edit_share"):
             if not 0 <= getattr(recipe, name) <= 1:
                 problems.append(f"{name}={getattr(recipe, name)} must be in [0, 1]")
-        stop = recipe.stop_score
-        if stop.task not in ("t2i", "edit"):
-            problems.append(f"stop_score.task={stop.task} is not t2i or edit")
-        if not 0 <= stop.score <= 1:
-            problems.append(f"stop_score.score={stop.score} must be in [0, 1]")
-        problems += [
-            f"stop_score.{name}={getattr(stop, name)} must be at least 1"
-            for name in ("every", "prompts")
-            if getattr(stop, name) < 1
-        ]
+        problems += _bad_targets(recipe)
     if isinstance(recipe, VlmRecipe):
         if not 1 <= recipe.compare_layer <= recipe.model.layers:
             problems.append(
@@ -312,3 +304,28 @@ def _bad_values(recipe: Recipe) -> list[str]:
                 "together"
             )
     return problems
+
+
+def _bad_targets(recipe: KontextRecipe) -> list[str]:
+    targets = recipe.targets
+    problems = [
+        f"targets.{name}={getattr(targets, name)} must be at least 1"
+        for name in ("every", "prompts")
+        if getattr(targets, name) < 1
+    ]
+    scores = {"t2i": targets.t2i, "edit": targets.edit}
+    problems += [
+        f"targets.{task}={value} must be in [0, 1]" for task, value in scores.items() if not 0 <= value <= 1
+    ]
+    if 0 in scores.values() and any(scores.values()):
+        problems.append(
+            f"targets.t2i={targets.t2i} and targets.edit={targets.edit}: give both, or 0 for both"
+        )
+    if problems or not any(scores.values()):
+        return problems
+    # A look decides the batches up to the next one: a run resumed between two could not repeat them.
+    return [
+        f"{name}={getattr(recipe, name)} must be a multiple of targets.every={targets.every}"
+        for name in ("save_every", "stop_step")
+        if getattr(recipe, name) % targets.every
+    ]

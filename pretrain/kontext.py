@@ -29,6 +29,7 @@ class KontextStage:
 
     def __init__(self, recipe: KontextRecipe) -> None:
         self.recipe = recipe
+        self.edit_share = recipe.edit_share
         self.pool = load_pool(recipe)
         self.transformer = new_transformer(recipe, self.pool)
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe.scheduler_shift)
@@ -37,7 +38,7 @@ class KontextStage:
 
     def loss(self, step: int) -> StageLoss:
         pool, recipe = self.pool, self.recipe
-        task = task_of(step, recipe.edit_share)
+        task = task_of(step, self.edit_share)
         generator = torch_generator(recipe.seed, step)
         rows = torch.randint(len(pool.t2i_text), (recipe.batch_size,), generator=generator)
         if task == "edit":

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pretrain.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from pretrain.config import Recipe, RecipeError, StopScore
+from pretrain.config import Recipe, RecipeError
 from pretrain.optimization import WeightAverage, build_optimizers, lr_factor
 from pretrain.stage import Stage
 
@@ -25,7 +26,6 @@ T = TypeVar("T")
 _FREE_KEYS = {
     "output_dir",
     "stop_step",
-    "stop_score",
     "threads",
     "log_every",
     "sample_every",
@@ -34,27 +34,35 @@ _FREE_KEYS = {
 }
 
 
-class StopRule(Protocol):
-    """A score of the averaged weights at which a run ends before its last step."""
+@dataclass(frozen=True)
+class Look:
+    """What an end rule saw, by name for the metrics, and whether the run ends with it."""
 
-    settings: StopScore
+    figures: dict[str, float]
+    reached: bool
 
-    @property
-    def name(self) -> str: ...
 
-    def score(self) -> float: ...
+class EndRule(Protocol):
+    """Looks at the averaged weights every so many steps, and may end a run before its last one.
+
+    What it sets of its stage must follow from the weights alone: a resumed run looks again.
+    """
+
+    every: int
+
+    def look(self) -> Look: ...
 
 
 class TrainingLoop:
-    """Runs `stage` to `recipe.stop_step` or `recipe.steps`, or to the score of `stop_rule`, under `recipe.output_dir`.
+    """Runs `stage` to `recipe.stop_step` or `recipe.steps`, or to where `end_rule` ends it, under `recipe.output_dir`.
 
     Writes metrics.jsonl, samples/step-*.png, checkpoints/step-*, and model/ (averaged weights, released layout).
     """
 
-    def __init__(self, stage: Stage, recipe: Recipe, stop_rule: StopRule | None = None) -> None:
+    def __init__(self, stage: Stage, recipe: Recipe, end_rule: EndRule | None = None) -> None:
         self.stage = stage
         self.recipe = recipe
-        self.stop_rule = stop_rule
+        self.end_rule = end_rule
         self.folder = Path(recipe.output_dir)
         self.step = 0
         self.optimizers = build_optimizers(stage.modules, recipe.optimization)
@@ -160,16 +168,15 @@ class TrainingLoop:
         return {"loss": result.loss.item(), "gradient_norm": norm.item(), **result.figures}
 
     def _good_enough(self) -> bool:
-        """Whether the stop rule's score is reached, at the steps at which it looks; the score goes to the metrics."""
-        rule = self.stop_rule
-        if rule is None or self.step % rule.settings.every:
+        """Whether the end rule's mark is reached, at the steps at which it looks; what it saw goes to the metrics."""
+        rule = self.end_rule
+        if rule is None or self.step % rule.every:
             return False
-        value = self._with_average(rule.score)
-        log.info(
-            "step %d: %s is %.3f, the run ends at %.3f", self.step, rule.name, value, rule.settings.score
-        )
-        self._sums[rule.name] = [value, 1]
-        return value >= rule.settings.score
+        look = self._with_average(rule.look)
+        seen = ", ".join(f"{name} {value:.3f}" for name, value in look.figures.items())
+        log.info("step %d: %s%s", self.step, seen, "; the run ends here" if look.reached else "")
+        self._sums.update({name: [value, 1] for name, value in look.figures.items()})
+        return look.reached
 
     def _write_metrics(self, seconds: float) -> None:
         count = self._sums["loss"][1]

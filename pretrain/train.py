@@ -19,7 +19,7 @@ from pretrain.config import (
     VlmRecipe,
     load_recipe,
 )
-from pretrain.loop import StopRule, TrainingLoop
+from pretrain.loop import EndRule, TrainingLoop
 from pretrain.stage import Stage
 from rl.command_log import start_logging
 
@@ -51,13 +51,13 @@ def build_stage(recipe: Recipe) -> Stage:
     return KontextStage(cast(KontextRecipe, recipe))
 
 
-def stop_rule(recipe: Recipe, stage: Stage) -> StopRule | None:
-    """The score at which a recipe ends, where it names one."""
-    if not isinstance(recipe, KontextRecipe) or not recipe.stop_score.score:
+def end_rule(recipe: Recipe, stage: Stage) -> EndRule | None:
+    """The scores at which a recipe ends, where it names them."""
+    if not isinstance(recipe, KontextRecipe) or not recipe.targets.edit:
         return None
-    from pretrain.stop_score import StopByScore
+    from pretrain.targets import ScoreTargets
 
-    return StopByScore(recipe, cast("KontextStage", stage))
+    return ScoreTargets(recipe, cast("KontextStage", stage))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         torch.set_num_threads(recipe.threads)
         stage = build_stage(recipe)
-        loop = TrainingLoop(stage, recipe, stop_rule(recipe, stage))
+        loop = TrainingLoop(stage, recipe, end_rule(recipe, stage))
         if options.resume:
             loop.resume(options.resume)
     except (RecipeError, FileNotFoundError) as error:

@@ -16,7 +16,7 @@ def test_the_shapes_recipes_load(stage):
 
 def test_overrides_reach_nested_keys():
     recipe = load_recipe(
-        SHAPES / "kontext.yaml", ["optimization.lr=0.5", "model.layers=2", "steps=7", "stop_step=5"]
+        SHAPES / "kontext.yaml", ["optimization.lr=0.5", "model.layers=2", "steps=7", "stop_step=0"]
     )
     assert isinstance(recipe, KontextRecipe)
     assert (recipe.optimization.lr, recipe.model.layers, recipe.steps) == (0.5, 2, 7)
@@ -41,9 +41,11 @@ def test_every_unknown_key_is_named_with_the_nearest_known_one():
         ("prompt_dropout=2", "prompt_dropout=2"),
         ("edit_share=-1", "edit_share=-1"),
         ("stop_step=9000000", "stop_step=9000000"),
-        ("stop_score.task=draw", "stop_score.task=draw"),
-        ("stop_score.score=2", "stop_score.score=2"),
-        ("stop_score.every=0", "stop_score.every=0"),
+        ("targets.t2i=2", "targets.t2i=2"),
+        ("targets.edit=0", "targets.edit=0"),
+        ("targets.every=0", "targets.every=0"),
+        ("save_every=50", "save_every=50 must be a multiple of targets.every=100"),
+        ("stop_step=250", "stop_step=250 must be a multiple"),
         ("stage=rl", "not one of vae, text, kontext"),
     ],
 )

@@ -1,21 +1,23 @@
 """A run of N steps equals k steps, a resume, and the rest: bit for bit, in every stage."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from pretrain.config import RecipeError, StopScore, load_recipe
+from pretrain.config import RecipeError, load_recipe
 from pretrain.evaluate import Base, heldout_questions, score
-from pretrain.loop import TrainingLoop
+from pretrain.loop import Look, TrainingLoop
+from pretrain.targets import ScoreTargets, edit_share
 from pretrain.train import build_stage, main
 
 SHAPES = Path(__file__).parents[2] / "recipes" / "shapes"
 STEPS, CUT = 6, 4
 COMMON = [f"steps={STEPS}", "stop_step=0", "save_every=2", "log_every=2", "sample_every=0", "threads=1"]
+NO_TARGETS = ["targets.t2i=0", "targets.edit=0"]
 VAE = ["batch_size=4", "model.block_out_channels=[8,8,8,8]", "statistics_images=8"]
 TEXT = [
     "batch_size=8", "vocabulary_captions=400", "probe_captions=64", "vision_width=8", "model.clip_widths=[32,32]",
@@ -44,7 +46,7 @@ def parts(tmp_path_factory):
 def overrides_of(stage, parts, output):
     kontext = [
         "batch_size=4", "model.layers=2", "model.heads=2", f"vae={parts}/vae/model", f"text={parts}/text/model",
-        f"pool_dir={parts}/pool", "pool_size=16",
+        f"pool_dir={parts}/pool", "pool_size=16", *NO_TARGETS,
     ]  # fmt: skip
     return [*COMMON, *{"vae": VAE, "text": TEXT, "kontext": kontext}[stage], f"output_dir={output}"]
 
@@ -84,14 +86,14 @@ def test_resumed_equals_straight(stage, parts, tmp_path):
 
 @dataclass
 class Scores:
-    """A stop rule that reads its scores from a list."""
+    """An end rule that reads its scores from a list."""
 
     scores: list[float]
-    settings: StopScore = field(default_factory=lambda: StopScore(score=0.5, every=2))
-    name = "score_edit"
+    every: int = 2
 
-    def score(self):
-        return self.scores.pop(0)
+    def look(self):
+        value = self.scores.pop(0)
+        return Look({"score_edit": value}, reached=value >= 0.5)
 
 
 def test_a_run_ends_at_its_score_with_the_weights_of_that_step(parts, tmp_path):
@@ -100,7 +102,7 @@ def test_a_run_ends_at_its_score_with_the_weights_of_that_step(parts, tmp_path):
     )
     straight.run()
     stopped = new_loop("kontext", overrides_of("kontext", parts, tmp_path / "stopped"))
-    stopped.stop_rule = Scores([0.4, 0.6])
+    stopped.end_rule = Scores([0.4, 0.6])
     stopped.run()
     assert stopped.step == CUT
     weights = [tmp_path / name / "model/transformer" for name in ("straight", "stopped")]
@@ -110,23 +112,22 @@ def test_a_run_ends_at_its_score_with_the_weights_of_that_step(parts, tmp_path):
     assert [json.loads(line)["score_edit"] for line in lines] == [0.4, 0.6]
 
     again = new_loop("kontext", overrides_of("kontext", parts, tmp_path / "stopped"))
-    again.stop_rule = Scores([0.6])
+    again.end_rule = Scores([0.6])
     again.resume("auto")
     again.run()
     assert again.step == CUT and (tmp_path / "stopped/metrics.jsonl").read_text().splitlines() == lines
 
 
 def test_a_resumed_run_writes_the_scores_of_the_straight_one(parts, tmp_path):
-    rule = StopScore(score=0.5, every=CUT)
     words = overrides_of("kontext", parts, tmp_path)
     straight = new_loop("kontext", words)
-    straight.stop_rule = Scores([0.4], rule)
+    straight.end_rule = Scores([0.4], CUT)
     straight.run()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("score_edit") for line in lines] == [None, 0.4, None]
 
     resumed = new_loop("kontext", words)
-    resumed.stop_rule = Scores([0.4], rule)
+    resumed.end_rule = Scores([0.4], CUT)
     resumed.resume(str(tmp_path / f"checkpoints/step-{CUT:06d}"))
     resumed.run()
     again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -134,14 +135,45 @@ def test_a_resumed_run_writes_the_scores_of_the_straight_one(parts, tmp_path):
     assert [line["loss"] for line in again] == [line["loss"] for line in lines]
 
 
-def test_the_stop_rule_of_a_recipe_scores_the_averaged_weights(parts, tmp_path):
-    words = [*overrides_of("kontext", parts, tmp_path), "preview_steps=2", "steps=2"]
-    assert main([str(SHAPES / "kontext.yaml"), *words, "stop_score.prompts=6", "stop_score.every=2"]) == 0
+TARGETS = ["targets.t2i=1", "targets.edit=.9", "targets.prompts=6", "targets.every=2", "preview_steps=2"]
+
+
+def test_the_targets_of_a_recipe_look_at_the_averaged_weights(parts, tmp_path):
+    words = [*overrides_of("kontext", parts, tmp_path), *TARGETS, "steps=2"]
+    assert main([str(SHAPES / "kontext.yaml"), *words]) == 0
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    questions = heldout_questions("edit", 6, 7)
-    drawn = Base.load(tmp_path / "model").draw(questions, 1.0, 2, 7)
-    assert json.loads(line)["score_edit"] == pytest.approx(score("edit", questions, drawn).mean(), abs=1e-3)
-    assert main([str(SHAPES / "kontext.yaml"), *words, "stop_score.score=0", "stop_step=0"]) == 0
+    for task in ("t2i", "edit"):
+        questions = heldout_questions(task, 6, 7)
+        drawn = Base.load(tmp_path / "model").draw(questions, 1.0, 2, 7)
+        measured = score(task, questions, drawn).mean()
+        assert json.loads(line)[f"score_{task}"] == pytest.approx(measured, abs=1e-3)
+
+
+def test_a_run_with_targets_resumes_to_the_bit_with_the_share_of_its_last_look(parts, tmp_path):
+    words = [*overrides_of("kontext", parts, tmp_path), *TARGETS]
+
+    def run(resume):
+        recipe = load_recipe(SHAPES / "kontext.yaml", words)
+        stage = build_stage(recipe)
+        loop = TrainingLoop(stage, recipe, ScoreTargets(recipe, stage))
+        if resume:
+            loop.resume(str(tmp_path / f"checkpoints/step-{CUT:06d}"))
+        loop.run()
+        state = load_checkpoint(tmp_path / f"checkpoints/step-{STEPS:06d}")[0]
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        return _flat(state), [(line["edit_share"], line["loss"]) for line in lines], stage.edit_share
+
+    straight = run(resume=False)
+    assert straight[1][0][0] != 0.5
+    assert run(resume=True) == straight
+
+
+def test_batches_go_where_the_most_is_lacking():
+    targets = {"t2i": 0.6, "edit": 0.5}
+    assert edit_share({"t2i": 0.5, "edit": 0.2}, targets) == pytest.approx(0.75)
+    assert edit_share({"t2i": 0.7, "edit": 0.2}, targets) == 0.9
+    assert edit_share({"t2i": 0.1, "edit": 0.6}, targets) == pytest.approx(0.1)
+    assert edit_share({"t2i": 0.6, "edit": 0.5}, targets) == 0.5
 
 
 def test_a_resume_under_another_recipe_is_refused(parts, tmp_path):
