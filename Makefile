@@ -43,7 +43,7 @@ test: export OMP_NUM_THREADS := 1
 test: export RAY_DEDUP_LOGS := 0
 test: lint
 	@scripts/chromium.sh
-	$(PY) -m pytest
+	$(PY) -m pytest --durations=30
 
 accept: extras
 	@failed=; \
