@@ -106,7 +106,8 @@ class TrainingLoop:
         recipe, started = self.recipe, time.perf_counter()
         end = recipe.stop_step or recipe.steps
         bar = tqdm(total=end, initial=self.step, desc=recipe.stage, mininterval=2)
-        last = self.step >= end or (self.step > 0 and self._good_enough())
+        reached = self.step > 0 and self._good_enough()
+        last = reached or self.step >= end
         self._sums.clear()  # a resumed run looked again at a step whose line is written
         while not last:
             figures = self._train_step()
@@ -116,7 +117,8 @@ class TrainingLoop:
                 entry[1] += 1
             self.step += 1
             bar.update()
-            last = self._good_enough() or self.step == end
+            reached = self._good_enough()
+            last = reached or self.step == end
             if self.step % recipe.log_every == 0 or last:
                 self._write_metrics(time.perf_counter() - started)
                 started = time.perf_counter()
@@ -125,6 +127,8 @@ class TrainingLoop:
             if self.step % recipe.save_every == 0 or last:
                 self.save()
         bar.close()
+        if self.end_rule is not None and not reached:
+            log.warning("step %d is the last of this run, and its targets were not reached", self.step)
         self.export(self.folder / "model")
 
     def export(self, folder: Path) -> None:

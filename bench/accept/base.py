@@ -45,7 +45,7 @@ def main() -> None:
                 reproduced &= inside(after.mean, before)
     total = sum(seconds.values())
     body = [
-        f"`recipes/shapes/vae.yaml`, `text.yaml`, `kontext.yaml` in a row on one core: "
+        f"`recipes/shapes/vae.yaml`, `text.yaml`, `kontext.yaml` one core each: "
         f"{', '.join(f'{stage} {s / 60:.1f} min' for stage, s in seconds.items())}; {total / 60:.0f} min in all.",
         "",
         f"{NUM_PROMPTS} held-out prompts a task, Euler 10 steps; intervals over prompts at 95 %.",

@@ -61,9 +61,9 @@ def main() -> None:
         base = train("base", prompts, "stages[0].steps=1", "stages[1].steps=1")
     for seed in todo:
         results[seed] = run(seed, prompts, base)
+        report(results, made)
         if seed == max(results):
             draw_pictures(FOLDER / f"seed{seed}", PROMPT_SEED)
-        report(results, made)
     sys.stdout.write((EVIDENCE / "learning.md").read_text())
     if not all(result["holds"] for result in results.values()):
         sys.exit(1)

@@ -96,7 +96,7 @@ class Scores:
         return Look({"score_edit": value}, reached=value >= 0.5)
 
 
-def test_a_run_ends_at_its_score_with_the_weights_of_that_step(parts, tmp_path):
+def test_a_run_ends_at_its_score_with_the_weights_of_that_step(parts, tmp_path, caplog):
     straight = new_loop(
         "kontext", [*overrides_of("kontext", parts, tmp_path / "straight"), f"stop_step={CUT}"]
     )
@@ -105,6 +105,7 @@ def test_a_run_ends_at_its_score_with_the_weights_of_that_step(parts, tmp_path):
     stopped.end_rule = Scores([0.4, 0.6])
     stopped.run()
     assert stopped.step == CUT
+    assert "not reached" not in caplog.text
     weights = [tmp_path / name / "model/transformer" for name in ("straight", "stopped")]
     files = [next(folder.glob("*.safetensors")).read_bytes() for folder in weights]
     assert files[0] == files[1]
@@ -118,11 +119,12 @@ def test_a_run_ends_at_its_score_with_the_weights_of_that_step(parts, tmp_path):
     assert again.step == CUT and (tmp_path / "stopped/metrics.jsonl").read_text().splitlines() == lines
 
 
-def test_a_resumed_run_writes_the_scores_of_the_straight_one(parts, tmp_path):
+def test_a_resumed_run_writes_the_scores_of_the_straight_one(parts, tmp_path, caplog):
     words = overrides_of("kontext", parts, tmp_path)
     straight = new_loop("kontext", words)
     straight.end_rule = Scores([0.4], CUT)
     straight.run()
+    assert f"step {STEPS} is the last of this run, and its targets were not reached" in caplog.text
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("score_edit") for line in lines] == [None, 0.4, None]
 
