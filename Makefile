@@ -58,4 +58,4 @@ bench: extras
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find bench models pretrain recipes rewards rl rollout tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bench core models pretrain recipes rewards rl rollout tests worlds -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -118,7 +118,7 @@ def _transformers(settings: DetectorSettings, device: torch.device) -> Callable[
 
 
 def _shapes(settings: DetectorSettings, device: torch.device) -> Callable[..., object]:
-    from rewards.geneval.shapes import ShapesDetector
+    from worlds.shapes.scoring.backend import ShapesDetector
 
     return ShapesDetector().detect
 

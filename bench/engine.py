@@ -1,8 +1,8 @@
 """The two engines that a training step is made of, without Ray and without DeepSpeed.
 
     rollout  rollout.sampler.sample_trajectories: T steps with guidance, as a rollout worker runs them
-    update   rollout.sampler.replay_step, rl.grpo, backward, gradient clip and Adam on the LoRA matrices, as
-             a learner rank runs them (`rl/learner.py`); the KL reference is the base model
+    update   rollout.sampler.replay_step, rl.learner.grpo, backward, gradient clip and Adam on the LoRA matrices, as
+             a learner rank runs them (`rl/learner/learner.py`); the KL reference is the base model
 
 Differs from a run: no text encoder, no autoencoder, no reward, no transport, one process, one optimizer update per
 batch, and plain Adam over float32 copies where a run has DeepSpeed's ZeRO around it.
@@ -22,9 +22,9 @@ from bench.sizes import VAE_FACTOR, random_transformer, transformer_config
 from models.compiling import compile_blocks
 from models.flops import Tokens, rollout_flops, update_flops
 from models.kontext import KontextTransformer
-from models.lora import attach_lora, use_adapter
-from models.lora_targets import DEFAULT_TARGETS
-from rl.grpo import gaussian_kl, grpo_loss
+from models.lora.attach import attach_lora, use_adapter
+from models.lora.targets import DEFAULT_TARGETS
+from rl.learner.grpo import gaussian_kl, grpo_loss
 from rollout.sampler import (
     Conditioning,
     ConditioningBatch,

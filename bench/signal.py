@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print a Markdown table."""
     # Here and not above: these bring Ray, which the other benchmarks do without.
     from bench.signal_groups import SignalBench, summarise
-    from rl.config import load_config
+    from rl.recipe.schema import load_config
 
     config = load_config(arguments.recipe, arguments.overrides)
     steps = arguments.steps or list(range(config.rollout.num_steps - 1))

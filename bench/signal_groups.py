@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from bench.signal_share import Share, common_share
-from models.adapter_files import read_adapter
-from models.lora import Adapter, adapter_parameters, hash_state, use_adapter
+from core.seeds import derive_seed
+from models.lora.attach import Adapter, adapter_parameters, hash_state, use_adapter
+from models.lora.files import read_adapter
 from rewards.worker import RewardScorer
-from rl.advantages import group_advantages
-from rl.cluster import encoder_spec, replica_spec, training_spec
-from rl.config import RunConfig
-from rl.preflight import part_reward_set, stage_set_name
-from rl.stage_parts import stage_parts
-from rl.turns import Turns
+from rl.loop.advantages import group_advantages
+from rl.loop.cluster import encoder_spec, replica_spec, training_spec
+from rl.loop.stage_parts import stage_parts
+from rl.loop.turns import Turns
+from rl.recipe.preflight import part_reward_set, stage_set_name
+from rl.recipe.schema import RunConfig
+from rollout.encoder import Encoder
 from rollout.engine import ROLLOUT_ADAPTER, RolloutEngine, SampleRequest, torch_dtype
-from rollout.prompts import PromptGroup, derive_seed
+from rollout.prompts import PromptGroup
 from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec, Trajectory, replay_step
-from rollout.worker import Encoder
 
 
 @dataclass(frozen=True)

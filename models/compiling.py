@@ -3,7 +3,7 @@
 At SD3.5-Medium's size on an H100 rollout and update took 0.6 of the time (bench/RESULTS.md): eager mode there waits for
 thousands of small kernels. The price: graphs with and without gradient round differently, so that the log-probabilities
 of a rollout and of its replay differ by up to 3e-4 in bfloat16, where eager ones agree to the bit. That is more than
-the clip range, hence the rule that old log-probabilities are the learner's own (`rl/validate.py`).
+the clip range, hence the rule that old log-probabilities are the learner's own (`rl/recipe/validate.py`).
 """
 
 import torch

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     from models.kontext import KontextTransformer
-    from models.metaquery import MetaQueryConditioner
+    from models.metaquery.conditioner import MetaQueryConditioner
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -109,7 +109,7 @@ def load_conditioner(
     folder: str | Path, *, dtype: "torch.dtype", device: "torch.device | str" = "cpu"
 ) -> "MetaQueryConditioner":
     """Load `folder/conditioner`, frozen, in eval mode. Raises as `MetaQueryConditioner.from_pretrained`."""
-    from models.metaquery import MetaQueryConditioner
+    from models.metaquery.conditioner import MetaQueryConditioner
 
     part = _require(folder, "conditioner")
     return MetaQueryConditioner.from_pretrained(part, dtype=dtype, device=device).requires_grad_(False)

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from models.adapter_files import read_adapter, save_adapter
+from core.pictures import to_rgb
 from models.components import save_component
 from models.latents import (
     decode_latents,
@@ -22,8 +22,14 @@ from models.latents import (
     nearest_size,
     vae_factor,
 )
-from models.lora import adapter_settings, adapter_state, attach_lora, attached_adapters, load_adapter_state
-from models.pictures import to_rgb
+from models.lora.attach import (
+    adapter_settings,
+    adapter_state,
+    attach_lora,
+    attached_adapters,
+    load_adapter_state,
+)
+from models.lora.files import read_adapter, save_adapter
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -74,7 +80,7 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         if adapters:
             raise ValueError(
                 f"the transformer carries adapters {adapters}: write them with save_adapter, or the merged "
-                "transformer with models.adapter_files.save_merged_transformer"
+                "transformer with models.lora.files.save_merged_transformer"
             )
         for name in self.parts:
             save_component(getattr(self, name), Path(folder) / name)

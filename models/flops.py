@@ -59,7 +59,7 @@ class _Linear:
 
 
 def forward_flops(config: Mapping[str, Any], tokens: Tokens, *, lora_rank: int = 0) -> int:
-    """One forward of one sample. `lora_rank` > 0: unmerged LoRA on `models.lora_targets.DEFAULT_TARGETS`."""
+    """One forward of one sample. `lora_rank` > 0: unmerged LoRA on `models.lora.targets.DEFAULT_TARGETS`."""
     return sum(linear.forward(lora_rank) for linear in _linears(config, tokens)) + attention_flops(
         config, tokens
     )

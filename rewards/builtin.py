@@ -6,8 +6,8 @@ BUILTIN_REWARDS: dict[str, str] = {
     "geneval_official": "rewards.geneval.rewards:GenEvalOfficial",
     "judge": "rewards.judge.judge:Judge",
     "editreward": "rewards.editreward.client:EditReward",
-    "geneval_shapes": "rewards.shapes.rewards:GenEvalShapes",
-    "edit_shapes": "rewards.shapes.rewards:EditShapes",
-    "geneval_shapes_template": "rewards.shapes.template:TemplateGenEval",
-    "edit_shapes_template": "rewards.shapes.template:TemplateEdit",
+    "geneval_shapes": "worlds.shapes.scoring.rewards:GenEvalShapes",
+    "edit_shapes": "worlds.shapes.scoring.rewards:EditShapes",
+    "geneval_shapes_template": "worlds.shapes.scoring.template:TemplateGenEval",
+    "edit_shapes_template": "worlds.shapes.scoring.template:TemplateEdit",
 }

@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 
 import recipes
+from core.logs import start_logging
+from core.prompts import Prompt, PromptFileError, load_prompts
 from rewards.base import RewardError, RewardSet, reward_label
 from rewards.service.token import read_token
-from rl.command_log import start_logging
-from rl.config import ConfigError, RunConfig, load_config
-from rl.preflight import part_reward_set, scored_parts
-from rollout.prompts import Prompt, PromptFileError, load_prompts
+from rl.recipe.preflight import part_reward_set, scored_parts
+from rl.recipe.schema import ConfigError, RunConfig, load_config
 
 log = logging.getLogger("rewards.serve")
 

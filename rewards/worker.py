@@ -16,13 +16,13 @@ import numpy as np
 import ray
 from PIL import Image
 
+from core.failures import DataFailure
+from core.prompts import Prompt, load_reference
 from rewards.base import RewardLoadError, RewardSet, RewardSpec
 from rewards.calling import RewardBatch
 from rewards.checks import try_reward
 from rewards.loading import LoadedReward, RewardSource, load_reward, set_problems
 from rewards.scoring import GroupScore, score_group
-from rollout.failures import DataFailure
-from rollout.prompts import Prompt, load_reference
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import logging
 import sys
 from pathlib import Path
 
-from rl.checkpoint import CheckpointError, check_same_recipe, find_checkpoint, read_state
-from rl.command_log import start_logging
-from rl.config import ConfigError, RunConfig, load_config, to_yaml
+from core.logs import start_logging
+from rl.loop.checkpoint import CheckpointError, check_same_recipe, find_checkpoint, read_state
+from rl.recipe.schema import ConfigError, RunConfig, load_config, to_yaml
 
 log = logging.getLogger("rl.train")
 
@@ -41,11 +41,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def dry_run(config: RunConfig) -> int:
     """Print the plan and what is missing. 0 when the recipe is ready to run."""
-    from rl.blind_spots import blind_spots
-    from rl.plan import describe_run
-    from rl.preflight import preflight
-    from rl.reward_plan import reward_lines
-    from rl.validate import find_problems
+    from rl.recipe.blind_spots import blind_spots
+    from rl.recipe.plan import describe_run
+    from rl.recipe.preflight import preflight
+    from rl.recipe.reward_plan import reward_lines
+    from rl.recipe.validate import find_problems
 
     problems = preflight(config).problems
     try:
@@ -65,10 +65,10 @@ def dry_run(config: RunConfig) -> int:
 
 def train(config: RunConfig, *, resume: str | None = None) -> int:
     """Check everything, then run (or continue) the recipe on the Ray cluster."""
-    from rl.blind_spots import blind_spots
-    from rl.preflight import preflight
-    from rl.reward_plan import reward_lines
-    from rl.state import RunState
+    from rl.loop.state import RunState
+    from rl.recipe.blind_spots import blind_spots
+    from rl.recipe.preflight import preflight
+    from rl.recipe.reward_plan import reward_lines
 
     checked = preflight(config)
     if checked.problems:
@@ -92,9 +92,10 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
         raise ConfigError([f"{run_dir} holds an earlier run; add --resume auto, or set another name="])
     state = read_state(checkpoint) if checkpoint else RunState()
 
-    from rl.cluster import connect, start_cluster
-    from rl.controller import Controller
-    from rl.placement import make_plan
+    from core.cluster.actors import connect
+    from rl.loop.cluster import start_cluster
+    from rl.loop.controller import Controller
+    from rl.recipe.placement import make_plan
 
     connect()
     cluster = start_cluster(config, make_plan(config), checked.reward_sets)

@@ -12,13 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from core.failures import DataFailure
+from core.seeds import derive_seed
 from models.compiling import compile_blocks
 from models.components import load_scheduler, load_transformer, load_vae
 from models.kontext import KontextTransformer
 from models.latents import decode_latents, latent_shape
-from models.lora import Adapter, adapter_state, attach_lora, hash_state, load_adapter_state, use_adapter
-from rollout.failures import DataFailure
-from rollout.prompts import derive_seed
+from models.lora.attach import (
+    Adapter,
+    adapter_state,
+    attach_lora,
+    hash_state,
+    load_adapter_state,
+    use_adapter,
+)
 from rollout.sampler import (
     Conditioning,
     ConditioningBatch,

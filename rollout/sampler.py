@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from core.seeds import derive_seed
 from rollout.flow_sde import FlowSDEStep, Variant, flow_sde_step
-from rollout.prompts import derive_seed
 
 CFGGradient = Literal["conditional", "both"]
 

@@ -13,8 +13,8 @@ from dataclasses import asdict
 import torch
 
 from bench.accept.evidence import ROOT, write
-from pretrain.evaluate import TASKS, Base, heldout_questions, score
-from rl.statistics import Difference, Estimate, bootstrap_mean, paired_bootstrap
+from core.statistics import Difference, Estimate, bootstrap_mean, paired_bootstrap
+from worlds.shapes.training.evaluate import TASKS, Base, heldout_questions, score
 
 STAGES = ("vae", "text", "kontext")
 GUIDANCES = (1.0, 2.0, 3.0, 4.5)
@@ -70,7 +70,14 @@ def train(stage: str) -> float:
     if (FOLDER / stage / "export.json").is_file():
         return spent
     started = time.monotonic()
-    command = [sys.executable, "-m", "pretrain.train", f"recipes/shapes/{stage}.yaml", "--resume", "auto"]
+    command = [
+        sys.executable,
+        "-m",
+        "worlds.shapes.training.train",
+        f"recipes/shapes/{stage}.yaml",
+        "--resume",
+        "auto",
+    ]
     try:
         subprocess.run(command, cwd=ROOT, timeout=LIMIT_S, check=True)
     finally:

@@ -18,8 +18,8 @@ from pathlib import Path
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bench.accept.evidence import ROOT, write
-from models.adapter_files import read_adapter
-from models.lora import hash_state
+from models.lora.attach import hash_state
+from models.lora.files import read_adapter
 
 BIN = Path(sys.executable).parent
 GCS_PORT, DASHBOARD_PORT = 6399, 8299

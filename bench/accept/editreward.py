@@ -18,8 +18,8 @@ from typing import Any
 
 from bench.accept.commands import one_thread, process
 from bench.accept.evidence import ROOT, Claim, Clock, claims_table, write
-from rewards.shapes.prompts import edit_lines, write_lines
-from rl.statistics import Difference, paired_bootstrap
+from core.statistics import Difference, paired_bootstrap
+from worlds.shapes.scenes.prompts import edit_lines, write_lines
 
 RUNS = ROOT / "runs" / "accept_editreward"
 RECIPE = "recipes/shapes/editreward.yaml"
@@ -124,7 +124,7 @@ def judge_endpoint(*words: str) -> Iterator[str]:
     """The exact verifier behind the judge's wire protocol; yields its base URL."""
     ready = RUNS / "judge.url"
     ready.unlink(missing_ok=True)
-    line = [sys.executable, "-m", "rewards.shapes.judge_endpoint", "--port-file", str(ready), *words]
+    line = [sys.executable, "-m", "worlds.shapes.scoring.judge_endpoint", "--port-file", str(ready), *words]
     with process(line, ready):
         yield ready.read_text().strip()
 

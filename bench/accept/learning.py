@@ -20,10 +20,10 @@ from typing import Any
 from bench.accept.evidence import FOLDER as EVIDENCE
 from bench.accept.evidence import ROOT, write
 from bench.accept.learning_pictures import draw_pictures
-from rewards.shapes.prompts import edit_lines, t2i_lines
-from rl.checkpoint import check_same_recipe
-from rl.config import load_config, to_yaml
-from rl.statistics import Difference, paired_bootstrap
+from core.statistics import Difference, paired_bootstrap
+from rl.loop.checkpoint import check_same_recipe
+from rl.recipe.schema import load_config, to_yaml
+from worlds.shapes.scenes.prompts import edit_lines, t2i_lines
 
 SEEDS = (1, 2, 3)
 PROMPT_SEED = 25

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from bench.accept.evidence import ROOT
 from models.components import load_transformer
-from pretrain.evaluate import TASKS, Base, Question, heldout_questions, score
-from rewards.shapes.render import render_batch
-from rl.gallery import GallerySample, before_after_sheet
+from rl.record.gallery import GallerySample, before_after_sheet
+from worlds.shapes.scenes.render import render_batch
+from worlds.shapes.training.evaluate import TASKS, Base, Question, heldout_questions, score
 
 BASE = ROOT / "recipes" / "shapes" / "base"
 IMAGES = ROOT / "docs" / "images"

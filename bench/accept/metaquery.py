@@ -34,10 +34,10 @@ from bench.accept.metaquery_runs import (
     train_all,
     training_records,
 )
-from models.adapter_files import read_adapter
-from models.lora import hash_state
-from pretrain.evaluate import READERS, TASKS, Base, heldout_questions, score
-from rl.statistics import Difference, Estimate, bootstrap_mean, paired_bootstrap
+from core.statistics import Difference, Estimate, bootstrap_mean, paired_bootstrap
+from models.lora.attach import hash_state
+from models.lora.files import read_adapter
+from worlds.shapes.training.evaluate import READERS, TASKS, Base, heldout_questions, score
 
 NUM_PROMPTS = 1024
 GUIDANCES = (1.0, 2.0)

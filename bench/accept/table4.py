@@ -31,10 +31,10 @@ from bench.accept.table4_directions import (
     direction_table,
     directions,
 )
-from rl import sweep
-from rl.sweep_config import SweepConfig, load_sweep
-from rl.sweep_scores import GridScores
-from rl.sweep_table import Row, collect_rows, signed, table_document, table_markdown
+from rl.sweep import __main__ as sweep
+from rl.sweep.config import SweepConfig, load_sweep
+from rl.sweep.scores import GridScores
+from rl.sweep.table import Row, collect_rows, signed, table_document, table_markdown
 
 GRID = "recipes/shapes/table4.yaml"
 EDITREWARD = ROOT / "runs" / "accept_editreward" / "editreward" / "model"
@@ -87,7 +87,7 @@ def judge_endpoint() -> Iterator[str]:
     """The exact verifier where GPT-4.1 would stand; yields its base URL."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "url"
-        line = [sys.executable, "-m", "rewards.shapes.judge_endpoint", "--port-file", str(ready)]
+        line = [sys.executable, "-m", "worlds.shapes.scoring.judge_endpoint", "--port-file", str(ready)]
         with process(line, ready):
             yield ready.read_text().strip()
 

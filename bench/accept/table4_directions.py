@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rl.statistics import Estimate
-from rl.sweep_scores import GridScores
-from rl.sweep_table import signed
+from core.statistics import Estimate
+from rl.sweep.scores import GridScores
+from rl.sweep.table import signed
 
 METRICS = {
     "GenEval": "t2i",

@@ -11,7 +11,7 @@ import torch
 
 from bench.accept.base import COMMITTED, FOLDER, train
 from bench.accept.evidence import write
-from pretrain.evaluate_vlm import as_table, evaluate
+from worlds.shapes.training.evaluate_vlm import as_table, evaluate
 
 STAGES = ("vision", "vlm")
 NUM_QUESTIONS = 2040

@@ -4,7 +4,7 @@ import io
 from types import ModuleType
 from typing import IO, Any
 
-from pretrain.data.errors import DataError, SampleError
+from core.shards.errors import DataError, SampleError
 
 
 def require_pyarrow(kind: str) -> ModuleType:

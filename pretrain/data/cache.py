@@ -20,12 +20,12 @@ import torch
 from omegaconf import DictConfig
 
 import recipes
+from core.logs import start_logging
+from core.progress import Progress
+from core.recipe import ConfigError, read_over_bases, read_recipe
+from core.shards.errors import DataError
 from pretrain.data.config import DataConfig, data_problems
 from pretrain.data.encode import Broken, Job, ShardEncoder
-from pretrain.data.errors import DataError
-from rl.command_log import start_logging
-from rl.progress import Progress
-from rl.schema import ConfigError, read_over_bases, read_recipe
 
 log = logging.getLogger(__name__)
 

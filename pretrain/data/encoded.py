@@ -25,12 +25,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 import recipes
+from core.files import atomic_write_json, file_sha256
+from core.shards.errors import DataError, SampleError
 from models.components import TEXT_PARTS
 from pretrain.data.buckets import areas
 from pretrain.data.config import DataConfig
-from pretrain.data.errors import DataError, SampleError
 from pretrain.data.sources import Source
-from rl.atomic import atomic_write_json, file_sha256
 
 FORMAT = 1
 _FILES_KEPT = 128

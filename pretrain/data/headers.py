@@ -4,8 +4,8 @@ from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
-from models.pictures import MAX_PIXELS
-from pretrain.data.errors import SampleError
+from core.pictures import MAX_PIXELS
+from core.shards.errors import SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
@@ -19,7 +19,7 @@ def upright_size(file: IO[bytes], name: str) -> tuple[int, int]:
 
     Raises:
         SampleError: beginning with `name`, for what is no picture of `FORMATS`, or one that could not be used:
-            more than 8 bits a channel, or above `models.pictures.MAX_PIXELS`.
+            more than 8 bits a channel, or above `core.pictures.MAX_PIXELS`.
     """
     try:
         with Image.open(file, formats=FORMATS) as picture:

@@ -23,13 +23,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 import recipes
+from core.files import COMPLETE, atomic_write_bytes, publish_folder
+from core.progress import Progress
+from core.shards.errors import DataError, SampleError
 from pretrain.data.config import SourceConfig
-from pretrain.data.errors import DataError, SampleError
 from pretrain.data.headers import upright_size
 from pretrain.data.huggingface import dataset_files
 from pretrain.data.readers import Place, Reader, picture_fields, reader_of, text_fields
-from rl.atomic import COMPLETE, atomic_write_bytes, publish_folder
-from rl.progress import Progress
 
 FORMAT = 1
 NAMED = 10

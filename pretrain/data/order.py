@@ -12,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 
+from core.shards.errors import DataError
 from models.latents import ASPECT_RATIOS
 from pretrain.data.buckets import area_at, areas, bucket_size, crop_losses, nearest_buckets
 from pretrain.data.config import TASKS, DataConfig
 from pretrain.data.cycle import Cycle
-from pretrain.data.errors import DataError
 from pretrain.data.permutation import mixed, permuted
 from pretrain.data.sources import Source
 
@@ -65,7 +65,7 @@ class BatchOrder:
     def plan(self, step: int) -> Plan:
         """The batch of a 0-based step."""
         edits = int(step * self._data.edit_share)
-        # As pretrain.kontext.task_of spreads them.
+        # As worlds.shapes.training.kontext.task_of spreads them.
         is_edit = int((step + 1) * self._data.edit_share) > edits
         task: Literal["t2i", "edit"] = "edit" if is_edit else "t2i"
         bucket, number = self._bucket_cycle[task].draw(edits if is_edit else step - edits)

@@ -6,9 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+from core.shards.errors import DataError, SampleError
 from pretrain.data.arrow import missing_columns, picture_stream, require_pyarrow
 from pretrain.data.config import SourceConfig
-from pretrain.data.errors import DataError, SampleError
 from pretrain.data.readers import Place, clean_texts, picture_fields, text_fields
 
 _GROUPS_KEPT = 8

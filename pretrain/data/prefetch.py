@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from core.shards.errors import DataError
 from pretrain.data.batch import PretrainBatch
-from pretrain.data.errors import DataError
 
 
 class Prefetch(Iterator[PretrainBatch]):

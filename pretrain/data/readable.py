@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from models.vlm import refuse_control_tokens
-from pretrain.data.errors import SampleError
+from core.shards.errors import SampleError
+from models.metaquery.vlm import refuse_control_tokens
 from pretrain.data.sources import Source
 
 

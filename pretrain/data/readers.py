@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from core.shards.errors import DataError, SampleError
 from pretrain.data.config import SourceConfig
-from pretrain.data.errors import DataError, SampleError
 
 Place = tuple[int, ...]
 """Whole numbers that say where a sample lies in its file; as many for every sample of a source."""

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from models.pictures import decode_picture
+from core.pictures import decode_picture
+from core.shards.errors import DataError, SampleError
 from pretrain.data.config import DataConfig, SourceConfig
-from pretrain.data.errors import DataError, SampleError
 from pretrain.data.index import named, open_index
 from pretrain.data.readers import picture_fields, reader_of
 
@@ -116,7 +116,7 @@ class ShapesSource:
     known_corrupt = 0
 
     def __init__(self, config: SourceConfig) -> None:
-        from rewards.shapes.world import SIZE
+        from worlds.shapes.scenes.world import SIZE
 
         self._config = config
         self.widths = np.full(config.samples, SIZE, dtype=np.int32)
@@ -137,8 +137,8 @@ class ShapesSource:
         return self._drawn(ordinal)[1]
 
     def _draw(self, ordinal: int) -> tuple[str, tuple[Image.Image, ...]]:
-        from pretrain.shapes import edit_batch, t2i_batch
-        from rewards.shapes.render import render_batch
+        from worlds.shapes.scenes.render import render_batch
+        from worlds.shapes.training.shapes import edit_batch, t2i_batch
 
         if self._config.task == "t2i":
             t2i = t2i_batch(self._config.seed, ordinal, 1)

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.shards.errors import DataError, SampleError
 from models.latents import ASPECT_RATIOS
 from pretrain.data.batch import PretrainBatch
 from pretrain.data.buckets import area_at
 from pretrain.data.config import DataConfig, data_problems
 from pretrain.data.encoded import open_encoded, stack
-from pretrain.data.errors import DataError, SampleError
 from pretrain.data.order import BatchOrder, Draw, Plan
 from pretrain.data.permutation import mixed
 from pretrain.data.pixels import fitted_pictures, to_pixels

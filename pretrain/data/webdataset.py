@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from core.shards.errors import SampleError
+from core.shards.tar import Member, MemberStream, list_shard, read_member
 from pretrain.data.config import SourceConfig
-from pretrain.data.errors import SampleError
 from pretrain.data.readers import Place, clean_texts, picture_fields, text_fields
-from pretrain.data.tar import Member, MemberStream, list_shard, read_member
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _ABSENT = (-1, 0)

@@ -10,10 +10,10 @@ import logging
 import sys
 from functools import partial
 
-from pretrain.data.errors import DataError
+from core.logs import start_logging
+from core.recipe import ConfigError, to_yaml
+from core.shards.errors import DataError
 from pretrain.flow.config import FlowRecipe, load_recipe
-from rl.command_log import start_logging
-from rl.schema import ConfigError, to_yaml
 
 log = logging.getLogger("pretrain.flow")
 
@@ -56,11 +56,11 @@ def dry_run(recipe: FlowRecipe) -> int:
 
 def train(recipe: FlowRecipe, *, resume: str | None = None) -> int:
     """Check everything, start the ranks, train to the end of the run."""
+    from core.cluster.ranks import start_ranks
+    from core.files import atomic_write_text
     from pretrain.flow.preflight import preflight
     from pretrain.flow.rank import FlowRank
     from pretrain.flow.run import RECIPE, FlowRun, find_checkpoint, read_step
-    from rl.atomic import atomic_write_text
-    from rl.ranks import start_ranks
 
     problems = preflight(recipe)
     if problems:

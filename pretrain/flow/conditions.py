@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import recipes
 from models.components import load_vae
 from models.latents import encode_images
-from models.metaquery_vlm import QueryReader
+from models.metaquery.reading import QueryReader
 from models.text import SD3TextEncoder
 from pretrain.data.batch import PretrainBatch
 from pretrain.flow.config import FlowRecipe

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from core.recipe import ConfigError, read_recipe
 from pretrain.data.config import DataConfig
-from rl.schema import ConfigError, read_recipe
 
 STAGES = ("kontext", "align", "unified")
 

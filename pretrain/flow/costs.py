@@ -16,7 +16,7 @@ checkpointing computes again.
 from __future__ import annotations
 
 from models.flops import Tokens, attention_flops, forward_flops
-from models.metaquery_vlm import PIXELS_PER_TOKEN
+from models.metaquery.reading import PIXELS_PER_TOKEN
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.sizes import ModelSizes
 

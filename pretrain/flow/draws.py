@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.flow_matching import draw_sigmas
+from pretrain.flow.loss import draw_sigmas
 
 _STREAM = 21  # apart from what else draws from the same seed
 

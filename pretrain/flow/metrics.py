@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.flow.peaks import PEAK_TFLOPS
-from rl.metric_table import Metric
+from rl.record.metric_table import Metric
 
 if TYPE_CHECKING:
     from pretrain.flow.rank import StepFigures

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import recipes
 from models.components import load_conditioner, load_transformer
 from models.kontext import KontextTransformer
-from models.metaquery import MetaQueryConditioner
-from models.metaquery_config import ConnectorConfig, MetaQueryConfig
+from models.metaquery.conditioner import MetaQueryConditioner
+from models.metaquery.config import ConnectorConfig, MetaQueryConfig
 from pretrain.flow.config import ConnectorSection, FlowRecipe
 
 Prompt = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import recipes
+from core.logs import submitted_job
+from core.shards.errors import DataError
 from models.components import METAQUERY_PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
-from models.metaquery_config import MetaQueryConfig
+from models.metaquery.config import MetaQueryConfig
 from models.sizes import geometry
 from pretrain.data.buckets import areas, bucket_size
 from pretrain.data.encoded import open_encoded
-from pretrain.data.errors import DataError
 from pretrain.data.index import source_files
 from pretrain.data.sources import open_sources
 from pretrain.flow.config import FlowRecipe
-from rl.preflight import submitted_job
 
 
 def preflight(recipe: FlowRecipe) -> list[str]:

@@ -17,8 +17,8 @@ from pretrain.flow.conditions import Encoders, rows_of
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.draws import draw_noise
 from pretrain.flow.export import averaged_model
-from pretrain.grid import contact_sheet
-from pretrain.sampling import sample_latents
+from worlds.shapes.training.grid import contact_sheet
+from worlds.shapes.training.sampling import sample_latents
 
 _SEARCHED = 64
 _MIN_SIDE = 96

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.config import Optimization
+from core.cluster.process_group import join_process_group
+from core.training.optimization import lr_factor
 from pretrain.data.batch import PretrainBatch
 from pretrain.data.prefetch import Prefetch
 from pretrain.data.stream import BatchStream
@@ -27,12 +28,11 @@ from pretrain.flow.costs import sample_flops
 from pretrain.flow.draws import draw_noise
 from pretrain.flow.engine import make_engine
 from pretrain.flow.export import export_model
+from pretrain.flow.loss import add_noise, velocity_error
 from pretrain.flow.model import FlowModel, load_model, prepare_blocks, set_trained
 from pretrain.flow.previews import draw_previews
 from pretrain.flow.sizes import measure
-from pretrain.flow_matching import add_noise, velocity_error
-from pretrain.optimization import lr_factor
-from rl.process_group import join_process_group
+from worlds.shapes.training.config import Optimization
 
 ENGINE = "engine"
 

@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from core.checkpoints import CHECKPOINTS, check_same_keys, find_step, next_multiple, publish_step
+from core.cluster.ranks import RankLost, Ranks
+from core.files import atomic_write_json, atomic_write_text, publish_folder
+from core.progress import Progress
+from core.recipe import flat, to_yaml
+from core.scalars import ScalarLog
 from pretrain.flow.config import FlowRecipe, load_recipe
 from pretrain.flow.metrics import window_record
 from pretrain.flow.rank import StepFigures
-from rl.atomic import atomic_write_json, atomic_write_text, publish_folder
-from rl.progress import Progress
-from rl.ranks import RankLost, Ranks
-from rl.scalar_log import ScalarLog
-from rl.schema import flat, to_yaml
-from rl.step_checkpoints import CHECKPOINTS, check_same_keys, find_step, next_multiple, publish_step
 
 log = logging.getLogger(__name__)
 RECIPE, STATE, MODEL, SAMPLES = "recipe.yaml", "state.json", "model", "samples"

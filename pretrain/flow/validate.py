@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from core.recipe import range_problems, value_of
 from pretrain.data.config import data_problems
 from pretrain.flow.config import STAGES, FlowRecipe
 from pretrain.flow.peaks import PEAK_TFLOPS
-from rl.schema import range_problems, value_of
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "stage": STAGES,

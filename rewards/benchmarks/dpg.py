@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.prompts import Prompt
 from rewards.benchmarks.dpg_questions import (
     GET_DATA,
     Question,
@@ -29,7 +30,6 @@ from rewards.benchmarks.dpg_questions import (
 )
 from rewards.benchmarks.figures import Contribution, Figure
 from rewards.benchmarks.items import DataError, Item, ScoredItem
-from rollout.prompts import Prompt
 
 SCALE = 100.0
 

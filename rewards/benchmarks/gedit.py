@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.prompts import Prompt
 from rewards.benchmarks.figures import Figure, by_group, figure
 from rewards.benchmarks.items import DataError, Item, ScoredItem, read_text
-from rollout.prompts import Prompt
 
 GROUPS = (
     "background_change",

@@ -15,9 +15,9 @@ from typing import Any
 
 from PIL import Image
 
+from core.files import atomic_write_bytes, atomic_write_text
 from rewards.benchmarks.gedit import GET_DATA, METADATA, source_path
 from rewards.benchmarks.items import DataError
-from rl.atomic import atomic_write_bytes, atomic_write_text
 
 COLUMNS = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
 PICTURE = "input_image"

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.prompts import Prompt
 from rewards.benchmarks.figures import Figure, by_group, figure, image_mean, only_scored
 from rewards.benchmarks.items import DataError, Item, ScoredItem, read_text
-from rollout.prompts import Prompt
 
 TYPES = ("add", "alter", "extract", "replace", "remove", "background", "style", "compose", "action")
 ALIASES = {"adjust": "alter", "hybrid": "compose"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollout.prompts import Prompt
+from core.prompts import Prompt
 
 
 class DataError(ValueError):

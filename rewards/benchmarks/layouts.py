@@ -19,8 +19,8 @@ from typing import Protocol
 
 from PIL import Image, ImageOps
 
+from core.files import atomic_write_bytes, atomic_write_text
 from rewards.benchmarks.items import Item
-from rl.atomic import atomic_write_bytes, atomic_write_text
 
 GRID = 4
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.prompts import Prompt, PromptFileError, Task, load_prompts
 from rewards.benchmarks import geneval
 from rewards.benchmarks.figures import Figure, by_group, image_mean
 from rewards.benchmarks.items import DataError, Item, ScoredItem
-from rollout.prompts import Prompt, PromptFileError, Task, load_prompts
 
 
 def read(path: Path, task: Task, *, prefix: str = "") -> list[Item]:

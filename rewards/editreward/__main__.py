@@ -7,12 +7,12 @@ import importlib
 import sys
 
 COMMANDS = {
-    "generate": ("rewards.editreward.generate", "draw edits of mixed quality from a Kontext checkpoint"),
-    "label": ("rewards.editreward.label", "have the judge grade edits"),
-    "train": ("rewards.editreward.train", "train a regressor on labelled shards"),
-    "evaluate": ("rewards.editreward.evaluate", "measure an exported model and probe it"),
-    "export": ("rewards.editreward.export", "write the model folder that stock vLLM serves"),
-    "serve": ("rewards.editreward.serve", "serve an exported model with vLLM"),
+    "generate": ("rewards.editreward.data.generate", "draw edits of mixed quality from a Kontext checkpoint"),
+    "label": ("rewards.editreward.data.label", "have the judge grade edits"),
+    "train": ("rewards.editreward.train.command", "train a regressor on labelled shards"),
+    "evaluate": ("rewards.editreward.evaluate.command", "measure an exported model and probe it"),
+    "export": ("rewards.editreward.train.export", "write the model folder that stock vLLM serves"),
+    "serve": ("rewards.editreward.serve.command", "serve an exported model with vLLM"),
 }
 """Name -> module with `add_arguments(parser)` and `run(arguments)`, and what it does. Only the one used loads."""
 

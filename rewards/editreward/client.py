@@ -18,7 +18,7 @@ from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput
 from rewards.editreward.client_card import ModelCard, ModelFolderError, read_card
-from rewards.editreward.serve_checks import folder_problems
+from rewards.editreward.serve.checks import folder_problems
 
 if TYPE_CHECKING:
     from rewards.editreward.client_local import LocalModel

@@ -14,8 +14,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.files import COMPLETE, file_sha256
 from rewards.editreward.settings import FILE, EditRewardSettings, SettingsError, load_settings
-from rl.atomic import COMPLETE, file_sha256
 
 
 class ModelFolderError(ValueError):

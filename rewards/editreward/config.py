@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from rl.schema import ConfigError, read_recipe
+from core.recipe import ConfigError, read_recipe
 
 OTHER_SECTIONS = ("generate", "label", "serve")
 """Sections of the same file that other commands read."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from core.recipe import range_problems
 from rewards.editreward.config import Recipe
 from rewards.editreward.settings import RESULT_RUBRIC, RUBRIC, EditRewardSettings, SettingsError
-from rl.schema import range_problems
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),

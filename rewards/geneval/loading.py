@@ -33,7 +33,7 @@ def load_colors(rule: str, clip: str | None, device: str) -> ColorClassifier:
 @cache
 def _detector(settings: DetectorSettings) -> Detector:
     if settings.backend == "shapes":
-        from rewards.geneval.shapes import ShapesDetector
+        from worlds.shapes.scoring.backend import ShapesDetector
 
         return ShapesDetector()
     if settings.backend == "transformers":
@@ -52,7 +52,7 @@ def _colors(rule: str, clip: str | None, device: str) -> ColorClassifier:
 
         return LabColors()
     if rule == "detector":
-        from rewards.geneval.shapes import ShapesColors
+        from worlds.shapes.scoring.backend import ShapesColors
 
         return ShapesColors()
     if clip is None:

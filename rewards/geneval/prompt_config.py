@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from core.seeds import derive_seed
 from rewards.geneval.detection import RELATIONS
 from rewards.geneval.names import CLASS_NAMES, COLORS
 from rewards.geneval.prompt_grammar import NUMBERS, WORDINGS
-from rollout.prompts import derive_seed
 
 MAX_COUNT = len(NUMBERS) - 1
 """The rules keep 16 detections of a class, so a surplus over 15 is the last that can be seen."""

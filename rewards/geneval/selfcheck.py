@@ -177,8 +177,8 @@ def _pictures(size: int) -> list[Image.Image]:
 
 
 def _shapes_pictures() -> list[Image.Image]:
-    from rewards.shapes.render import render
-    from rewards.shapes.world import Scene, Shape
+    from worlds.shapes.scenes.render import render
+    from worlds.shapes.scenes.world import Scene, Shape
 
     names = ("red", "green", "blue", "yellow")
     return [Image.fromarray(render(Scene("grey", (Shape("circle", color, 12.0, 16.0),)))) for color in names]

@@ -27,6 +27,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from core.files import atomic_write_text
+from core.prompts import load_prompts
+from core.seeds import derive_seed
 from rewards.geneval.clauses import check_clauses
 from rewards.geneval.names import CLASS_NAMES
 from rewards.geneval.prompt_config import (
@@ -39,8 +42,6 @@ from rewards.geneval.prompt_config import (
 )
 from rewards.geneval.prompt_grammar import prompt_text
 from rewards.geneval.rules import TAGS
-from rl.atomic import atomic_write_text
-from rollout.prompts import derive_seed, load_prompts
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rl.atomic import atomic_write_text
+from core.files import atomic_write_text
 from rl.report.document import report_document
 from rl.report.page import render_page
 from rl.report.traces import place_traces

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.statistics import bootstrap_mean, paired_bootstrap
 from rl.report.evaluations import Scores
 from rl.report.reading import Record, number
 from rl.report.runs import Run
-from rl.statistics import bootstrap_mean, paired_bootstrap
 
 _NOT_A_SETTING = ("name", "output_dir")
 SEED = "seed"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rl.metric_table import RECORD_KEYS, find_metric
+from rl.record.metric_table import RECORD_KEYS, find_metric
 from rl.report.reading import Record, number, thinned
 
 FROM_ZERO = ("share", "s", "groups", "images/s", "samples/s", "actors", "chunks", "nat/element", "L2 norm")
@@ -15,7 +15,7 @@ FROM_ZERO = ("share", "s", "groups", "images/s", "samples/s", "actors", "chunks"
 
 @dataclass(frozen=True)
 class Panel:
-    """Metrics drawn on one axis. `metrics` are names, or families of names as in `rl.metric_table`.
+    """Metrics drawn on one axis. `metrics` are names, or families of names as in `rl.record.metric_table`.
 
     `band` names two metrics between which the area is filled. With `by_stage` there is one such panel a stage, and
     one a part of a joint stage, since the rewards of two tasks do not share a curve.

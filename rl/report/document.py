@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.spans import SPANS_FILE, Span
 from rl import __version__
 from rl.report.compare import ablation, differing_settings, ends
 from rl.report.curves import drawn_panels, training_table
@@ -17,7 +18,6 @@ from rl.report.pictures import Shelf
 from rl.report.reading import number, read_lines
 from rl.report.runs import Run, read_run, run_labels, run_state
 from rl.report.timeline import parse_spans, timeline
-from rl.spans import SPANS_FILE, Span
 
 PICTURE_BUDGET = 8_000_000
 """Characters of data URIs in the galleries of all runs; the page stays below 15 MB with all the rest."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.statistics import Difference, bootstrap_mean, paired_bootstrap
 from rl.report.reading import Notes, Record, column, finite, number, read_object
 from rl.report.runs import Run, reward_name
-from rl.statistics import Difference, bootstrap_mean, paired_bootstrap
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rl.groups import GROUPS_FILE, GROUPS_FOLDER, GroupRecord, best_and_worst, picture_path
+from rl.record.groups import GROUPS_FILE, GROUPS_FOLDER, GroupRecord, best_and_worst, picture_path
 from rl.report.pictures import Shelf, cut_grid
 from rl.report.reading import column, number, read_lines, thinned
 from rl.report.runs import Run
 
 MOST_GROUP_STEPS = 400
-_NO_SPREAD = 1e-12  # as in rl.advantages
+_NO_SPREAD = 1e-12  # as in rl.loop.advantages
 
 
 def gallery(run: Run, shelf: Shelf, budget: int) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rewards.base import RewardSpec, reward_label
-from rl.metrics import METRICS_FILE
+from rl.record.metrics import METRICS_FILE
+from rl.record.summary import SUMMARY_FILE
 from rl.report.reading import Notes, Record, read_lines, read_object
-from rl.summary import SUMMARY_FILE
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from core.spans import SPANS_FILE, Span, SpanName, idle_shares
 from rl.report.reading import Notes, Record, thinned
 from rl.report.runs import Run
-from rl.spans import SPANS_FILE, Span, SpanName, idle_shares
 
 KINDS: tuple[str, ...] = get_args(SpanName)
 _ROLES = {"rollout": "rollout", "reward": "reward", "update": "learner"}

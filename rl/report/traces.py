@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from rl.atomic import atomic_write_json
+from core.files import atomic_write_json
+from core.spans import SPANS_FILE, chrome_trace
 from rl.report.reading import read_lines
 from rl.report.runs import run_labels
 from rl.report.timeline import parse_spans
-from rl.spans import SPANS_FILE, chrome_trace
 
 TRACE = "trace.json"
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 from bench.accept import learning_pictures
 from bench.accept.learning_pictures import BASE, blocks, draw_pictures, tiled
-from pretrain.evaluate import Base, heldout_questions
+from worlds.shapes.training.evaluate import Base, heldout_questions
 
 
 def test_both_tasks_are_drawn(tmp_path, monkeypatch):

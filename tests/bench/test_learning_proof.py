@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.accept import evidence, learning
-from rl.statistics import Difference
+from core.statistics import Difference
 
 CHANGE = Difference(before=0.5, after=0.62, mean=0.12, low=0.1, high=0.14, n=3072, missing=0)
 

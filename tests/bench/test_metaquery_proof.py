@@ -9,12 +9,12 @@ import torch
 from bench.accept import metaquery
 from bench.accept.metaquery import DIRECTIONS, mixing_claim, pdtr_claims, unified_claims, verdict
 from bench.accept.metaquery_runs import BOTH, EDIT_ONLY, VARIANT, VARIANTS, training_records
-from models.adapter_files import save_adapter
+from core.statistics import paired_bootstrap
 from models.components import load_transformer
-from models.lora import adapter_settings, adapter_state, attach_lora
+from models.lora.attach import adapter_settings, adapter_state, attach_lora
+from models.lora.files import save_adapter
 from pretrain.flow.config import load_recipe
-from rl.statistics import paired_bootstrap
-from tests.tiny_models import make_tiny_folder
+from tests.fakes.tiny_models import make_tiny_folder
 
 
 @pytest.mark.parametrize("name", VARIANTS)

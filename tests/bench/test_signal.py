@@ -8,11 +8,11 @@ import torch
 from bench.__main__ import main
 from bench.signal_groups import SignalBench
 from bench.signal_share import common_share
-from models.lora import use_adapter
-from rl.config import load_config
+from models.lora.attach import use_adapter
+from rl.recipe.schema import load_config
 from rollout.engine import ROLLOUT_ADAPTER
 from rollout.sampler import ConditioningBatch, replay_step
-from tests.tiny_run import tiny_recipe
+from tests.fakes.tiny_run import tiny_recipe
 
 
 @pytest.mark.parametrize("signal", [0.0, 0.1, 0.5])

@@ -21,12 +21,12 @@ from bench.accept.table4_directions import (
     directions,
     verdict,
 )
-from rl.config import load_config
-from rl.statistics import Estimate
-from rl.sweep import run_name, write_recipes
-from rl.sweep_config import load_sweep
-from rl.sweep_scores import GridScores
-from rl.sweep_table import collect_rows
+from core.statistics import Estimate
+from rl.recipe.schema import load_config
+from rl.sweep.__main__ import run_name, write_recipes
+from rl.sweep.config import load_sweep
+from rl.sweep.scores import GridScores
+from rl.sweep.table import collect_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = ROOT / "recipes" / "shapes" / "table4.yaml"

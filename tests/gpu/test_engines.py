@@ -6,7 +6,7 @@ import torch
 from bench.engine import EngineBench, Settings
 from rollout.engine import ReplicaSpec, RolloutEngine, SampleRequest
 from rollout.sampler import Conditioning, SamplingSpec
-from tests.tiny_models import make_tiny_folder
+from tests.fakes.tiny_models import make_tiny_folder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_run import tiny_recipe
+from tests.fakes.tiny_run import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSAL = "{beta: 0.1, num_prompts: 4, samples: 2}"

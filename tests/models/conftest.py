@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_metaquery import make_tiny_metaquery
-from tests.tiny_models import make_tiny_folder
+from tests.fakes.tiny_metaquery import make_tiny_metaquery
+from tests.fakes.tiny_models import make_tiny_folder
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models.compiling import compile_blocks
-from models.lora import adapter_parameters, attach_lora, use_adapter
-from tests.tiny_models import make_tiny_transformer
+from models.lora.attach import adapter_parameters, attach_lora, use_adapter
+from tests.fakes.tiny_models import make_tiny_transformer
 
 
 def model():

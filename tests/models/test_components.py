@@ -55,7 +55,7 @@ def test_an_absent_folder_is_one_problem(tmp_path: Path) -> None:
 
 def test_checking_needs_no_torch() -> None:
     program = (
-        "import sys; import models, models.components, models.lora_targets, models.sd35_medium; "
+        "import sys; import models, models.components, models.lora.targets, models.sd35_medium; "
         "heavy = {'torch', 'transformers', 'diffusers', 'peft', 'numpy'} & set(sys.modules); "
         "sys.exit(', '.join(sorted(heavy)) or None)"
     )

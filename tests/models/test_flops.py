@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.sizes import random_transformer, transformer_config
 from models.flops import Tokens, backward_flops, forward_flops, rollout_flops, update_flops
-from models.lora import attach_lora
+from models.lora.attach import attach_lora
 from models.sd35_medium import sd35_medium_config
 
 RANK = 4

@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel
 
 from models.components import load_transformer
 from models.kontext import KontextTransformer
-from tests.tiny_models import TRANSFORMER_CONFIG, make_tiny_transformer
+from tests.fakes.tiny_models import TRANSFORMER_CONFIG, make_tiny_transformer
 
 Inputs = dict[str, torch.Tensor]
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.components import load_transformer
 from models.latents import encode_images, image_to_tensor
-from models.lora import adapter_parameters, attach_lora, hash_state, load_adapter_state
+from models.lora.attach import adapter_parameters, attach_lora, hash_state, load_adapter_state
 from models.pipeline import KontextPipeline
 
 STEPS = {"num_inference_steps": 3, "max_sequence_length": 8}

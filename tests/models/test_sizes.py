@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models.sizes import ModelGeometry, choose_size, geometry, longer_edge_size, parse_aspect_ratio
-from tests.tiny_models import IMAGE_SIZE
+from tests.fakes.tiny_models import IMAGE_SIZE
 
 SD35 = ModelGeometry(multiple=16, largest=6144, side=1024)
 BASE = Path(__file__).resolve().parents[2] / "recipes" / "shapes" / "base"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models.metaquery_encoder import MetaQueryEncoder
-from models.understand import main
-from models.understand_run import Answerer
+from models.metaquery.encoder import MetaQueryEncoder
+from models.understand.__main__ import main
+from models.understand.run import Answerer
 
 QUICK = ["--max-new-tokens", "6", "--threads", "1"]
 

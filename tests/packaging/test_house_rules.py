@@ -32,7 +32,7 @@ def test_importing_packages_loads_nothing_heavy() -> None:
     heavy = ["torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "PIL"]
     script = (
         "import sys\n"
-        f"import {', '.join(PACKAGES)}, rewards.shapes, rewards.geneval, rl.config\n"
+        f"import {', '.join(PACKAGES)}, rewards.shapes, rewards.geneval, rl.recipe.schema\n"
         f"print([name for name in {heavy} if name in sys.modules])\n"
     )
     done = subprocess.run(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.tiny_models import make_tiny_folder
-from tests.tiny_vlm import make_tiny_vlm
+from tests.fakes.tiny_models import make_tiny_folder
+from tests.fakes.tiny_vlm import make_tiny_vlm
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ import pytest
 import ray
 from PIL import Image
 
+from core.failures import DataFailure
+from core.prompts import Prompt
 from rewards.base import FatalRewardError, RewardLoadError, RewardSet, RewardSpec
 from rewards.worker import RewardScorer, RewardWorker
-from rollout.failures import DataFailure
-from rollout.prompts import Prompt
 
 CODE = """
     def level({KEYWORDS}):

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from rl.process_group import join_process_group
+from core.cluster.process_group import join_process_group
 
 
 @pytest.fixture(scope="session")

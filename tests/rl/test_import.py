@@ -29,7 +29,15 @@ def test_importing_rl_takes_less_than_a_second_of_processor_time():
 
 @pytest.mark.parametrize(
     "module",
-    ["rl.train", "rl.config", "rl.validate", "rl.placement", "rl.checkpoint", "rl.preflight", "rl.plan"],
+    [
+        "rl.train",
+        "rl.recipe.schema",
+        "rl.recipe.validate",
+        "rl.recipe.placement",
+        "rl.loop.checkpoint",
+        "rl.recipe.preflight",
+        "rl.recipe.plan",
+    ],
 )
 def test_what_runs_before_the_cluster_loads_neither_torch_nor_ray(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'ray', 'deepspeed'}} & set(sys.modules)))"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rl.checkpoint import save_checkpoint
-from rl.config import load_config, to_yaml
-from rl.state import RunState
+from rl.loop.checkpoint import save_checkpoint
+from rl.loop.state import RunState
+from rl.recipe.schema import load_config, to_yaml
 from rl.train import main
-from tests.tiny_run import tiny_recipe
+from tests.fakes.tiny_run import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import make_tiny_folder
+from tests.fakes.tiny_models import make_tiny_folder
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from models.lora import Adapter, adapter_parameters, adapter_state, attach_lora, hash_state
+from core.failures import DataFailure
+from models.lora.attach import Adapter, adapter_parameters, adapter_state, attach_lora, hash_state
 from rollout.engine import ROLLOUT_ADAPTER, ReplicaSpec, RolloutEngine, SampleRequest, attach_rollout_adapter
-from rollout.failures import DataFailure
 from rollout.sampler import Conditioning, SamplingSpec
-from tests.tiny_models import make_tiny_transformer
+from tests.fakes.tiny_models import make_tiny_transformer
 
 SPEC = SamplingSpec(num_steps=3, noise_level=0.7, guidance_scale=1.0)
 

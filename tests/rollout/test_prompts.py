@@ -8,7 +8,9 @@ import json
 import pytest
 from PIL import Image
 
-from rollout.prompts import GroupSampler, Prompt, PromptFileError, derive_seed, load_prompts, load_reference
+from core.prompts import Prompt, PromptFileError, load_prompts, load_reference
+from core.seeds import derive_seed
+from rollout.prompts import GroupSampler
 
 
 def png(colour=(200, 30, 40), size=(4, 3), **options) -> bytes:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from models.lora import adapter_parameters, attach_lora
+from models.lora.attach import adapter_parameters, attach_lora
 from rollout.sampler import (
     Conditioning,
     ConditioningBatch,
@@ -17,7 +17,7 @@ from rollout.sampler import (
     sample_trajectories,
     sigma_table,
 )
-from tests.tiny_models import make_tiny_transformer
+from tests.fakes.tiny_models import make_tiny_transformer
 
 LATENTS = (4, 8, 8)
 SIGMAS = sigma_table(FlowMatchEulerDiscreteScheduler(shift=3.0), 5)

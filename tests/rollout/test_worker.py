@@ -7,16 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
+from core.failures import DataFailure, InfrastructureFailure
+from core.prompts import Prompt
 from models.latents import encode_images, image_to_tensor
-from models.lora import Adapter, adapter_state, hash_state
-from models.metaquery_encoder import MetaQueryEncoder
+from models.lora.attach import Adapter, adapter_state, hash_state
+from models.metaquery.encoder import MetaQueryEncoder
 from rollout import worker
+from rollout.encoder import Encoder, EncoderSpec
 from rollout.engine import ROLLOUT_ADAPTER, ReplicaSpec, SampleRequest
-from rollout.failures import DataFailure, InfrastructureFailure
-from rollout.prompts import Prompt
 from rollout.sampler import Conditioning, SamplingSpec
-from rollout.worker import Encoder, EncoderSpec, Policy, Replica
-from tests.tiny_metaquery import make_tiny_metaquery
+from rollout.worker import Policy, Replica
+from tests.fakes.tiny_metaquery import make_tiny_metaquery
 
 SPEC = SamplingSpec(num_steps=2, noise_level=0.7, guidance_scale=1.0)
 REQUEST = SampleRequest(0, 0, (10,), (0,))

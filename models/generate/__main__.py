@@ -1,0 +1,235 @@
+"""Command line: pictures from prompts, and edited pictures, by Kontext or MetaQuery; see `--help`.
+
+    python -m models.generate --model FOLDER --prompt "a red fox" --output fox.png
+    python -m models.generate --model FOLDER --prompt "make it blue" --image fox.png --output blue.png
+    python -m models.generate --model FOLDER --prompts prompts.jsonl --output pictures --workers 8
+    python -m models.generate --from-metadata fox.png --output again.png
+
+A picture that is there already, with the same settings in its metadata, is not made again. Exit code 0: all pictures
+are there; 1: some could not be made; 2: refused, before anything was loaded; 3: stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import recipes
+from models.generate.command_line import (
+    add_machine_options,
+    device_of,
+    dtype_of,
+    machine_problems,
+    pool_of,
+    run_command,
+    threads_of,
+)
+from models.generate.jobs import Options, Order, job_picture, orders_of_file, orders_of_line
+from models.generate.metadata import WEIGHTS, job_of, read_record
+from models.generate.model import ModelSpec, made_on, model_spec, weights_record
+from models.generate.task_lines import Refused
+from models.sizes import geometry
+
+log = logging.getLogger("models.generate")
+
+PICTURE_OPTIONS = tuple(field.name for field in fields(Options))
+PATHS = ("model", "vlm", "adapter", "output", "prompts", "image", "from_metadata")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the module's head for the exit code."""
+    words = _parser().parse_args(argv)
+
+    def work() -> int:
+        problems = _word_problems(words)
+        if problems:
+            raise Refused(problems)
+        return _generate(words) if words.page is None else _page(words)
+
+    return run_command(work, refused="Nothing was generated", stays="Pictures that are written")
+
+
+def _generate(words: argparse.Namespace) -> int:
+    from models.generate.run import make_pictures, missing_orders
+
+    if words.from_metadata is not None:
+        orders, spec, weights = _again(words)
+    else:
+        spec = _spec(words)
+        orders = _orders(words, spec)
+        weights = weights_record(spec)
+    missing = missing_orders(orders, weights, overwrite=words.overwrite)
+    there = len(orders) - len(missing)
+    made, failed = 0, []
+    if missing:
+        pool = pool_of(words, spec.device, spec.threads)
+        outcome = make_pictures(missing, spec, weights, pool, batch_size=words.batch_size)
+        made, failed = len(outcome.made), outcome.failed
+    for line in failed:
+        sys.stderr.write(f"{line}\n")
+    sys.stdout.write(f"{made} pictures made, {there} there already, {len(failed)} not made\n")
+    return 1 if failed else 0
+
+
+def _page(words: argparse.Namespace) -> int:
+    from models.generate.page import serve
+
+    serve(_spec(words), _options(words), words.page)
+    return 0
+
+
+def _word_problems(words: argparse.Namespace) -> list[str]:
+    """Words that contradict each other, and numbers out of range."""
+    sources = [getattr(words, name) is not None for name in ("prompt", "prompts", "from_metadata", "page")]
+    paged = words.page is not None
+    checks = [
+        (sum(sources) == 1, "give one of --prompt, --prompts, --from-metadata and --page"),
+        (paged or words.output is not None, "give --output, a PNG file, or with --prompts a folder"),
+        (
+            words.image is None or words.prompts is None,
+            "--image belongs to --prompt; a line of --prompts has its own",
+        ),
+        (words.model is not None or words.from_metadata is not None, "give --model, a model folder"),
+        (not paged or words.workers == 0, "--page works in this process: leave --workers out"),
+        (words.num_images >= 1, f"--num-images {words.num_images}: must be 1 or more"),
+        (words.batch_size >= 1, f"--batch-size {words.batch_size}: must be 1 or more"),
+    ]
+    problems = [message for fine, message in checks if not fine]
+    if words.from_metadata is not None:
+        fixed = (*PICTURE_OPTIONS, "dtype", "max_sequence_length", "position_mode")
+        given = [key for key in fixed if getattr(words, key) is not None]
+        given += ["num_images"] if words.num_images != 1 else []
+        problems += [f"--{key.replace('_', '-')}: --from-metadata takes it from the picture" for key in given]
+    return problems + machine_problems(words, PATHS)
+
+
+def _options(words: argparse.Namespace) -> Options:
+    given = {key: getattr(words, key) for key in PICTURE_OPTIONS}
+    return Options(**{key: value for key, value in given.items() if value is not None})
+
+
+def _spec(words: argparse.Namespace) -> ModelSpec:
+    device = device_of(words)
+    return model_spec(
+        recipes.resolve(words.model),
+        vlm=None if words.vlm is None else recipes.resolve(words.vlm),
+        adapter=words.adapter,
+        dtype=dtype_of(words, device),
+        device=device,
+        threads=threads_of(words, device),
+        max_sequence_length=words.max_sequence_length,
+        position_mode=words.position_mode,
+    )
+
+
+def _orders(words: argparse.Namespace, spec: ModelSpec) -> list[Order]:
+    options, model, count = _options(words), geometry(spec.model), words.num_images
+    if words.prompts is not None:
+        return orders_of_file(words.prompts, words.output, options, model=model, count=count)
+    image = None if words.image is None else str(words.image.absolute())
+    return orders_of_line(
+        words.prompt, image, words.output, options, model=model, count=count, origin="--prompt"
+    )
+
+
+def _again(words: argparse.Namespace) -> tuple[list[Order], ModelSpec, dict[str, Any]]:
+    """The order, model and weights of a picture that was made before; words may say where its parts are now.
+
+    Raises Refused when a part is not the one that made the picture.
+    """
+    try:
+        record = read_record(words.from_metadata)
+        job = job_of(record)
+        if words.image is not None:
+            job = replace(job, image=str(words.image.absolute()))
+        job_picture(job)
+    except ValueError as error:
+        raise Refused([str(error)]) from error
+    model, vlm, adapter = (
+        Path(place) if place is not None else None
+        for place in (getattr(words, name) or record[name] for name in ("model", "vlm", "adapter"))
+    )
+    assert model is not None
+    spec = model_spec(
+        model,
+        vlm=vlm,
+        adapter=adapter,
+        dtype=record["dtype"],
+        device=words.device or record["device"],
+        threads=words.threads or record["threads"],
+        max_sequence_length=record["max_sequence_length"],
+        position_mode=record["position_mode"],
+    )
+    weights = weights_record(spec)
+    other = [
+        f"{words.from_metadata}: its {key} is {record[key]}, and here it is {weights[key]}"
+        for key in WEIGHTS
+        if weights[key] != record[key]
+    ]
+    if other:
+        raise Refused(other)
+    now = made_on(spec) | {"batch": 1}
+    for key in ("device", "threads", "version", "libraries", "batch"):
+        if now[key] != record[key]:
+            log.warning("%s was %s, and is %s: the last bits may differ", key, record[key], now[key])
+    return [Order(job, words.output, str(words.from_metadata))], spec, weights
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.generate",
+        description="Pictures from prompts, and edited pictures; see models/README.md.",
+    )
+    what = parser.add_argument_group("what is made")
+    what.add_argument("--prompt", help="what to draw; with --image how to edit it")
+    what.add_argument("--image", type=Path, help="picture to edit")
+    what.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="many pictures, one a line")
+    what.add_argument("--from-metadata", type=Path, metavar="FILE.png", help="make this picture again")
+    what.add_argument(
+        "--page", type=int, nargs="?", const=7860, metavar="PORT", help="a page in the browser (Gradio)"
+    )
+    what.add_argument("--output", type=Path, help="PNG file; with --prompts a folder")
+    what.add_argument(
+        "--num-images", type=int, default=1, help="of each prompt, with the seeds from --seed on"
+    )
+    what.add_argument("--overwrite", action="store_true", help="replace files that are something else")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, help="model folder in the released layout")
+    model.add_argument("--vlm", type=Path, help="folder of the Qwen2.5-VL of a MetaQuery model")
+    model.add_argument("--adapter", type=Path, help="LoRA folder of a run, for example runs/NAME/adapter")
+    model.add_argument(
+        "--max-sequence-length", type=int, help="T5 tokens (default: 256, less for small models)"
+    )
+    model.add_argument(
+        "--position-mode", choices=("flat", "mrope"), help="MetaQuery (default: flat, as released)"
+    )
+    _add_picture_options(parser.add_argument_group("pictures (a line of --prompts may say otherwise)"))
+    machines = parser.add_argument_group("machines")
+    add_machine_options(machines)
+    machines.add_argument(
+        "--batch-size", type=int, default=1, help="pictures in one forward pass (default: 1)"
+    )
+    return parser
+
+
+def _add_picture_options(group: Any) -> None:
+    default = {field.name: field.default for field in fields(Options)}
+    group.add_argument("--seed", type=int, help=f"default: {default['seed']}")
+    group.add_argument("--negative-prompt", help="default: empty")
+    group.add_argument("--longer-edge", type=int, help="px (default: 512, less for small models)")
+    group.add_argument("--aspect-ratio", metavar="W:H", help="default: that of --image, else 1:1")
+    group.add_argument("--height", type=int, help="px, with --width, in place of both")
+    group.add_argument("--width", type=int)
+    group.add_argument("--steps", type=int, help=f"Euler steps (default: {default['steps']})")
+    group.add_argument(
+        "--guidance", type=float, help=f"default: {default['guidance']}; up to 1 there is none"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What the command lines of this package share: machine options, paths under a submitted job, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.cluster.pool import PoolSpec
+from core.logs import start_logging
+from models.generate.task_lines import Refused
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("bfloat16", "float32")
+
+
+def add_machine_options(group: Any) -> None:
+    """`--dtype`, `--device`, `--workers`, `--threads`."""
+    group.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, else bfloat16")
+    group.add_argument("--device", help="default: cuda where there is one, else cpu")
+    group.add_argument(
+        "--workers", type=int, default=0, help="Ray workers, one GPU each (default: 0, in this process)"
+    )
+    group.add_argument("--threads", type=int, help="CPU threads of each worker")
+
+
+def machine_problems(words: argparse.Namespace, paths: Sequence[str]) -> list[str]:
+    """Machine options out of range, and those of the options `paths` that a submitted job cannot take.
+
+    Its driver runs in a temporary copy of the working directory, which other nodes do not see.
+    """
+    import recipes
+    from core.logs import submitted_job
+
+    problems = []
+    if words.workers < 0:
+        problems.append(f"--workers {words.workers}: must be 0 (this process) or more")
+    if words.threads is not None and words.threads < 1:
+        problems.append(f"--threads {words.threads}: must be 1 or more")
+    if not submitted_job():
+        return problems
+    for name in paths:
+        given = getattr(words, name)
+        for path in given if isinstance(given, list) else [given]:
+            if path is not None and not Path(path).is_absolute() and not recipes.is_packaged(path):
+                problems.append(
+                    f"--{name.replace('_', '-')} {path} is relative, and a submitted job runs in a temporary copy of "
+                    "the working directory; give an absolute path that every node sees"
+                )
+    return problems
+
+
+def device_of(words: argparse.Namespace) -> str:
+    """As asked for, else the GPU where this machine has one."""
+    if words.device is not None:
+        return words.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(words: argparse.Namespace, device: str) -> str:
+    """As asked for, else what the device computes fast."""
+    return words.dtype or ("float32" if device == "cpu" else "bfloat16")
+
+
+def threads_of(words: argparse.Namespace, device: str) -> int:
+    """As asked for; else few beside a GPU, and otherwise the CPUs of this machine shared out to the workers."""
+    if words.threads is not None:
+        return words.threads
+    cpus = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    return max(1, cpus // max(1, words.workers)) if device == "cpu" else min(4, cpus)
+
+
+def pool_of(words: argparse.Namespace, device: str, threads: int) -> PoolSpec:
+    """One GPU and `threads` CPUs for each worker."""
+    return PoolSpec(words.workers, cpus=threads, gpus=0.0 if device == "cpu" else 1.0)
+
+
+def run_command(work: Callable[[], int], *, refused: str, stays: str) -> int:
+    """The exit code of `work`: its own, 2 where it was refused, 3 where it was stopped; with the reason on stderr.
+
+    Args:
+        refused: what did not happen, as the message begins.
+        stays: what is kept of a run that was stopped.
+    """
+    start_logging()
+    try:
+        return work()
+    except Refused as error:
+        sys.stderr.write(f"{refused}:\n{error}\n")
+        return 2
+    except (RuntimeError, OSError) as error:
+        log.debug("stopped", exc_info=True)
+        sys.stderr.write(f"Stopped: {error}\n{stays} stay; run the same command again to go on.\n")
+        return 3

@@ -1,0 +1,168 @@
+"""Adapters as files: a PEFT folder, a diffusers LoRA file beside it, the merged transformer."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+from models.components import save_component
+from models.kontext import KontextTransformer
+from models.lora.attach import LoraSettings, State
+
+PEFT_PREFIX = "base_model.model."
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+DIFFUSERS_FILE = Path("diffusers") / "pytorch_lora_weights.safetensors"
+
+# LoraConfig keys whose default is what `attach_lora` makes; an adapter that differs computes something else.
+_PLAIN = (
+    "use_dora",
+    "use_rslora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "use_bdlora",
+)
+
+
+def save_adapter(
+    state: Mapping[str, torch.Tensor], folder: str | Path, *, rank: int, alpha: float, targets: Sequence[str]
+) -> None:
+    """Write an adapter for both worlds; each file appears whole or not at all.
+
+    `PeftModel.from_pretrained(transformer, folder)` reads `adapter_config.json` and
+    `adapter_model.safetensors`; `pipeline.load_lora_weights(folder / "diffusers")` reads the file there. The
+    latter carries its LoraConfig as metadata: without it diffusers takes alpha = rank and so, in silence,
+    halves an adapter of rank 32 and alpha 64.
+    """
+    folder = Path(folder)
+    config = _config_json(rank, alpha, targets)
+    ordered = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
+    diffusers_metadata = {f"transformer.{key}": value for key, value in config.items()}
+    _write(
+        folder / DIFFUSERS_FILE,
+        safetensors.torch.save(
+            {f"transformer.{name}": tensor for name, tensor in ordered.items()},
+            {
+                "format": "pt",
+                "lora_adapter_metadata": json.dumps(diffusers_metadata, indent=2, sort_keys=True),
+            },
+        ),
+    )
+    _write(folder / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+    _write(
+        folder / PEFT_WEIGHTS,
+        safetensors.torch.save(
+            {PEFT_PREFIX + name: tensor for name, tensor in ordered.items()}, {"format": "pt"}
+        ),
+    )
+
+
+def read_adapter(folder: str | Path) -> tuple[State, LoraSettings]:
+    """Read a PEFT folder, ours or another's, back into a state and its settings.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file.
+        ValueError: not a plain LoRA of linear layers, or tensors that disagree with the configured rank.
+    """
+    folder = Path(folder)
+    for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name}: missing; an adapter is a PEFT folder with {PEFT_CONFIG}"
+            )
+    config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    targets = config.get("target_modules")
+    odd = sorted(key for key in _PLAIN if config.get(key))
+    if config.get("peft_type") != "LORA" or odd or not isinstance(targets, list):
+        raise ValueError(
+            f"{folder / PEFT_CONFIG}: only a plain LoRA with a list of target_modules can be read "
+            f"(peft_type {config.get('peft_type')!r}, set: {odd}, target_modules {targets!r})"
+        )
+    tensors = safetensors.torch.load_file(folder / PEFT_WEIGHTS)
+    state = {name.removeprefix(PEFT_PREFIX): tensors[name] for name in sorted(tensors)}
+    rank = int(config["r"])
+    for name, tensor in state.items():
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ValueError(f"{folder / PEFT_WEIGHTS}: tensor {name} is not lora_A.weight or lora_B.weight")
+        if tensor.shape[0 if ".lora_A." in name else 1] != rank:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, but adapter_config says r = {rank}"
+            )
+    return state, LoraSettings(rank=rank, alpha=float(config["lora_alpha"]), targets=tuple(sorted(targets)))
+
+
+@torch.no_grad()
+def merge_adapter(
+    transformer: SD3Transformer2DModel, state: Mapping[str, torch.Tensor], *, rank: int, alpha: float
+) -> State:
+    """The transformer's whole state dict with `W + alpha / rank * B @ A`: plain names, on the CPU.
+
+    The sum is taken in float32 and rounded once to the weight's dtype. Adapters attached to the transformer
+    play no part, and it is not changed.
+
+    Raises:
+        ValueError: the state names a module that the transformer does not have.
+    """
+    wrapped = {path for path, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    merged: State = {}
+    for name, tensor in transformer.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if module.removesuffix(".base_layer") in wrapped:
+            name = f"{module.removesuffix('.base_layer')}.{leaf}"
+        elif any(part.startswith("lora_") for part in name.split(".")):
+            continue
+        merged[name] = tensor.detach().cpu()
+    for path in sorted({name.rsplit(".", 2)[0] for name in state}):
+        weight = f"{path}.weight"
+        if weight not in merged:
+            raise ValueError(f"the adapter changes {path}, which this transformer does not have")
+        down, up = (state[f"{path}.lora_{part}.weight"].float() for part in "AB")
+        merged[weight] = (merged[weight].float() + alpha / rank * (up @ down)).to(merged[weight].dtype)
+    return merged
+
+
+def save_merged_transformer(
+    transformer: SD3Transformer2DModel,
+    state: Mapping[str, torch.Tensor],
+    folder: str | Path,
+    *,
+    rank: int,
+    alpha: float,
+) -> None:
+    """Write the merged transformer as a folder in the released layout, `config.json` and weights.
+
+    A folder that is already there is replaced once the new one is complete.
+    """
+    merged = merge_adapter(transformer, state, rank=rank, alpha=alpha)
+    with torch.device("meta"):
+        shell = KontextTransformer.from_config(transformer.config)
+    shell.load_state_dict(merged, strict=True, assign=True)
+    save_component(shell, folder)
+
+
+def _config_json(rank: int, alpha: float, targets: Sequence[str]) -> dict[str, object]:
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
+    config.inference_mode = True
+    values = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
+    }
+    return json.loads(json.dumps(values, default=str))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace a file in one step: write beside it, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,165 @@
+"""`python -m rewards.editreward label RECIPE [key=value ...] [--dry-run]`: the judge grades every edit.
+
+    shards of edits ──► one structured question each (rewards/judge: limits, budget, cache) ──► shards with scores
+
+A share of the edits is asked about twice, with another seed, and the report says how far the judge agrees with
+itself. A failure is recorded with its outcome, and its scores are null. Killed or stopped, the same command
+continues: whole shards are kept, answers of the rest come from the judge's cache, and what failed because the
+endpoint was away is asked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import glob
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import recipes
+from core.files import atomic_write_json
+from core.logs import start_logging
+from rewards.editreward.data.generate_config import Header, load_section
+from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
+from rewards.editreward.data.label_config import (
+    LabelSection,
+    input_patterns,
+    judge_settings,
+    label_problems,
+    output_folder,
+)
+from rewards.editreward.data.label_questions import EditLabels, read_template
+from rewards.editreward.data.label_run import (
+    FIRST,
+    Labelling,
+    LabelStopped,
+    ShardJob,
+    read_provenance,
+    read_readable,
+    settled,
+)
+from rewards.editreward.data.shards import DataError, shard_members
+from rewards.judge.client import JudgeClient
+from rewards.judge.cost import PROMPT_BYTES, cost_lines
+from rewards.judge.protocols import Sample
+from rewards.judge.template_files import Template, TemplateError
+from rl.recipe.schema import ConfigError
+
+log = logging.getLogger("rewards.editreward.data.label")
+REPORT = "labels.json"
+NAMED = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Recipe, overrides, and the dry run."""
+    parser.add_argument(
+        "recipe", help="YAML file with a section `label`, for example recipes/editreward_label.yaml"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and print the cost; asks nobody anything"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0: every edit has its outcome (or the dry run found nothing missing). 2: it cannot run, or had to stop."""
+    start_logging()
+    try:
+        header, section = load_section(arguments.recipe, arguments.overrides, "label", LabelSection)
+        template, jobs = check(header, section)
+        label(header, section, template, jobs, dry_run=arguments.dry_run)
+    except (ConfigError, DataError, LabelStopped) as error:
+        sys.stderr.write(f"Cannot label:\n{error}\n")
+        return 2
+    return 0
+
+
+def check(header: Header, section: LabelSection) -> tuple[Template, list[ShardJob]]:
+    """The question, and all shards. Raises ConfigError with everything that keeps the run from starting."""
+    problems = label_problems(header, section)
+    try:
+        template = read_template(section.template)
+    except TemplateError as error:
+        problems.append(f"label.template: {error}")
+    found = {pattern: glob.glob(str(recipes.resolve(pattern))) for pattern in input_patterns(header, section)}
+    problems += [
+        f"label.shards: no file matches {pattern!r}" for pattern, files in found.items() if not files
+    ]
+    shards = sorted({Path(file) for files in found.values() for file in files})
+    names = [shard.name for shard in shards]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        problems.append(f"label.shards: several shards are called {twice[0]}; label their folders apart")
+    folder = output_folder(header, section)
+    if any(shard.parent.absolute() == folder for shard in shards):
+        problems.append(f"label.output {folder} holds the shards to label; give another folder")
+    if not problems:
+        problems += [f"label.judge: {p}" for p in JudgeClient(judge_settings(header, section)).problems()]
+    if problems:
+        raise ConfigError(problems)
+    return template, [ShardJob(shard, folder / shard.name) for shard in shards]
+
+
+def label(
+    header: Header, section: LabelSection, template: Template, jobs: list[ShardJob], *, dry_run: bool
+) -> None:
+    """Label what is not labelled and write the report. Raises ConfigError, LabelStopped, DataError."""
+    folder, settings = output_folder(header, section), judge_settings(header, section)
+    open_jobs = [job for job in jobs if not settled(job, header, section)]
+    edits = sum(len(shard_members(job.source)) for job in open_jobs)
+    log.info("%d of %d shards are labelled, %d edits to go", len(jobs) - len(open_jobs), len(jobs), edits)
+    for line in _cost(section, settings, template, edits, open_jobs):
+        log.info(line)
+    if dry_run:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        made_with = {
+            "model": settings.model,
+            "template": template.name,
+            "template_sha256": template.sha256,
+            "temperature": settings.temperature,
+            "seed": header.seed,
+            "max_tokens": section.max_tokens,
+        }
+        same_as_before(folder / RECORD, made_with)
+        if open_jobs:
+            asyncio.run(Labelling(header, section, settings, template).run(open_jobs, edits))
+        _report(folder, jobs)
+
+
+def _cost(
+    section: LabelSection, settings: Any, template: Template, edits: int, jobs: list[ShardJob]
+) -> list[str]:
+    """What is still to be paid at most, for pictures of the size of the first edit."""
+    if not edits:
+        return []
+    first = next(iter(read_readable(jobs[0].source)), None)
+    blank = Image.new("RGB", first.result.size if first else (512, 512))
+    sample = Sample("edit", "x" * PROMPT_BYTES, blank, blank)
+    protocol = EditLabels()
+    templates = dict.fromkeys(protocol.roles("edit"), template)
+    questions = protocol.questions(sample, templates, section.max_tokens)
+    images = edits + round(section.second_opinions * edits)
+    return cost_lines(settings, questions, images=images, max_asks=section.max_asks)[:2]
+
+
+def _report(folder: Path, jobs: list[ShardJob]) -> None:
+    from rewards.editreward.data.label_report import make_report, report_lines
+
+    found: dict[str, Mapping[str, Any]] = {}
+    for job in jobs:
+        found |= {f"{job.target.name}: {key}": p for key, p in read_provenance(job.target).items()}
+    report = make_report(found.values())
+    atomic_write_json(folder / REPORT, report)
+    failed = [(key, p[FIRST]) for key, p in found.items() if p[FIRST]["outcome"] != "ok"]
+    for key, opinion in failed[:NAMED]:
+        log.warning("not labelled: %s: %s: %s", key, opinion["outcome"], opinion["detail"])
+    for line in report_lines(report):
+        log.info(line)
+    log.info("%s: labelled shards and %s", folder, REPORT)

@@ -1,0 +1,227 @@
+"""The run in numbers before it starts: parameters, memory for each ZeRO stage, samples a second. No weights, no GPU.
+
+Memory of one rank, from P parameters of which Q are trained, on R ranks, w bytes a weight (bf16 2, fp32 4):
+
+    ZeRO-1   w P      + w Q      + 12 Q / R      weights + gradients + fp32 master copy and both Adam moments
+    ZeRO-2   w P      + w Q / R  + 12 Q / R
+    ZeRO-3   w P / R  + w Q / R  + 12 Q / R
+
+Activations are an estimate and labelled so: with gradient checkpointing every block keeps its input alone, and one
+block at a time its inner values (34 numbers a token and channel, after Korthikanti et al., 2022, without the
+attention matrix, which SDPA does not keep); without it every block keeps those.
+
+Operations of one forward (a multiply-add is 2), for T tokens and V patches:
+
+    text     2 P_text T + 4 T² D L / 2 (causal)        vision   2 P_vision V + 4 V v D' L'
+
+where v is the patches one patch attends to: its window, or its whole picture in the full-attention blocks. A sample
+costs F forwards of each: `full` 3 (a backward is 2), `lora` 2 of text (no gradients of frozen weights) and 1 of
+vision, `head` 1; gradient checkpointing adds one where there is a backward.
+
+    samples/s = R x peak x MFU / operations of a sample
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import recipes
+from rewards.editreward.config import Recipe
+
+_GIB = 2**30
+_BYTES = {"float32": 4, "bfloat16": 2}
+PEAK_TFLOPS = 989.0
+"""Dense bf16 of an H100 or H200 by its data sheet."""
+MFU = 0.4
+"""Assumed share of the peak that training reaches."""
+TEXT_TOKENS = 128
+"""Assumed length of template, rubric and instruction."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts on the meta device. text, vision: parameters of the blocks, which every token or patch passes.
+
+    language_shape, vision_shape: the two halves of the config.
+    """
+
+    source: str
+    parameters: int
+    trained: int
+    text: int
+    vision: int
+    language_shape: Any
+    vision_shape: Any
+
+
+def qwen25_vl_7b() -> dict[str, Any]:
+    """The published shape of Qwen2.5-VL-7B-Instruct."""
+    return {
+        "model_type": "qwen2_5_vl",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 128000,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_channels": 3,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
+def measure(recipe: Recipe) -> ModelSize:
+    """Build the model without memory; where its folder is absent, in the published 7B shape.
+
+    Raises ValueError for LoRA targets that match nothing.
+    """
+    from transformers import Qwen2_5_VLConfig
+
+    from rewards.editreward.model import meta_model, trainable
+    from rewards.editreward.train.rank import choose_trainable
+
+    file = recipes.resolve(recipe.model.path) / "config.json"
+    if file.is_file():
+        source, shape = str(file), json.loads(file.read_text(encoding="utf-8"))
+    else:
+        source, shape = "Qwen2.5-VL-7B's published shape, since the model folder is absent", qwen25_vl_7b()
+    config = Qwen2_5_VLConfig(**shape)
+    model = meta_model(config, len(recipe.data.dimensions), bias=recipe.model.score_bias)
+    counts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "text": sum(p.numel() for p in model.backbone.language_model.layers.parameters()),
+        "vision": sum(p.numel() for p in model.backbone.visual.blocks.parameters()),
+    }
+    choose_trainable(model, recipe)
+    return ModelSize(
+        source,
+        trained=sum(p.numel() for _, p in trainable(model)),
+        language_shape=config.text_config,
+        vision_shape=config.vision_config,
+        **counts,
+    )
+
+
+def describe(recipe: Recipe) -> list[str]:
+    """Lines for `--dry-run`."""
+    size, train = measure(recipe), recipe.train
+    per_rank = train.batch_size // train.ranks
+    return [
+        f"run {recipe.name}: {train.steps} steps x {train.batch_size} = {train.steps * train.batch_size} samples; "
+        f"a rank takes {per_rank} in {per_rank // train.micro_batch_size} micro-batches of {train.micro_batch_size}",
+        f"model: {size.parameters / 1e6:.1f} M parameters, {size.trained / 1e6:.1f} M trained "
+        f"({recipe.model.trainable}; {size.source})",
+        *memory_lines(recipe, size),
+        *speed_lines(recipe, size),
+    ]
+
+
+def memory_lines(recipe: Recipe, size: ModelSize) -> list[str]:
+    """One line a ZeRO stage; the recipe's own is marked."""
+    activations = activation_bytes(recipe, size) / _GIB
+    lines = []
+    for stage in (1, 2, 3):
+        held = state_bytes(recipe, size, stage) / _GIB
+        mark = " <- train.zero_stage" if stage == recipe.train.zero_stage else ""
+        lines.append(
+            f"memory of a rank, ZeRO-{stage}: {held:.1f} GiB of weights, gradients and optimizer + about "
+            f"{activations:.1f} GiB of activations (estimate) = {held + activations:.1f} GiB{mark}"
+        )
+    host = size.parameters * _BYTES[recipe.model.dtype] / _GIB
+    lines.append(f"host memory while loading: {host:.1f} GiB a rank, also with ZeRO-3")
+    return lines
+
+
+def state_bytes(recipe: Recipe, size: ModelSize, stage: int) -> float:
+    """Weights, gradients and optimizer of one rank; see the module's table."""
+    width, ranks = _BYTES[recipe.model.dtype], recipe.train.ranks
+    weights = width * size.parameters / (ranks if stage == 3 else 1)
+    gradients = width * size.trained / (ranks if stage >= 2 else 1)
+    return weights + gradients + 12 * size.trained / ranks
+
+
+def sample_tokens(recipe: Recipe, size: ModelSize) -> tuple[int, int]:
+    """(text-model tokens, vision patches) of one sample whose pictures fill `input.max_pixels`."""
+    pictures = 2 if recipe.input.view == "full" else 1
+    merge = size.vision_shape.spatial_merge_size
+    merged = pictures * (recipe.input.max_pixels // (size.vision_shape.patch_size * merge) ** 2)
+    return merged + TEXT_TOKENS, merge**2 * merged
+
+
+def activation_bytes(recipe: Recipe, size: ModelSize) -> float:
+    """Estimate for one micro-batch."""
+    tokens, patches = sample_tokens(recipe, size)
+    width, micro = _BYTES[recipe.model.dtype], recipe.train.micro_batch_size
+    text, vision = size.language_shape, size.vision_shape
+    streams = [
+        (tokens, text.hidden_size, text.num_hidden_layers),
+        (patches, vision.hidden_size, vision.depth),
+    ]
+    if recipe.model.trainable == "head":
+        return micro * 34 * width * max(n * d for n, d, _ in streams)
+    if recipe.model.trainable in ("language", "lora"):
+        streams = streams[:1]
+    if not recipe.model.gradient_checkpointing:
+        return micro * 34 * width * sum(n * d * layers for n, d, layers in streams)
+    return (
+        micro
+        * width
+        * (sum(n * d * layers for n, d, layers in streams) + 34 * max(n * d for n, d, _ in streams))
+    )
+
+
+def sample_flops(recipe: Recipe, size: ModelSize) -> float:
+    """Operations of training on one sample; see the module's formula."""
+    tokens, patches = sample_tokens(recipe, size)
+    text, vision = size.language_shape, size.vision_shape
+    attention = 2 * tokens**2 * text.hidden_size * text.num_hidden_layers
+    pictures = 2 if recipe.input.view == "full" else 1
+    window = (vision.window_size // vision.patch_size) ** 2
+    whole = len(vision.fullatt_block_indexes)
+    seen = whole * patches / pictures + (vision.depth - whole) * min(window, patches / pictures)
+    forward_text = 2 * size.text * tokens + attention
+    forward_vision = 2 * size.vision * patches + 4 * patches * seen * vision.hidden_size
+    again = int(recipe.model.gradient_checkpointing)
+    factors = {
+        "full": (3 + again, 3 + again),
+        "language": (3 + again, 1),
+        "lora": (2 + again, 1),
+        "head": (1, 1),
+    }
+    text_passes, vision_passes = factors[recipe.model.trainable]
+    return text_passes * forward_text + vision_passes * forward_vision
+
+
+def speed_lines(recipe: Recipe, size: ModelSize) -> list[str]:
+    """The estimate with everything that went into it; CPU runs get none, since no peak is known for them."""
+    if recipe.resources.device == "cpu":
+        return []
+    operations, train = sample_flops(recipe, size), recipe.train
+    tokens, patches = sample_tokens(recipe, size)
+    rate = train.ranks * PEAK_TFLOPS * 1e12 * MFU / operations
+    hours = train.steps * train.batch_size / rate / 3600
+    return [
+        f"a sample: {tokens} tokens ({TEXT_TOKENS} of text assumed, pictures at input.max_pixels), {patches} patches, "
+        f"{operations / 1e12:.1f} TFLOP ({recipe.model.trainable}, gradient checkpointing "
+        f"{'on' if recipe.model.gradient_checkpointing else 'off'})",
+        f"samples/s = ranks x peak x MFU / operations = {train.ranks} x {PEAK_TFLOPS:g} TFLOP/s x {MFU:g} / "
+        f"{operations / 1e12:.1f} TFLOP = {rate:.1f}; {train.steps} steps take about {hours:.1f} h (an estimate, not "
+        "a measurement; validation and loading come on top)",
+    ]

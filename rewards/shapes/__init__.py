@@ -1,1 +1,0 @@
-"""A small procedural world of coloured shapes: scenes, captions, edits, and two independent scorers."""

@@ -1,0 +1,278 @@
+"""The Ray actor around one learner rank, and the group of all ranks as the controller sees it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.cluster.process_group import join_process_group
+from models.lora.attach import Adapter
+from rl.learner.batching import RankShare, TrainBatch, TrainSample
+from rl.learner.learner import Learner
+from rl.learner.rehearsal import Rehearsal, RehearsalPicture, rank_share
+from rl.learner.stats import UpdateStats
+from rl.loop.collect import SampledPrompt
+from rl.loop.publish import make_adapter
+from rl.recipe.schema import LearnerConfig, RehearsalConfig
+from rollout.engine import AdapterReceipt, ReplicaSpec, SampleInfo, SampleRequest
+from rollout.sampler import Conditioning, SamplingSpec, Trajectory
+from rollout.worker import Policy, Replica, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+
+class LearnerLost(RuntimeError):
+    """A learner rank failed. The ranks share one optimizer, so the run stops; `--resume auto` continues it."""
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What every rank is built from."""
+
+    replica: ReplicaSpec
+    config: LearnerConfig
+    sampling: SamplingSpec
+    seed: int
+    inprocess: bool
+    gradient_checkpointing: bool
+    collective_timeout_s: float
+
+
+class LearnerRank:
+    """One rank: joins the process group, resolves its share's references, runs the update."""
+
+    def __init__(self, spec: LearnerSpec, rank: int, world_size: int):
+        torch.set_num_threads(spec.replica.threads)
+        self.spec, self.rank, self.world_size = spec, rank, world_size
+        self.learner: Learner | None = None
+        self.replica: Replica | None = None
+
+    def address(self) -> tuple[str, int]:
+        """An address of this node and a port that is free now, for the process group's rendezvous."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def setup(self, master_address: str, master_port: int) -> WorkerInfo:
+        """Join the process group and build the model. Raises after `collective_timeout_s` without the others."""
+        join_process_group(
+            rank=self.rank,
+            world_size=self.world_size,
+            address=master_address,
+            port=master_port,
+            device=self.spec.replica.device,
+            timeout_s=self.spec.collective_timeout_s,
+        )
+        self.learner = Learner(
+            self.spec.replica,
+            self.spec.config,
+            self.spec.sampling,
+            seed=self.spec.seed,
+            inprocess=self.spec.inprocess,
+            gradient_checkpointing=self.spec.gradient_checkpointing,
+        )
+        if self.spec.inprocess:
+            self.replica = Replica(self.spec.replica, self.learner.transformer)
+        return self.ready()
+
+    def sees(self, folder: str) -> bool:
+        """Whether this node has the run's folder: every rank writes its part of a checkpoint there."""
+        return Path(folder).is_dir()
+
+    def ready(self) -> WorkerInfo:
+        """Who answers."""
+        return WorkerInfo(f"{os.uname().nodename}:{os.getpid()}", self.spec.replica.device, -1)
+
+    def begin_stage(self) -> None:
+        """See `Learner.begin_stage`."""
+        self._learner().begin_stage()
+
+    def set_negative(self, negative: Conditioning | None) -> None:
+        """The negative prompt's conditioning, for classifier-free guidance in the replay."""
+        self._learner().negative = negative
+
+    def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPrompt]) -> None:
+        """Keep this rank's share of the drawn pictures; the stage's updates rehearse them from now on."""
+        learner, own = self._learner(), rank_share(pictures, self.rank, self.world_size)
+        refs = list({r for p in own for r in (p.trajectory, p.conditioning)})
+        values = dict(zip(refs, ray.get(refs, timeout=600), strict=True))
+        learner.rehearsal = Rehearsal(
+            config,
+            [
+                RehearsalPicture(values[p.trajectory].final_latents[p.row].clone(), values[p.conditioning])
+                for p in own
+            ],
+            values[own[0].trajectory].sigmas,
+            rank=self.rank,
+            ranks=self.world_size,
+            micro_batch_size=self.spec.config.micro_batch_size,
+        )
+
+    def update(
+        self, shares: Sequence[RankShare], learning_rate: float
+    ) -> tuple[list[UpdateStats], float, float]:
+        """Train this rank's shares of one rollout at this rate. Returns statistics, start time and seconds."""
+        started = time.time()
+        refs = {r for share in shares for s in share.samples for r in (s.trajectory, s.conditioning)}
+        order = list(refs)
+        values = dict(zip(order, ray.get(order, timeout=600), strict=True))
+        resolved = [
+            (
+                [TrainSample.of(s, values[s.trajectory], values[s.conditioning]) for s in share.samples],
+                share.count,
+            )
+            for share in shares
+        ]
+        self._learner().set_learning_rate(learning_rate)
+        stats = self._learner().update(resolved)
+        return stats, started, time.time() - started
+
+    def adapter(self, version: int, *, shipped: bool) -> Adapter | None:
+        """The live adapter (to sample with), or the shipped one (to evaluate and save); None off rank 0."""
+        learner = self._learner()
+        tensors = learner.shipped_adapter() if shipped else learner.adapter()
+        return make_adapter(version, tensors) if self.rank == 0 else None
+
+    def reference_adapter(self, version: int) -> Adapter | None:
+        """The adapter as the stage began; None off rank 0."""
+        reference = self._learner().reference_state()
+        return make_adapter(version, reference) if self.rank == 0 else None
+
+    def save(self, folder: str) -> None:
+        """Write the engine's state, the stage's reference and the moving average into `folder`."""
+        learner, path = self._learner(), Path(folder)
+        learner.save(path)
+        reference = learner.reference_state()
+        if self.rank == 0:
+            save_file(reference, path / "reference.safetensors")
+            if learner.ema is not None:
+                save_file(learner.ema.average, path / "ema.safetensors")
+                (path / "ema.json").write_text(json.dumps({"updates": learner.ema.updates}))
+
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote; the caller has verified the folder's hashes."""
+        path, learner = Path(folder), self._learner()
+        ema, updates = None, 0
+        if (path / "ema.json").is_file():
+            ema = load_file(path / "ema.safetensors")
+            updates = json.loads((path / "ema.json").read_text())["updates"]
+        learner.load(path, load_file(path / "reference.safetensors"), ema, updates)
+
+    def load_adapter(self, adapter: Adapter) -> AdapterReceipt:
+        """In-process placement: what a rollout worker would do."""
+        return self._replica().load_adapter(adapter)
+
+    def sample(
+        self,
+        request: SampleRequest,
+        spec: SamplingSpec,
+        policy: Policy,
+        negative: Conditioning | None,
+        *conditionings: Conditioning,
+    ) -> tuple[SampleInfo, Trajectory, Any]:
+        """In-process placement: what a rollout worker would do."""
+        return self._replica().sample(request, spec, policy, negative, *conditionings)
+
+    def _learner(self) -> Learner:
+        if self.learner is None:
+            raise RuntimeError("setup() was not called on this learner rank")
+        return self.learner
+
+    def _replica(self) -> Replica:
+        if self.replica is None:
+            raise RuntimeError("this learner rank samples only with resources.placement=inprocess")
+        return self.replica
+
+
+class LearnerGroup:
+    """All ranks; every call goes to each of them, and the first failure ends the wait for the others."""
+
+    def __init__(self, actors: Sequence[Any], *, call_timeout_s: float, start_timeout_s: float):
+        self.actors = list(actors)
+        self._timeout_s = call_timeout_s
+        address, port = ray.get(self.actors[0].address.remote(), timeout=start_timeout_s)
+        self._all("setup", address, port, timeout_s=start_timeout_s)
+
+    def check_sees(self, folder: Path) -> None:
+        """Raise LearnerLost naming the ranks whose node does not share the run's folder."""
+        blind = [rank for rank, sees in enumerate(self._all("sees", str(folder))) if not sees]
+        if blind:
+            raise LearnerLost(
+                f"learner ranks {blind} do not see {folder}: output_dir must lie on a file system that all nodes share"
+            )
+
+    def begin_stage(self) -> None:
+        self._all("begin_stage")
+
+    def set_negative(self, negative: Any) -> None:
+        self._all("set_negative", negative)
+
+    def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPrompt]) -> None:
+        self._all("rehearse", config, list(pictures))
+
+    def update(
+        self, batch: TrainBatch, learning_rate: float
+    ) -> tuple[list[UpdateStats], list[tuple[float, float]]]:
+        """One rollout's updates; statistics are global, spans are (start, seconds) per rank."""
+        calls = [
+            actor.update.remote([shares[rank] for shares in batch.updates], learning_rate)
+            for rank, actor in enumerate(self.actors)
+        ]
+        results = self._gather(calls, "update", self._timeout_s)
+        return results[0][0], [(started, seconds) for _, started, seconds in results]
+
+    def adapter(self, version: int, *, shipped: bool) -> Adapter:
+        adapters = self._gather(
+            [a.adapter.remote(version, shipped=shipped) for a in self.actors], "adapter", self._timeout_s
+        )
+        return adapters[0]
+
+    def reference_adapter(self, version: int) -> Adapter:
+        return self._all("reference_adapter", version)[0]
+
+    def save(self, folder: Path) -> None:
+        self._all("save", str(folder))
+
+    def load(self, folder: Path) -> None:
+        self._all("load", str(folder))
+
+    def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        calls = [getattr(actor, method).remote(*args) for actor in self.actors]
+        return self._gather(calls, method, timeout_s or self._timeout_s)
+
+    def _gather(self, calls: list[Any], method: str, timeout_s: float) -> list[Any]:
+        """Results in rank order. A rank that fails leaves the others waiting in a collective, so look at
+        whichever finishes first."""
+        pending, deadline = list(calls), time.monotonic() + timeout_s
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise LearnerLost(
+                    f"learner.{method} took longer than {timeout_s:g} s on {len(pending)} of {len(calls)} ranks "
+                    "(resources.call_timeout_s); continue with --resume auto"
+                )
+            try:
+                ray.get(ready[0], timeout=60)
+            except ray.exceptions.RayTaskError as error:
+                raise error.as_instanceof_cause() from error
+            except ray.exceptions.RayActorError as error:
+                rank = calls.index(ready[0])
+                raise LearnerLost(
+                    f"learner rank {rank} died in {method} ({str(error).splitlines()[0]}); its cause is in Ray's log "
+                    "(out of memory is the usual one); continue with --resume auto"
+                ) from error
+        return ray.get(calls, timeout=60)
+
+
+LearnerWorker = ray.remote(LearnerRank)

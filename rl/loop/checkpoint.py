@@ -1,0 +1,128 @@
+"""Atomic checkpoints and exact resume.
+
+A checkpoint is a folder that is complete or absent: filled under a temporary name, flushed, its manifest of
+hashes written, then renamed. It holds `state.json`, `config.yaml`, `adapter/` (PEFT layout, what would be shipped),
+`learner/` (optimizer and trainable weights of every rank, stage reference, moving average). DeepSpeed's part is
+a pickle: it is loaded only from this run's own folder and only after every hash has matched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from core.files import atomic_write_json, atomic_write_text, publish_folder, verify_folder
+from rewards.loading import free_params
+from rl.loop.state import RunState
+from rl.recipe.schema import ConfigError
+
+log = logging.getLogger(__name__)
+FOLDER = "checkpoints"
+
+# Keys that may differ between the run that wrote a checkpoint and the one that continues it: who does the work
+# and how often it is looked at, never what is computed.
+_FREE_KEYS = ("output_dir", "resources.", "rollout.workers", "checkpoint.", "gallery.")
+_REWARD_KEY = re.compile(r"((?:stages\.\d+(?:\.parts\.\d+)?|evaluation\.tasks\.\d+)\.rewards\.\d+\.)(.+)")
+_FREE_REWARD_KEYS = ("timeout_s", "attempts", "max_missing_share", "constant_steps", "service")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; says which and why."""
+
+
+def save_checkpoint(
+    run_dir: Path, state: RunState, config_yaml: str, learner: Any, adapter_folder: Any, *, border: bool
+) -> Path:
+    """Write checkpoint `step_<n>` (`stage_<i>_end` at a stage border) and return its folder.
+
+    `learner` is the `LearnerGroup`; `adapter_folder(path)` writes the shipped adapter.
+    """
+    name = f"stage_{state.stage}_end" if border else f"step_{state.step:06d}"
+    final = run_dir / FOLDER / name
+    temporary = run_dir / FOLDER / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "learner").mkdir(parents=True)
+    learner.save(temporary / "learner")
+    adapter_folder(temporary / "adapter")
+    atomic_write_text(temporary / "config.yaml", config_yaml)
+    atomic_write_json(temporary / "state.json", state.to_json())
+    publish_folder(temporary, final)
+    log.info("checkpoint %s", final)
+    return final
+
+
+def prune_checkpoints(run_dir: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` step checkpoints; those at stage borders stay."""
+    steps = sorted((run_dir / FOLDER).glob("step_*"))
+    for folder in steps[: max(0, len(steps) - keep_last)]:
+        shutil.rmtree(folder)
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """The folder to resume from: an explicit one, or for `auto` the one with the most steps (None: start afresh).
+
+    Raises CheckpointError for an explicit folder that is incomplete or changed. With `auto`, a damaged one is
+    passed over with a warning, since an older sound one continues to the same result.
+    """
+    if resume != "auto":
+        problems = verify_folder(resume)
+        if problems:
+            raise CheckpointError("\n".join(problems))
+        return Path(resume)
+    found = []
+    for folder in (run_dir / FOLDER).glob("[!.]*"):
+        problems = verify_folder(folder)
+        if problems:
+            log.warning("passing over a damaged checkpoint: %s", problems[0])
+            continue
+        found.append((read_state(folder).step, folder.name, folder))
+    return max(found)[2] if found else None
+
+
+def read_state(folder: Path) -> RunState:
+    """The run state of a verified checkpoint."""
+    return RunState.from_json(json.loads((folder / "state.json").read_text()))
+
+
+def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:
+    """Raise ConfigError naming each key that would change what is computed after a resume."""
+    import yaml
+
+    saved, current = _flat(yaml.safe_load(saved_yaml)), _flat(yaml.safe_load(current_yaml))
+    problems = [
+        f"key '{key}' was {saved.get(key)!r} when the checkpoint was written and is {current.get(key)!r} now; "
+        "set it back, or start a new run under another name"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key) and not key.startswith(_FREE_KEYS) and not _free(key, current)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _free(key: str, current: dict[str, Any]) -> bool:
+    """Whether a key of a reward says only how its scores are obtained."""
+    found = _REWARD_KEY.fullmatch(key)
+    if found is None:
+        return False
+    head, *rest = found[2].split(".")
+    if head == "params" and rest:
+        return rest[0] in free_params(str(current.get(f"{found[1]}name")))
+    return head in _FREE_REWARD_KEYS
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of everything that says something; an empty list or mapping does not."""
+    if isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, list):
+        children = dict(enumerate(node)).items()  # type: ignore[assignment]
+    else:
+        return {prefix.rstrip("."): node}
+    flat: dict[str, Any] = {}
+    for key, child in children:
+        flat |= _flat(child, f"{prefix}{key}.")
+    return flat

@@ -1,0 +1,160 @@
+"""The run in numbers before it starts: batch equations, LoRA size, memory per role, resources. No Ray, no GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import recipes
+from core.cluster.placement import describe_plan
+from models.metaquery.config import MetaQueryConfig
+from rl.loop.stage_parts import rehearsed_parts, stage_tasks
+from rl.recipe.placement import make_plan, plan_title
+from rl.recipe.schema import RunConfig
+
+_GIB = 2**30
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts from the transformer's config: parameters, the (untrained) position table, adapted linears."""
+
+    source: str
+    parameters: int
+    position_values: int
+    lora_parameters: int
+    lora_linears: int
+    hidden_size: int
+    num_layers: int
+    image_tokens: int
+    text_tokens: int
+    latent_values: int
+
+
+def describe_run(config: RunConfig) -> list[str]:
+    """Lines for `--dry-run`: what a rollout and an update are, what each role holds in memory, the placement."""
+    size = measure_model(config)
+    return [
+        f"run {config.name}: "
+        + " -> ".join(f"{s.name} ({' + '.join(stage_tasks(s))}, {s.steps} steps)" for s in config.stages),
+        *_batch_lines(config, size),
+        *_rehearsal_lines(config),
+        *_memory_lines(config, size),
+        *describe_plan(make_plan(config), plan_title(config.resources)),
+    ]
+
+
+def measure_model(config: RunConfig) -> ModelSize:
+    """Build the transformer on the meta device; where the folder is absent, SD3.5-Medium's published shape."""
+    import torch
+
+    from models.kontext import KontextTransformer
+    from models.lora.attach import attach_lora
+    from models.sd35_medium import sd35_medium_config
+
+    folder = recipes.resolve(config.model.path) / "transformer" / "config.json"
+    if folder.is_file():
+        source, shape = str(folder), json.loads(folder.read_text())
+    else:
+        source, shape = "SD3.5-Medium's shape, since the model folder is absent", sd35_medium_config()
+    vae = recipes.resolve(config.model.path) / "vae" / "config.json"
+    factor = 2 ** (len(json.loads(vae.read_text())["block_out_channels"]) - 1) if vae.is_file() else 8
+    with torch.device("meta"):
+        transformer = KontextTransformer.from_config(shape)
+    parameters = sum(p.numel() for p in transformer.parameters())
+    values = sum(b.numel() for b in transformer.buffers())
+    lora = config.model.lora
+    report = attach_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    patch = shape["patch_size"]
+    rows, columns = config.model.height // factor, config.model.width // factor
+    return ModelSize(
+        source,
+        parameters,
+        values,
+        report.parameters,
+        report.matched,
+        shape["num_attention_heads"] * shape["attention_head_dim"],
+        shape["num_layers"],
+        (rows // patch) * (columns // patch),
+        _text_tokens(config),
+        rows * columns * shape["in_channels"],
+    )
+
+
+def _text_tokens(config: RunConfig) -> int:
+    """CLIP's and T5's, or MetaQuery's queries."""
+    if config.model.vlm is None:
+        return 77 + config.model.max_sequence_length
+    path = recipes.resolve(config.model.path) / "conditioner" / "config.json"
+    return json.loads(path.read_text())["num_queries"] if path.is_file() else MetaQueryConfig().num_queries
+
+
+def _batch_lines(config: RunConfig, size: ModelSize) -> list[str]:
+    r, learner = config.rollout, config.learner
+    samples = r.prompts_per_rollout * r.group_size
+    per_update = samples // learner.updates_per_rollout
+    per_rank = -(-per_update // learner.ranks)
+    micro = -(-per_rank // learner.micro_batch_size)
+    steps = learner.train_steps or r.window_size or r.num_steps - learner.drop_last_steps
+    trajectory = (min(r.window_size or r.num_steps, r.num_steps) + 1) * size.latent_values * 4
+    return [
+        f"rollout: {r.prompts_per_rollout} prompts x G={r.group_size} = {samples} samples in chunks of {r.chunk_size}, "
+        f"T={r.num_steps}, {trajectory / 1e6:.2f} MB of latents a sample"
+        + (", one trajectory a group until its first stochastic step" if r.branch else ""),
+        f"update: {samples} / {learner.updates_per_rollout} = {per_update} samples; per rank {per_rank} in {micro} "
+        f"micro-batches of {learner.micro_batch_size} x {steps} trained steps",
+        f"LoRA: {size.lora_linears} linears, {size.lora_parameters / 1e6:.2f} M parameters "
+        f"({size.lora_parameters * _BYTES[config.model.dtype] / 1e6:.1f} MB a publish), "
+        f"scaling {config.model.lora.alpha / config.model.lora.rank:g}",
+    ]
+
+
+def _rehearsal_lines(config: RunConfig) -> list[str]:
+    found = []
+    for index, stage in enumerate(config.stages):
+        if stage.rehearsal is None:
+            continue
+        old = " + ".join(part.label for part in rehearsed_parts(config.stages, index))
+        found.append(
+            f"rehearsal in {stage.name}: {stage.rehearsal.num_prompts} pictures of {old} drawn at its start, "
+            f"{stage.rehearsal.samples} noised ones of them in each update (beta {stage.rehearsal.beta:g})"
+        )
+    return found
+
+
+def _memory_lines(config: RunConfig, size: ModelSize) -> list[str]:
+    """Lower bounds by formula: weights and optimizer are exact, activations an estimate that is labelled so."""
+    width = _BYTES[config.model.dtype]
+    base = (size.parameters + size.position_values) * width
+    adapters = size.lora_parameters * width
+    zero, ranks = config.learner.zero_stage, config.learner.ranks
+    weights = base / (ranks if zero == 3 else 1)
+    gradients = adapters
+    optimizer = (
+        size.lora_parameters * 12 / ranks
+    )  # float32 master copy and both Adam moments, sharded by ZeRO
+    tokens = 2 * size.image_tokens + size.text_tokens
+    # Values kept for the backward per token, layer and unit of width, as measured on SD3.5-Medium (bench/RESULTS.md).
+    per_layer = 2 if config.model.gradient_checkpointing else 18 if config.model.compile else 24
+    rows = _rows(config)
+    activations = rows * tokens * size.hidden_size * size.num_layers * per_layer * width
+    learner = weights + 2 * adapters + gradients + optimizer
+    return [
+        f"transformer: {size.parameters / 1e6:.2f} M parameters, position table {size.position_values / 1e6:.1f} M "
+        f"values ({size.source})",
+        f"memory, rollout worker: {(base + adapters) / _GIB:.2f} GiB of transformer and adapter, plus the VAE",
+        f"memory, learner rank: {learner / _GIB:.2f} GiB of weights, adapters, gradients and optimizer (ZeRO-{zero}), "
+        f"plus about {activations / _GIB:.1f} GiB of activations (estimate, editing, {rows} rows at once)",
+    ]
+
+
+def _rows(config: RunConfig) -> int:
+    """Transformer rows of the learner's largest forward. A branching group is one row if no later step is trained."""
+    r, micro = config.rollout, config.learner.micro_batch_size
+    if not (r.branch and r.window_size == 1):
+        return micro
+    # The first group may have begun in the micro-batch before.
+    groups = min(micro, 1 + -(-micro // r.group_size))
+    rehearsed = [s.rehearsal.samples for s in config.stages if s.rehearsal is not None]
+    return max(groups, min(micro, -(-max(rehearsed, default=0) // config.learner.ranks)))

@@ -1,0 +1,184 @@
+"""Everything that can be found wrong before a GPU is taken or Ray is asked for anything, in one list."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import recipes
+from core.logs import submitted_job
+from core.prompts import Prompt, PromptFileError, load_prompts, load_reference
+from rewards.base import RewardSet, RewardSpec, ServiceSpec
+from rewards.checks import check_rewards
+from rl.loop.stage_parts import StagePart, stage_parts
+from rl.recipe.schema import EvaluationTaskConfig, RewardConfig, RunConfig, ServiceConfig
+from rl.recipe.validate import find_problems
+from rl.record.evaluation_sets import evaluation_set_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """problems: one line each, empty when the run may start; reward_sets: what the reward workers load."""
+
+    problems: list[str]
+    reward_sets: list[RewardSet]
+
+
+def preflight(config: RunConfig) -> Preflight:
+    """Check keys, paths, prompts, reference images, rewards (with a dry call), model folder and LoRA targets."""
+    problems = find_problems(config)
+    problems += _check_paths(config)
+    problems += _check_model(config)
+    reward_sets = []
+    for part in scored_parts(config):
+        found, prompts = _check_prompts(part)
+        problems += found
+        if part.task not in ("edit", "t2i"):
+            continue
+        reward_set = part_reward_set(part, prompts, config)
+        problems += [p for p in check_rewards(reward_set) if p not in problems]
+        reward_sets.append(reward_set)
+    return Preflight(problems, reward_sets)
+
+
+def scored_parts(config: RunConfig) -> list[StagePart | EvaluationTaskConfig]:
+    """Everything in the recipe that has prompts and rewards."""
+    stages = [part for stage in config.stages for part in stage_parts(stage)]
+    return [*stages, *config.evaluation.tasks]
+
+
+def stage_set_name(label: str) -> str:
+    """The name under which reward workers know the rewards of a part of a stage."""
+    return f"stage:{label}"
+
+
+def reward_specs(rewards: list[RewardConfig]) -> list[RewardSpec]:
+    """The recipe's rewards as the reward package knows them."""
+    return [
+        RewardSpec(
+            r.name, r.weight, dict(r.params), r.timeout_s, r.attempts, r.on_missing, r.max_missing_share,
+            r.constant_steps, r.label, _service_spec(r.service),
+        )
+        for r in rewards
+    ]  # fmt: skip
+
+
+def _service_spec(service: ServiceConfig | None) -> ServiceSpec | None:
+    if service is None:
+        return None
+    return ServiceSpec(tuple(service.urls), service.token_env, service.codec, service.unavailable_s)
+
+
+def part_reward_set(
+    part: StagePart | EvaluationTaskConfig, prompts: list[Prompt], config: RunConfig
+) -> RewardSet:
+    """The part's rewards with its first real prompt, since a reward may read its metadata in the dry call."""
+    example = (
+        {"example_prompt": prompts[0].prompt, "example_metadata": prompts[0].metadata} if prompts else {}
+    )
+    return RewardSet(
+        stage_set_name(part.label) if isinstance(part, StagePart) else evaluation_set_name(part.task),
+        part.task,
+        reward_specs(part.rewards),
+        height=config.model.height,
+        width=config.model.width,
+        **example,  # type: ignore[arg-type]
+    )
+
+
+def _check_paths(config: RunConfig) -> list[str]:
+    """Under a submitted job the driver runs in a temporary copy, where relative results would be lost."""
+    paths = {"output_dir": config.output_dir, "model.path": config.model.path}
+    if config.model.vlm is not None:
+        paths["model.vlm"] = config.model.vlm
+    parts = [part for stage in config.stages for part in stage_parts(stage) if part.prompts]
+    paths |= {f"prompts of stage {part.label!r}": part.prompts for part in parts}
+    paths |= {f"prompts of evaluation {task.task!r}": task.prompts for task in config.evaluation.tasks}
+    if not submitted_job():
+        return []
+    return [
+        f"{key}={path!r} is relative, and a submitted job runs in a temporary copy of the working directory; "
+        "give an absolute path that every node sees"
+        for key, path in paths.items()
+        if not Path(path).is_absolute() and (key == "output_dir" or not recipes.is_packaged(path))
+    ]
+
+
+def _check_prompts(part: StagePart | EvaluationTaskConfig) -> tuple[list[str], list[Prompt]]:
+    if part.task not in ("edit", "t2i") or not part.prompts:
+        return [], []
+    try:
+        prompts = load_prompts(recipes.resolve(part.prompts), part.task)  # type: ignore[arg-type]
+    except PromptFileError as error:
+        return error.problems, []
+    problems = []
+    for prompt in prompts if part.task == "edit" else []:
+        try:
+            load_reference(prompt)
+        except ValueError as error:
+            problems.append(f"{part.prompts}: {error}")
+    wanted = getattr(part, "num_prompts", 0)
+    if wanted > len(prompts):
+        problems.append(f"{part.prompts} holds {len(prompts)} prompts, num_prompts={wanted} asks for more")
+    return problems, prompts
+
+
+def _check_model(config: RunConfig) -> list[str]:
+    from models.components import METAQUERY_PARTS, PARTS, check_model_folder, is_metaquery_folder
+    from models.metaquery.config import check_metaquery
+
+    folder, vlm = recipes.resolve(config.model.path), config.model.vlm
+    metaquery = is_metaquery_folder(folder)
+    problems = check_model_folder(folder, METAQUERY_PARTS if metaquery else PARTS)
+    problems = [f"model.path: {problem}" for problem in problems]
+    if metaquery and vlm is None:
+        problems.append(
+            f"model.vlm is not set, and model.path={config.model.path} is a MetaQuery model (it has conditioner/): "
+            "give the folder of its Qwen2.5-VL"
+        )
+    elif vlm is not None and not metaquery and folder.is_dir():
+        problems.append(
+            f"model.vlm={vlm}: model.path={config.model.path} has no conditioner/ and reads prompts with its text "
+            "encoders; leave model.vlm out, or give the folder of a MetaQuery model"
+        )
+    elif vlm is not None:
+        found = check_metaquery(folder, recipes.resolve(vlm))
+        problems += [f"model.vlm: {p}" for p in found if f"model.path: {p}" not in problems]
+    return problems or _check_shapes(config, folder)
+
+
+def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
+    """LoRA targets and image size against the real modules, built without memory on the meta device."""
+    import json
+
+    import torch
+
+    from models.kontext import KontextTransformer
+    from models.latents import latent_shape
+    from models.lora.attach import attach_lora
+
+    problems = []
+    try:
+        with torch.device("meta"):
+            transformer = KontextTransformer.from_config(
+                KontextTransformer.load_config(folder / "transformer")
+            )
+        lora = config.model.lora
+        attach_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    except (ValueError, RuntimeError) as error:
+        problems.append(f"model.lora: {error}")
+    try:
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+        _, *sides = latent_shape(vae, config.model.height, config.model.width)
+        shape = json.loads((folder / "transformer" / "config.json").read_text())
+        patch, largest = shape["patch_size"], shape["pos_embed_max_size"]
+        if any(side % patch or side // patch > largest for side in sides):
+            raise ValueError(
+                f"{sides} latents do not divide into at most {largest} patches of {patch} a side"
+            )
+    except (ValueError, KeyError) as error:
+        problems.append(f"model.height, model.width: {error}")
+    return problems

@@ -1,0 +1,44 @@
+"""The alarm for reward hacking: the trained reward rises on held-out prompts while the score that is trusted falls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from core.statistics import Difference, paired_bootstrap
+from rl.record.evaluation import TaskScores
+
+
+def reward_hacking(stage: str, trained: Sequence[str], before: TaskScores, now: TaskScores) -> list[str]:
+    """One line for each label of `trained` (the stage's rewards) whose held-out score rose since `before`, the
+    stage's start, while the task's own score fell; each beyond its 95 % interval over prompts.
+
+    A label is looked at where the evaluation lists it with weight 0, so that it is scored on held-out prompts
+    without being part of the score it is held against.
+    """
+    trusted = paired_bootstrap(before.rewards, now.rewards)
+    if not _fell(trusted):
+        return []
+    lines = []
+    for label in trained:
+        if label not in before.components or label not in now.components:
+            continue
+        learned = paired_bootstrap(before.components[label], now.components[label])
+        if _rose(learned):
+            lines.append(
+                f"reward hacking: over stage {stage!r}, at step {now.step}, the trained reward {label} rose on "
+                f"held-out prompts by {_signed(learned)} while the score that is trusted fell by {_signed(trusted)}; "
+                "stop here, go back to an earlier checkpoint, and mend the reward or raise learner.kl_beta"
+            )
+    return lines
+
+
+def _rose(change: Difference) -> bool:
+    return change.low is not None and change.low > 0
+
+
+def _fell(change: Difference) -> bool:
+    return change.high is not None and change.high < 0
+
+
+def _signed(change: Difference) -> str:
+    return f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"

@@ -1,0 +1,153 @@
+"""Evaluation on held-out prompts: the same prompts, seeds, ODE steps and guidance at every moment, so pairs compare.
+
+Results are kept per prompt in `evaluations/<moment>/<task>.json`, with the gallery's images in `<task>.npz`; a
+resumed run reuses them only if they were made with the very adapter that would be evaluated again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+import recipes
+from core.files import atomic_write_json
+from core.prompts import Prompt, load_prompts, load_reference
+from core.seeds import derive_seed
+from rl.loop.collect import Collector
+from rl.recipe.schema import EvaluationConfig, EvaluationTaskConfig
+from rl.record.evaluation_sets import evaluation_set_name
+from rl.record.gallery import GallerySample
+from rollout.sampler import SamplingSpec
+from rollout.worker import Policy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Per-prompt rewards (None: not scored) of one task at one moment; `moment` is `before`, `after_<stage>` ..."""
+
+    moment: str
+    task: str
+    adapter_sha256: str
+    guidance_scale: float
+    step: int
+    rewards: list[float | None]
+    components: dict[str, list[float | None]]
+
+
+class Evaluator:
+    """Evaluates policies on every task of `evaluation.tasks`, and keeps gallery samples of the first prompts."""
+
+    def __init__(self, config: EvaluationConfig, collector: Collector, run_dir: Path, gallery_prompts: int):
+        self.config, self.collector, self.folder = config, collector, run_dir / "evaluations"
+        self.prompts = {task.task: load_task_prompts(task) for task in config.tasks}
+        self.gallery_prompts = gallery_prompts
+        self.gallery: dict[str, dict[str, list[GallerySample]]] = {}
+
+    def evaluate(
+        self,
+        moment: str,
+        policy: Policy,
+        step: int,
+        *,
+        tasks: Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+    ) -> dict[str, TaskScores]:
+        """Scores of every task (or of `tasks`) under `policy`, computed or, if already on disk, read."""
+        guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        results = {}
+        for task in tasks or list(self.prompts):
+            path = self.folder / moment / f"{task}.json"
+            stored = self._read(path)
+            if stored is not None and stored.adapter_sha256 == policy.sha256:
+                results[task] = stored
+            else:
+                results[task] = self._run(path, moment, task, policy, step, guidance)
+        return results
+
+    def read(self, moment: str) -> dict[str, TaskScores]:
+        """Stored scores of a moment. Raises FileNotFoundError naming the file that a resumed run lacks."""
+        results = {}
+        for task in self.prompts:
+            path = self.folder / moment / f"{task}.json"
+            stored = self._read(path)
+            if stored is None:
+                raise FileNotFoundError(f"{path}: the evaluation of an earlier part of this run is missing")
+            results[task] = stored
+        return results
+
+    def sample_gallery(self, moment: str, task: str, policy: Policy, step: int) -> list[GallerySample]:
+        """The first held-out prompts alone, with the evaluation's seeds: the same pictures across steps."""
+        prompts = self.prompts[task][: self.gallery_prompts]
+        return self._sample(moment, task, prompts, policy, step, self.config.guidance_scale)[2]
+
+    def _run(
+        self, path: Path, moment: str, task: str, policy: Policy, step: int, guidance: float
+    ) -> TaskScores:
+        rewards, components, samples = self._sample(moment, task, self.prompts[task], policy, step, guidance)
+        scores = TaskScores(moment, task, policy.sha256, guidance, step, rewards, components)
+        self.gallery.setdefault(task, {})[moment] = samples
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if samples:
+            np.savez_compressed(
+                path.with_suffix(".npz"), images=np.stack([sample.image for sample in samples])
+            )
+        atomic_write_json(path, asdict(scores))
+        scored = [r for r in rewards if r is not None]
+        mean = f"{np.mean(scored):.4f}" if scored else "nothing scored"
+        log.info("evaluation %s, %s: %s (%d of %d scored)", moment, task, mean, len(scored), len(rewards))
+        return scores
+
+    def _sample(
+        self, moment: str, task: str, prompts: list[Prompt], policy: Policy, step: int, guidance: float
+    ) -> tuple[list[float | None], dict[str, list[float | None]], list[GallerySample]]:
+        spec = SamplingSpec(self.config.num_steps, 0.0, guidance, variant="ode")
+        seeds = [self._seed(prompt) for prompt in prompts]
+        size = self.config.batch_size
+        rewards, components, images = self.collector.score_prompts(
+            prompts, seeds, spec, policy, evaluation_set_name(task), size, step, f"evaluate {task}"
+        )
+        samples = []
+        for start in range(0, min(self.gallery_prompts, len(prompts)), size):
+            batch = ray.get(images[start // size], timeout=120) if images[start // size] is not None else []
+            for row, image in enumerate(batch):
+                i = start + row
+                if i < self.gallery_prompts:
+                    samples.append(_gallery_sample(prompts[i], seeds[i], image, rewards[i]))
+        return rewards, components, samples
+
+    def _read(self, path: Path) -> TaskScores | None:
+        if not path.is_file():
+            return None
+        scores = TaskScores(**json.loads(path.read_text()))
+        pictures = path.with_suffix(".npz")
+        if pictures.is_file():
+            with np.load(pictures, allow_pickle=False) as stored:
+                images = stored["images"]
+            prompts = self.prompts[scores.task][: len(images)]
+            self.gallery.setdefault(scores.task, {})[scores.moment] = [
+                _gallery_sample(prompt, self._seed(prompt), image, reward)
+                for prompt, image, reward in zip(prompts, images, scores.rewards, strict=False)
+            ]
+        return scores
+
+    def _seed(self, prompt: Prompt) -> int:
+        return derive_seed(self.config.seed, "evaluation", prompt.task, prompt.index)
+
+
+def load_task_prompts(task: EvaluationTaskConfig) -> list[Prompt]:
+    """The first `num_prompts` held-out prompts of a task."""
+    return load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]  # type: ignore[arg-type]
+
+
+def _gallery_sample(prompt: Prompt, seed: int, image: Any, reward: float | None) -> GallerySample:
+    reference = None if prompt.reference is None else np.asarray(load_reference(prompt))
+    return GallerySample(prompt.prompt, seed, np.asarray(image), reward, reference)

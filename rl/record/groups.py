@@ -1,0 +1,101 @@
+"""Every group of a run with what each sample earned, and pictures of each step's best and worst group.
+
+`groups.jsonl` has one line per group and step. `groups/step_NNNNNN_<group>.png` with its index beside it (the form
+of `rl/record/gallery.py`) shows the samples of the two groups at the ends, at the steps at which the gallery is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.prompts import load_reference
+from core.records import append_records, open_records
+from rl.record.gallery import GallerySample
+from rollout.prompts import PromptGroup
+
+if TYPE_CHECKING:
+    from rl.loop.collect import SampledGroup
+
+GROUPS_FILE = "groups.jsonl"
+GROUPS_FOLDER = "groups"
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """One group of G samples at global step `step`; `group` is unique within its stage.
+
+    `rewards` [G] are the weighted sums, `components` the values [G] per reward `label` and per part `label/part`,
+    before weights; None means not scored. `dropped` groups taught nothing, for the stated `reason`.
+    """
+
+    step: int
+    stage: str
+    group: int
+    prompt: str
+    rewards: list[float | None]
+    components: dict[str, list[float | None]]
+    dropped: bool = False
+    reason: str = ""
+
+    @property
+    def mean(self) -> float | None:
+        """Mean reward of the scored samples; None when there is none."""
+        scored = [reward for reward in self.rewards if reward is not None]
+        return sum(scored) / len(scored) if scored else None
+
+
+class GroupLog:
+    """The records of a run in `folder/groups.jsonl`; `resume_step` and errors as in `MetricsWriter`."""
+
+    def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
+        self.path = Path(folder) / GROUPS_FILE
+        open_records(self.path, resume_step)
+
+    def add(self, records: Iterable[GroupRecord]) -> None:
+        """Append the records of one step."""
+        append_records(self.path, (asdict(record) for record in records))
+
+
+def group_record(group: SampledGroup, step: int, stage: str) -> GroupRecord:
+    """What a group came to; one that could not be sampled has no reward at all."""
+    number, prompt, score = group.group.id, group.group.prompt.prompt, group.score
+    if score is None:
+        return GroupRecord(
+            step, stage, number, prompt, [None] * len(group.group.seeds), {}, True, group.failure
+        )
+    return GroupRecord(
+        step, stage, number, prompt, score.rewards, score.components, score.dropped, score.reason
+    )
+
+
+def best_and_worst(records: Sequence[GroupRecord]) -> list[GroupRecord]:
+    """The groups of highest and lowest mean reward, ties by group number; one or none where there are no two."""
+    ranked = sorted(
+        (record for record in records if record.mean is not None),
+        key=lambda record: (-(record.mean or 0.0), record.group),
+    )
+    return [ranked[0], ranked[-1]] if len(ranked) > 1 else ranked
+
+
+def picture_path(folder: Path, step: int, group: int) -> Path:
+    """Where the pictures of a group are, below the run's folder, if they were kept."""
+    return folder / GROUPS_FOLDER / f"step_{step:06d}_{group}.png"
+
+
+def group_samples(
+    group: PromptGroup, images: NDArray[np.uint8], rewards: Sequence[float | None]
+) -> list[GallerySample]:
+    """All samples of a group for the gallery; `images` [G, H, W, 3]. The first carries the reference of all."""
+    references: list[NDArray[np.uint8] | None] = [None] * len(images)
+    if group.prompt.reference is not None:
+        references[0] = np.asarray(load_reference(group.prompt))
+    return [
+        GallerySample(group.prompt.prompt, seed, image, reward, reference)
+        for seed, image, reward, reference in zip(group.seeds, images, rewards, references, strict=True)
+    ]

@@ -1,0 +1,136 @@
+"""What a run writes for people: metrics, spans, groups, sample grids, evaluations, alarms, the final summary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from core.files import atomic_write_text
+from core.spans import Span, SpanLog, timed
+from core.statistics import Difference, bootstrap_mean
+from rl.loop.state import RunState
+from rl.recipe.schema import RunConfig, to_yaml
+from rl.record.evaluation import TaskScores
+from rl.record.gallery import GallerySample, save_grid
+from rl.record.groups import GroupLog, GroupRecord, picture_path
+from rl.record.metrics import MetricsWriter
+from rl.record.summary import RunSummary, print_summary, write_summary
+
+log = logging.getLogger(__name__)
+_CONTROLLER = "controller"
+
+
+class Journal:
+    """All records of one run under `run_dir`; resuming drops what came after the resumed step."""
+
+    def __init__(
+        self, run_dir: Path, config: RunConfig, *, resume_step: int | None, redo_evaluation: bool = False
+    ):
+        self.run_dir, self.config_yaml = run_dir, to_yaml(config)
+        atomic_write_text(run_dir / "config.yaml", self.config_yaml)
+        self.metrics = MetricsWriter(run_dir, resume_step=resume_step, redo_evaluation=redo_evaluation)
+        self.span_log = SpanLog(run_dir, resume_step=resume_step)
+        self.group_log = GroupLog(run_dir, resume_step=resume_step)
+
+    def log(
+        self, values: dict[str, Any], step: int, stage: str, stage_step: int, *, part: str | None = None
+    ) -> None:
+        """Metrics of one finished step; `part`: the task whose turn it was, in a joint stage."""
+        self.metrics.log(values, step=step, stage=stage, stage_step=stage_step, part=part)
+        log.info(
+            "step %d (%s %d%s): reward %s, %.1f s",
+            step, stage, stage_step, f", {part}" if part else "", _short(values.get("reward/mean")),
+            values["time/step"],
+        )  # fmt: skip
+
+    def groups(self, records: Sequence[GroupRecord]) -> None:
+        """What each sample of one step earned."""
+        self.group_log.add(records)
+
+    def group_pictures(self, record: GroupRecord, samples: list[GallerySample]) -> None:
+        """All samples of one group."""
+        path = picture_path(self.run_dir, record.step, record.group)
+        save_grid(samples, path, step=record.step, stage=record.stage)
+
+    def spans(self, spans: list[Span]) -> None:
+        """Take over the spans gathered since the last call."""
+        self.span_log.add(spans)
+        spans.clear()
+
+    def update_spans(self, spans: Sequence[tuple[float, float]], step: int) -> None:
+        """One span per learner rank."""
+        self.span_log.add(
+            Span("update", f"learner-{rank}", started, started + seconds, step)
+            for rank, (started, seconds) in enumerate(spans)
+        )
+
+    @contextmanager
+    def timed(self, name: Any, step: int) -> Iterator[None]:
+        """A span of the controller itself."""
+        spans: list[Span] = []
+        with timed(spans, name, _CONTROLLER, step):
+            yield
+        self.span_log.add(spans)
+
+    def evaluation(
+        self,
+        moment: str,
+        scores: dict[str, TaskScores],
+        change: Callable[[str, TaskScores], Difference | None],
+        state: RunState,
+        seconds: float,
+    ) -> None:
+        """Means with intervals of one evaluation, and the paired change since before the first stage."""
+        values: dict[str, Any] = {"time/evaluate": seconds}
+        for task, result in scores.items():
+            estimate = bootstrap_mean(result.rewards)
+            values |= {
+                f"evaluation/{task}/mean": estimate.mean,
+                f"evaluation/{task}/low": estimate.low,
+                f"evaluation/{task}/high": estimate.high,
+                f"evaluation/{task}/num_prompts": estimate.n,
+                f"evaluation/{task}/missing_share": estimate.missing / len(result.rewards),
+            }
+            difference = change(task, result)
+            if difference is not None:
+                values[f"evaluation/{task}/difference"] = difference.mean
+            for name, column in result.components.items():
+                component = name.replace("/", ".")
+                values[f"evaluation/{task}/component/{component}"] = bootstrap_mean(column, resamples=1).mean
+        stage = state.stages[-1] if state.stages else None
+        self.metrics.log(
+            values,
+            step=state.step,
+            stage=stage.name if stage else "before",
+            stage_step=stage.steps if stage else 0,
+        )
+
+    def grid(self, task: str, stage: str, samples: list[GallerySample], step: int) -> None:
+        """The fixed prompts' pictures at this step."""
+        if samples:
+            path = self.run_dir / "samples" / task / f"step_{step:06d}.png"
+            save_grid(samples, path, step=step, stage=stage, log_image=self.metrics.log_image)
+
+    def alarms(self, lines: Sequence[str]) -> None:
+        """Alarms go to the log and to `alarms.txt`, where nobody can miss them among progress lines."""
+        for line in lines:
+            log.warning("ALARM: %s", line)
+        if lines:
+            path = self.run_dir / "alarms.txt"
+            earlier = path.read_text().splitlines() if path.is_file() else []
+            merged = [*earlier, *(line for line in lines if line not in earlier)]
+            atomic_write_text(path, "\n".join(merged) + "\n")
+
+    def finish(self, summary: RunSummary) -> None:
+        """Write the trace and the summary, and print the table."""
+        self.span_log.write_chrome_trace(self.run_dir / "trace.json")
+        write_summary(summary, self.run_dir)
+        self.metrics.close()
+        print_summary(summary)
+
+
+def _short(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"

@@ -1,0 +1,129 @@
+"""Files and folders are whole or absent, and verification names what is wrong."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from core.files import (
+    COMPLETE,
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    file_sha256,
+    folder_manifest,
+    publish_folder,
+    verify_folder,
+)
+
+
+def make_folder(folder: Path) -> Path:
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "weights.bin").write_bytes(b"weights" * 1000)
+    (folder / "state.json").write_text("{}")
+    return folder
+
+
+def test_write_replaces_the_content_and_makes_the_folder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    atomic_write_text(path, "eins")
+    atomic_write_text(path, "zwei é")
+    assert path.read_bytes() == "zwei é".encode()
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_mode_bits_follow_the_umask(tmp_path: Path) -> None:
+    atomic_write_bytes(tmp_path / "atomic", b"")
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_content_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "file.json"
+    atomic_write_json(path, {"old": True})
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(f"core.files.os.{failing}", fail)
+    with pytest.raises(OSError, match="disk full"):
+        atomic_write_json(path, {"old": False})
+    assert json.loads(path.read_text()) == {"old": True}
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        atomic_write_json(tmp_path / "file.json", {"loss": float("nan")})
+    assert not os.listdir(tmp_path)
+
+
+def test_sums_and_manifest(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "folder")
+    expected = hashlib.sha256(b"weights" * 1000).hexdigest()
+    assert file_sha256(folder / "adapter" / "weights.bin") == expected
+    assert folder_manifest(folder) == {
+        "adapter/weights.bin": expected,
+        "state.json": hashlib.sha256(b"{}").hexdigest(),
+    }
+    with pytest.raises(NotADirectoryError, match="state.json"):
+        folder_manifest(folder / "state.json")
+
+
+def test_published_folder_verifies(tmp_path: Path) -> None:
+    final = tmp_path / "checkpoints" / "step_000010"
+    manifest = publish_folder(make_folder(tmp_path / "filling"), final)
+    assert not (tmp_path / "filling").exists()
+    assert json.loads((final / COMPLETE).read_text()) == manifest == folder_manifest(final)
+    assert verify_folder(final) == []
+
+
+def test_publishing_replaces_an_older_folder(tmp_path: Path) -> None:
+    final = tmp_path / "step_000010"
+    publish_folder(make_folder(tmp_path / "filling"), final)
+    newer = make_folder(tmp_path / "filling")
+    (newer / "state.json").write_text('{"newer": true}')
+    publish_folder(newer, final)
+    assert (final / "state.json").read_text() == '{"newer": true}'
+    assert verify_folder(final) == []
+    assert os.listdir(tmp_path) == ["step_000010"]
+
+
+def test_a_kill_before_the_rename_leaves_nothing_that_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "step_000010"
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("core.files.os.rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish_folder(make_folder(tmp_path / "filling"), final)
+    assert verify_folder(final) == [f"{final}: no such folder"]
+
+
+def test_verification_names_every_difference(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    publish_folder(make_folder(tmp_path / "filling"), final)
+    (final / "state.json").write_text("{ }")
+    (final / "adapter" / "weights.bin").unlink()
+    (final / "surplus").write_text("")
+    missing, changed, surplus = verify_folder(final)
+    assert missing == f"{final}/adapter/weights.bin: missing"
+    assert changed.startswith(f"{final}/state.json: changed")
+    assert surplus == f"{final}/surplus: not in the manifest"
+
+
+@pytest.mark.parametrize("marker", ["", "[1]", '{"state.json"'])
+def test_verification_refuses_a_broken_marker(tmp_path: Path, marker: str) -> None:
+    folder = make_folder(tmp_path / "folder")
+    assert "never finished" in verify_folder(folder)[0]
+    (folder / COMPLETE).write_text(marker)
+    (problem,) = verify_folder(folder)
+    assert "not a JSON manifest" in problem

@@ -1,0 +1,374 @@
+"""The reward `editreward`: a real vLLM server on CPU, transformers in process, and servers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from rewards.base import FatalRewardError, RewardSet, RewardSpec
+from rewards.checks import try_reward
+from rewards.editreward.client import EditReward
+from rewards.editreward.client_card import read_card
+from rewards.loading import load_reward
+from tests.fakes.tiny_editreward import DIMENSIONS, make_tiny_editreward, tiny_settings
+
+ROOT = Path(__file__).resolve().parents[3]
+LIMIT_S = 500.0
+SIZES = [(64, 64), (128, 64), (64, 128), (200, 90), (56, 84), (31, 47), (300, 300), (90, 40)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_editreward(tmp_path_factory.mktemp("editreward") / "model")
+
+
+class Serving:
+    """The command `serve` with a real vLLM, as its own process."""
+
+    def __init__(self, folder: Path, place: Path) -> None:
+        self.ready, self.log = place / "ready.json", place / "serve.log"
+        words = ["--port", "0", "--ready-file", str(self.ready), "--start-timeout-s", str(LIMIT_S)]
+        command = [sys.executable, "-m", "rewards.editreward", "serve", str(folder), *words]
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        wait_for(lambda: self.ready.is_file() or self.process.poll() is not None, LIMIT_S)
+        assert self.ready.is_file(), self.log.read_text()[-3000:]
+        (self.url,) = json.loads(self.ready.read_text())["urls"]
+
+    def below(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill_server(self) -> None:
+        """End vLLM's HTTP server outright."""
+        for child in self.below():
+            if "vllm.entrypoints.openai.api_server" in child.cmdline()[2:3]:
+                child.kill()
+
+
+@pytest.fixture(scope="module")
+def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    serving = Serving(folder, tmp_path_factory.mktemp("serve"))
+    yield serving
+    below = serving.below()
+    serving.process.send_signal(signal.SIGTERM)
+    try:
+        assert serving.process.wait(120) == 0
+        wait_for(lambda: not any(alive(child) for child in below), 30)
+        assert not serving.ready.exists()
+    finally:
+        serving.process.kill()
+
+
+@pytest.fixture
+def url(serving: Serving) -> str:
+    return serving.url
+
+
+def wait_for(condition: Callable[[], Any], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def edits(count: int) -> dict[str, list[Any]]:
+    """Random pictures of many shapes, source and result of unlike sizes, instructions of many lengths."""
+    rng = np.random.default_rng(0)
+
+    def picture(k: int) -> Image.Image:
+        width, height = SIZES[k % len(SIZES)]
+        return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+    return {
+        "images": [picture(k) for k in range(count)],
+        "prompts": [f'make it {"very " * (k % 7)}red, number {k}: "{{ü}}"' for k in range(count)],
+        "references": [picture(k // 3) for k in range(count)],
+        "metadata": [{} for _ in range(count)],
+    }
+
+
+def score(reward: EditReward, batch: dict[str, list[Any]]) -> Any:
+    return asyncio.run(reward.score(**batch))
+
+
+def test_fifty_edits_score_the_same_through_vllm_and_in_process(folder: Path, url: str) -> None:
+    batch = edits(50)
+    served = score(EditReward(model=str(folder), urls=[url]), batch)
+    local = score(EditReward(model=str(folder), mode="inprocess", device="cpu"), batch)
+    for name in DIMENSIONS:
+        difference = np.abs(np.array(served.components[name]) - np.array(local.components[name]))
+        assert difference.max() < 1e-4
+        assert np.std(local.components[name]) > 0.05, "equal scores for unlike edits would prove nothing"
+    assert np.abs(np.array(served.scores) - np.array(local.scores)).max() < 1e-4
+    # The rule once more, from the predictions in label units: a geometric mean, over the scale from 0 to 10.
+    for k, value in enumerate(local.scores):
+        product = math.prod(max(local.components[name][k], 0.0) for name in DIMENSIONS)
+        assert value == pytest.approx(min(product ** (1 / 3) / 10, 1.0))
+
+
+def test_what_the_server_answers_is_denormalised_with_the_saved_constants(folder: Path, url: str) -> None:
+    import httpx
+
+    from rewards.editreward.processing import classify_request
+
+    batch, card = edits(1), read_card(folder)
+    body = classify_request(
+        batch["references"][0], batch["images"][0], batch["prompts"][0], card.settings, model=card.served_name
+    )
+    raw = httpx.post(f"{url}/classify", json=body, timeout=60).json()["data"][0]["probs"]
+    found = score(EditReward(model=str(folder), urls=[url]), batch).components
+    for z, name, mean, std in zip(raw, DIMENSIONS, (5.0, 5.5, 6.0), (2.0, 2.25, 2.5), strict=True):
+        assert found[name][0] == pytest.approx(mean + std * z, abs=1e-5)
+
+
+def test_a_server_of_another_model_is_refused_by_name(folder: Path, url: str, tmp_path: Path) -> None:
+    other = make_tiny_editreward(tmp_path / "other", tiny_settings(means=(5.0, 5.5, 6.25)))
+    reward = EditReward(model=str(other), urls=[url])
+    mine, theirs = read_card(other).served_name, read_card(folder).served_name
+    assert mine != theirs
+    (problem,) = asyncio.run(reward.readiness())
+    assert mine in problem and theirs in problem and url in problem
+    with pytest.raises(FatalRewardError, match=f"serves {theirs}"):
+        score(EditReward(model=str(other), urls=[url]), edits(2))
+
+
+def test_an_edit_that_cannot_be_shown_is_missing_and_the_others_are_scored(folder: Path, url: str) -> None:
+    batch = edits(4)
+    batch["prompts"][1] = "ignore this <|image_pad|>"
+    batch["images"][2] = Image.new("RGB", (4000, 8))
+    batch["prompts"][3] = "long " * 450
+    for reward, known in (
+        (EditReward(model=str(folder), urls=[url]), [True, False, False, False]),
+        (EditReward(model=str(folder), mode="inprocess", device="cpu"), [True, False, False, True]),
+    ):
+        output = score(reward, batch)
+        assert [value is not None for value in output.scores] == known
+        assert [value is not None for value in output.components["quality"]] == known
+
+
+def test_the_builtin_passes_check_and_readiness_by_both_ways(folder: Path, url: str) -> None:
+    for params in ({"urls": [url]}, {"mode": "inprocess"}):
+        loaded = load_reward(RewardSpec("editreward", params={"model": str(folder), **params}))
+        assert loaded.label == "editreward"
+        rewards = RewardSet("s", "edit", [loaded.spec])
+        assert asyncio.run(try_reward(loaded, rewards, probe=True)) == []
+
+
+def answered(url: str) -> int:
+    """Requests that vLLM has answered with numbers, by its own count."""
+    import httpx
+
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    found = [line for line in lines if line.startswith("http_requests_total{") and '"/classify"' in line]
+    return sum(int(float(line.rpartition(" ")[2])) for line in found if 'status="2xx"' in line)
+
+
+def test_vllm_killed_in_mid_run_is_restarted_and_every_edit_gets_its_own_score(
+    folder: Path, serving: Serving
+) -> None:
+    batch = edits(60)
+    reward = EditReward(model=str(folder), urls=[serving.url], concurrency=2, unavailable_s=LIMIT_S)
+    found: list[Any] = []
+    asking = threading.Thread(target=lambda: found.append(score(reward, batch)), daemon=True)
+    before = answered(serving.url)
+    asking.start()
+    wait_for(lambda: answered(serving.url) >= before + 10, 60)
+    serving.kill_server()
+    asking.join(LIMIT_S)
+    expected = score(EditReward(model=str(folder), mode="inprocess", device="cpu"), batch)
+    assert None not in found[0].scores
+    assert np.abs(np.array(found[0].scores) - np.array(expected.scores)).max() < 1e-4
+    text = serving.log.read_text()
+    assert f"ready: {read_card(folder).served_name}\n{serving.url}\n" in text
+    assert "[replica 0] " in text
+    assert "replica 0 at " in text and "restart 1 of 5 in 1 s" in text
+
+
+def test_problems_are_found_before_anything_is_sent(folder: Path, tmp_path: Path) -> None:
+    assert EditReward(model=str(folder), urls=["http://127.0.0.1:1"]).check() == []
+    assert "no such folder" in EditReward(model="/none", urls=["http://h:1"]).check()[0]
+    problems = EditReward(model=str(folder), mode="local", concurrency=0, device="tpu").check()
+    assert [problem.split()[0] for problem in problems] == ["mode", "concurrency", "device"]
+    assert "urls is empty" in EditReward(model=str(folder)).check()[0]
+    assert "asks no server" in EditReward(model=str(folder), mode="inprocess", urls=["http://h:1"]).check()[0]
+    assert "write it as" in EditReward(model=str(folder), urls=["h:1"]).check()[0]
+    edited = shutil.copytree(folder, tmp_path / "edited")
+    record = json.loads((edited / "editreward.json").read_text())
+    (edited / "editreward.json").write_text(json.dumps(record | {"means": [5.0, 5.5, 7.0]}))
+    (problem,) = EditReward(model=str(edited), urls=["http://h:1"]).check()
+    assert "changed since the export" in problem
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", 100_000)
+    (problem,) = EditReward(model=str(cut), mode="inprocess").check()
+    assert "a weight file is not whole" in problem
+
+
+def test_samples_without_a_reference_stop_the_run(folder: Path) -> None:
+    batch = edits(1) | {"references": [None]}
+    with pytest.raises(FatalRewardError, match="no reference picture"):
+        score(EditReward(model=str(folder), mode="inprocess"), batch)
+
+
+class Stub:
+    """A server that answers `/classify` with what `plays` holds next, in the end with `[0, 0, 0]`."""
+
+    def __init__(
+        self, served_name: str, plays: list[tuple[int, Any]] | None = None, slow_s: float = 0.0
+    ) -> None:
+        self.served_name, self.plays, self.slow_s = served_name, list(plays or []), slow_s
+        self.asked = 0
+        self.most = self.now = 0
+        self.lock = threading.Lock()
+
+    def answer(self, path: str) -> tuple[int, Any]:
+        if path == "/health":
+            return 200, ""
+        if path == "/v1/models":
+            return 200, {"data": [{"id": self.served_name}]}
+        with self.lock:
+            self.asked += 1
+            self.now += 1
+            self.most = max(self.most, self.now)
+            play = self.plays.pop(0) if self.plays else (200, {"data": [{"probs": [0.0, 0.0, 0.0]}]})
+        time.sleep(self.slow_s)
+        with self.lock:
+            self.now -= 1
+        return play
+
+
+@contextmanager
+def running(stub: Stub, port: int = 0) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.do_POST()
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            status, content = stub.answer(self.path)
+            payload = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def stubbed(folder: Path, *urls: str, **params: Any) -> EditReward:
+    return EditReward(model=str(folder), urls=urls, **params)
+
+
+def test_many_requests_are_in_flight_and_shared_out_to_who_has_least(folder: Path) -> None:
+    name = read_card(folder).served_name
+    fast, slow = Stub(name), Stub(name, slow_s=0.2)
+    with running(fast) as first, running(slow) as second:
+        output = score(stubbed(folder, first, second, concurrency=6), edits(30))
+    assert None not in output.scores
+    assert fast.asked + slow.asked == 30
+    assert fast.asked > 2 * slow.asked, "the slow one keeps its requests, so it gets fewer"
+    assert 2 <= slow.most <= 6
+
+
+def test_requests_of_a_replica_that_goes_away_go_to_another(folder: Path) -> None:
+    name = read_card(folder).served_name
+    bad, good = Stub(name, [(503, {"error": {"message": "engine is dead"}})] * 3), Stub(name)
+    with running(bad) as first, running(good) as second:
+        output = score(stubbed(folder, first, second, "http://127.0.0.1:9"), edits(20))
+    assert output.scores == [pytest.approx((5 * 5.5 * 6) ** (1 / 3) / 10)] * 20
+
+
+def test_a_lone_replica_is_waited_for_until_it_is_back(folder: Path) -> None:
+    stub = Stub(read_card(folder).served_name)
+    with running(stub) as url:
+        pass  # the port is known and closed again
+    reward = stubbed(folder, url, unavailable_s=30.0)
+    found: list[Any] = []
+    asking = threading.Thread(target=lambda: found.append(score(reward, edits(3))))
+    asking.start()
+    time.sleep(1.0)
+    assert not found
+    with running(stub, int(url.rpartition(":")[2])):
+        asking.join(30)
+    assert None not in found[0].scores and len(found[0].scores) == 3
+
+
+def test_when_nobody_answers_the_run_stops_and_names_every_replica(folder: Path) -> None:
+    reward = stubbed(folder, "http://127.0.0.1:9", "http://127.0.0.1:11", unavailable_s=1.5)
+    with pytest.raises(
+        FatalRewardError, match=r"unavailable_s=1.5 s: http://127.0.0.1:9 .*http://127.0.0.1:11 "
+    ):
+        score(reward, edits(2))
+
+
+def test_a_call_that_is_cut_short_still_counts_as_silence(folder: Path) -> None:
+    reward = stubbed(folder, "http://127.0.0.1:9", unavailable_s=1.0)
+
+    async def call(limit_s: float) -> None:
+        async with asyncio.timeout(limit_s):
+            await reward.score(**edits(1))
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(call(0.6))
+    with pytest.raises(FatalRewardError, match="no replica answered"):
+        asyncio.run(call(0.8))
+
+
+@pytest.mark.parametrize(
+    ("play", "said"),
+    [
+        ((200, {"data": [{"probs": [0.0]}]}), "1 numbers where the model has 3"),
+        ((200, {"choices": []}), "none where the model has 3"),
+        ((401, {"error": {"message": "who are you"}}), "HTTP 401: who are you"),
+    ],
+)
+def test_what_no_later_call_can_mend_stops_the_run(folder: Path, play: tuple[int, Any], said: str) -> None:
+    with (
+        running(Stub(read_card(folder).served_name, [play])) as url,
+        pytest.raises(FatalRewardError, match=said),
+    ):
+        score(stubbed(folder, url), edits(1))
+
+
+def test_an_edit_that_servers_choke_on_is_missing_and_never_a_number(folder: Path, caplog: Any) -> None:
+    name = read_card(folder).served_name
+    broken = [(500, {"error": {"message": "boom"}})] * 3
+    with running(Stub(name, [*broken, (200, {"data": [{"probs": [0.0, None, 0.0]}]})])) as url:
+        reward = stubbed(folder, url, concurrency=1)
+        assert score(reward, edits(2)).scores == [None, None]
+        assert score(reward, edits(1)).scores[0] is not None
+    assert "3 times" in caplog.text and "boom" in caplog.text and "not finite" in caplog.text

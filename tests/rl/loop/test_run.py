@@ -1,0 +1,240 @@
+"""Whole runs on a real Ray with a real DeepSpeed learner, at tiny size, compared bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import yaml
+from safetensors.torch import load_file
+
+from models.components import load_transformer
+from models.lora.attach import hash_state
+from models.lora.files import read_adapter
+from rl.loop.checkpoint import CheckpointError, find_checkpoint
+from rl.recipe.schema import ConfigError, load_config
+from rl.train import train
+from tests.fakes.tiny_run import tiny_recipe
+
+SLOW_REWARD = '''
+import time
+
+def redness(*, images, prompts, references, metadata):
+    """Slow on purpose, so that a worker can be killed in the middle of a step."""
+    import numpy as np
+    time.sleep(0.4)
+    return [float((np.asarray(i, dtype=float)[..., 0] - np.asarray(i, dtype=float)[..., 1]).mean() / 510 + 0.5)
+            for i in images]
+'''
+
+
+def run(recipe, *overrides, resume=None):
+    assert train(load_config(recipe, list(overrides)), resume=resume) == 0
+
+
+def final_hash(folder, name="tiny"):
+    state, settings = read_adapter(folder / "runs" / name / "adapter")
+    assert settings.alpha / settings.rank == 2.0
+    return hash_state(state)
+
+
+def records(folder, name="tiny"):
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def groups(folder):
+    return (folder / "runs" / "tiny" / "groups.jsonl").read_text()
+
+
+def learned(folder, name="tiny"):
+    """What must be equal between two runs: all but times, counts of workers and where it ran."""
+    skipped = ("time", "throughput/", "workers/", "policy/version")
+    return [{k: v for k, v in r.items() if not k.startswith(skipped)} for r in records(folder, name)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, ray_session):
+    """The reference: 2 + 2 steps, one rollout worker, shared placement."""
+    folder = tmp_path_factory.mktemp("straight")
+    recipe = tiny_recipe(folder)
+    run(recipe)
+    return folder, recipe
+
+
+def copy_run(source, target, keep):
+    """The run folder as a kill right after checkpoint `keep` would have left it, later records included."""
+    shutil.copytree(source / "runs", target / "runs")
+    for checkpoint in (target / "runs" / "tiny" / "checkpoints").iterdir():
+        if checkpoint.name not in keep:
+            shutil.rmtree(checkpoint)
+    for name in ("adapter", "transformer"):
+        shutil.rmtree(target / "runs" / "tiny" / name)
+    (target / "runs" / "tiny" / "summary.json").unlink()
+
+
+def test_a_run_leaves_everything_it_promises(straight):
+    folder, _ = straight
+    out = folder / "runs" / "tiny"
+    summary = json.loads((out / "summary.json").read_text())
+    assert [(s["name"], s["task"], s["steps"]) for s in summary["stages"]] == [
+        ("edit", "edit", 2),
+        ("t2i", "t2i", 2),
+    ]
+    for stage in summary["stages"]:
+        assert set(stage["evaluations"]) == {"edit", "t2i"}
+        for result in stage["evaluations"].values():
+            assert result["num_prompts"] == 4
+            assert result["difference"] == pytest.approx(result["after"] - result["before"])
+    assert summary["images"] == 2 * 2 * 8 + 3 * 2 * 4 + summary_gallery_images(out)
+    for name in ("config.yaml", "trace.json", "spans.jsonl", "tensorboard", "samples/before_after_edit.png",
+                 "samples/t2i/step_000000.png", "evaluations/after_t2i/edit.json"):  # fmt: skip
+        assert (out / name).exists(), name
+    weights = load_file(next((out / "transformer").glob("*.safetensors")))
+    merged = load_transformer(out, dtype=weights.popitem()[1].dtype)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    steps = [r for r in records(folder) if "loss/total" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4]
+    assert all(r["gate/log_prob_gap_max"] <= 1e-6 for r in steps)
+    assert any(r["policy/clip_fraction_low"] + r["policy/clip_fraction_high"] > 0 for r in steps)
+    assert {s["name"] for s in map(json.loads, (out / "spans.jsonl").read_text().splitlines())} >= {
+        "rollout", "reward", "update", "publish", "evaluate", "checkpoint"
+    }  # fmt: skip
+
+
+def test_every_group_is_on_record_with_pictures_of_the_best_and_the_worst(straight):
+    folder, _ = straight
+    out = folder / "runs" / "tiny"
+    found = [json.loads(line) for line in groups(folder).splitlines()]
+    assert [record["step"] for record in found] == [1, 1, 2, 2, 3, 3, 4, 4]
+    by_step = {r["step"]: r["reward/mean"] for r in records(folder) if "loss/total" in r}
+    for step, mean in by_step.items():
+        rewards = [reward for r in found if r["step"] == step for reward in r["rewards"]]
+        assert len(rewards) == 8 and np.mean(rewards) == pytest.approx(mean)
+        assert all(r["components"]["redness"] == r["rewards"] for r in found if r["step"] == step)
+    for record in found:  # two groups a step are the best and the worst
+        index = out / "groups" / f"step_{record['step']:06d}_{record['group']}.json"
+        assert [s["reward"] for s in json.loads(index.read_text())["samples"]] == record["rewards"]
+
+
+def summary_gallery_images(out):
+    """Two gallery samples at each step that is not a stage's last: one such step in each stage."""
+    return 2 * 2
+
+
+@pytest.mark.parametrize("keep", [("step_000001",), ("stage_0_end",)], ids=["mid_stage", "stage_border"])
+def test_resume_equals_the_straight_run(straight, tmp_path, keep):
+    folder, recipe = straight
+    copy_run(folder, tmp_path, keep)
+    run(recipe, f"output_dir={tmp_path / 'runs'}", resume="auto")
+    assert final_hash(tmp_path) == final_hash(folder)
+    assert learned(tmp_path) == learned(folder)
+    assert groups(tmp_path) == groups(folder)
+
+
+def test_three_workers_equal_one(straight, tmp_path):
+    folder, recipe = straight
+    run(recipe, f"output_dir={tmp_path / 'runs'}", "rollout.workers=3", "resources.placement=separate",
+        "resources.reward_workers=2")  # fmt: skip
+    assert final_hash(tmp_path) == final_hash(folder)
+    assert learned(tmp_path) == learned(folder)
+
+
+def test_inprocess_placement_learns_the_same(straight, tmp_path):
+    folder, recipe = straight
+    run(recipe, f"output_dir={tmp_path / 'runs'}", "resources.placement=inprocess")
+    assert final_hash(tmp_path) == final_hash(folder)
+
+
+def test_a_group_in_chunks_branches_from_one_trajectory(tmp_path, ray_session):
+    """The learner replays a group's first stochastic step from one sample's latents for all four, so chunks with
+    other initial noise would show as log-probabilities of another policy."""
+    recipe = tiny_recipe(tmp_path)
+    run(recipe, "rollout.branch=true", "rollout.window_size=2", "rollout.window_last=3",
+        "rollout.chunk_size=2", "learner.micro_batch_size=8")  # fmt: skip
+    steps = [r for r in records(tmp_path) if "loss/total" in r]
+    assert len(steps) == 4 and all(r["gate/log_prob_gap_max"] <= 1e-6 for r in steps)
+    spread = [np.std(record["rewards"]) for record in map(json.loads, groups(tmp_path).splitlines())]
+    assert min(spread) > 0
+
+
+def first_process(title):
+    """A worker of this Ray alone: another run on the machine has workers of the same names."""
+    session = ray.get_runtime_context().get_session_name()
+    for process in psutil.process_iter(["cmdline"]):
+        if " ".join(process.info["cmdline"] or []).startswith(title) and session in " ".join(
+            process.parent().cmdline()
+        ):
+            return process.pid
+    return None
+
+
+def kill_in_the_middle(out, killed):
+    """SIGKILL a rollout worker as the second step begins, and a reward worker while it scores that step."""
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < deadline and not (metrics.exists() and '"time/evaluate"' in metrics.read_text()):
+        time.sleep(0.05)
+    pids = [first_process(title) for title in ("ray::Replica", "ray::RewardScorer")]
+    while time.monotonic() < deadline and '"loss/total"' not in metrics.read_text():
+        time.sleep(0.002)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+        time.sleep(0.6)
+
+
+def test_killed_workers_change_nothing(straight, tmp_path):
+    folder, recipe = straight
+    slow = tmp_path / "slow.py"
+    slow.write_text(SLOW_REWARD)
+    document = yaml.safe_load(recipe.read_text())
+    for part in [*document["stages"], *document["evaluation"]["tasks"]]:
+        part["rewards"] = [{"name": f"{slow}:redness"}]
+    document |= {"output_dir": str(tmp_path / "runs")}
+    document["rollout"]["workers"] = 2
+    document["resources"]["reward_workers"] = 2
+    document["checkpoint"]["every"] = 100
+    document["gallery"]["prompts"] = 0
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+    killed = []
+    killer = threading.Thread(
+        target=kill_in_the_middle, args=(tmp_path / "runs" / "tiny", killed), daemon=True
+    )
+    killer.start()
+    run(tmp_path / "recipe.yaml")
+    killer.join(timeout=10)
+    assert len(killed) == 2
+    assert final_hash(tmp_path) == final_hash(folder)
+    second = [r for r in records(tmp_path) if "loss/total" in r][1]
+    assert second["workers/redispatched_chunks"] >= 2  # a chunk and a score
+
+
+def test_an_earlier_run_is_not_overwritten(straight):
+    _, recipe = straight
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        run(recipe)
+
+
+def test_resume_refuses_another_recipe_and_a_damaged_checkpoint(straight, tmp_path):
+    folder, recipe = straight
+    with pytest.raises(ConfigError, match="learner.kl_beta"):
+        run(recipe, "learner.kl_beta=0.5", resume="auto")
+    copy_run(folder, tmp_path, ("step_000001", "stage_0_end"))
+    damaged = tmp_path / "runs" / "tiny" / "checkpoints" / "stage_0_end"
+    (damaged / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="state.json"):
+        find_checkpoint(tmp_path / "runs" / "tiny", str(damaged))
+    assert find_checkpoint(tmp_path / "runs" / "tiny", "auto").name == "step_000001"
+
+
+def test_metrics_are_those_of_the_rewards(straight):
+    folder, _ = straight
+    first = next(r for r in records(folder) if "loss/total" in r)
+    assert first["reward/mean"] == first["reward/redness/mean"]
+    assert first["reward/missing_share"] == 0.0 and np.isfinite(first["optimizer/grad_norm"])

@@ -1,0 +1,203 @@
+"""What is wrong is found before Ray is asked for anything, and told in one list."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from core.logs import submitted_job
+from rewards.base import ServiceSpec
+from rl.recipe.preflight import preflight
+from rl.recipe.schema import load_config
+from tests.fakes.tiny_metaquery import make_tiny_conditioner, make_tiny_metaquery
+from tests.fakes.tiny_run import tiny_recipe
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return tiny_recipe(tmp_path_factory.mktemp("preflight") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch):
+    monkeypatch.delenv(JOB_VARIABLE, raising=False)
+
+
+def problems_of(recipe: Path, *overrides: str) -> list[str]:
+    return preflight(load_config(recipe, list(overrides))).problems
+
+
+def test_a_sound_recipe_passes_with_its_rewards(recipe):
+    checked = preflight(load_config(recipe))
+    assert checked.problems == []
+    assert [(s.name, s.task) for s in checked.reward_sets] == [
+        ("stage:edit", "edit"), ("stage:t2i", "t2i"), ("evaluation:edit", "edit"), ("evaluation:t2i", "t2i"),
+    ]  # fmt: skip
+    first = checked.reward_sets[1]
+    assert (first.example_prompt, first.example_metadata) == ("a red circle", {"index": 0})
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("rollout.group_size=3", "rollout.group_size=3 does not divide"),
+        ("model.path=/absent/model", "model.path: /absent/model: no such model folder"),
+        (
+            "model.lora.targets=[attn.to_q, attn.nowhere]",
+            "match no linear layer of this transformer: attn.nowhere",
+        ),
+        (
+            "model.height=30",
+            "model.height, model.width: image of 30 x 32 px: both sides must be multiples of 4",
+        ),
+        ("model.height=36", "model.height, model.width: [9, 8] latents do not divide"),
+        ("model.width=256", "at most 16 patches of 2 a side"),
+        ("stages[0].prompts=/absent/edit.jsonl", "/absent/edit.jsonl: cannot be read"),
+        ("evaluation.tasks[0].num_prompts=7", "edit.jsonl holds 6 prompts, num_prompts=7 asks for more"),
+        ("stages[1].rewards[0].name=geneval_shapez", "reward 'geneval_shapez' is not built in: did you mean"),
+        ("stages[1].rewards[0].timeout_s=0", "timeout_s is 0"),
+        (
+            "stages[1].rewards[0].service.urls=[localhost:8100]",
+            "service.urls: localhost:8100: write it as http://",
+        ),
+        ("stages[1].rewards[0].service={codec: png}", "service.urls is empty"),
+    ],
+)
+def test_one_thing_wrong_is_one_problem(recipe, override, expected):
+    (problem,) = problems_of(recipe, override)
+    assert expected in problem
+
+
+def test_metaquery_needs_its_vlm_and_kontext_has_none(recipe, tmp_path):
+    folder, vlm = make_tiny_metaquery(tmp_path)
+    assert problems_of(recipe, f"model.path={folder}", f"model.vlm={vlm}") == []
+    (problem,) = problems_of(recipe, f"model.path={folder}")
+    assert problem.startswith("model.vlm is not set, and model.path=")
+    (problem,) = problems_of(recipe, f"model.vlm={vlm}")
+    assert problem.startswith(f"model.vlm={vlm}: model.path=") and "has no conditioner/" in problem
+    (problem,) = problems_of(recipe, f"model.path={folder}", "model.vlm=/absent")
+    assert problem.startswith("model.vlm: /absent: no such folder")
+    make_tiny_conditioner(llm_hidden_size=32, joint_attention_dim=20).save_pretrained(folder / "conditioner")
+    problems = problems_of(recipe, f"model.path={folder}", f"model.vlm={vlm}", "model.position_mode=rope")
+    for part in ("model.position_mode='rope': choose", "llm_hidden_size=32, but hidden_size of",
+                 "joint_attention_dim=20, but joint_attention_dim of"):  # fmt: skip
+        assert sum(part in problem for problem in problems) == 1, problems
+    assert len(problems) == 3
+
+
+def test_a_reward_file_without_the_function(recipe):
+    path = recipe.parent / "reward.py"
+    (problem,) = problems_of(recipe, f"stages[0].rewards[0].name={path}:rednes")
+    assert problem == f"reward '{path}:rednes': {path} has no 'rednes'; it has redness"
+
+
+def test_a_served_reward_needs_to_exist_in_its_service_only(recipe):
+    reward = "stages[1].rewards[0]"
+    service = f"{reward}.service={{urls: [http://host:8100], token_env: HOME, codec: raw, unavailable_s: 60}}"
+    checked = preflight(load_config(recipe, [f"{reward}.name=elsewhere.rewards:judge", service]))
+    assert checked.problems == []
+    assert checked.reward_sets[1].rewards[0].service == ServiceSpec(
+        ("http://host:8100",), "HOME", "raw", 60.0
+    )
+
+
+def test_a_reward_that_returns_a_wrong_count(recipe, tmp_path):
+    (tmp_path / "short.py").write_text("def short(*, images, prompts, references, metadata): return [1.0]\n")
+    (problem,) = problems_of(recipe, f"stages[0].rewards[0].name={tmp_path}/short.py:short")
+    assert "returned 1 scores for 2 images" in problem
+
+
+def test_a_model_folder_with_holes(recipe, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    problems = problems_of(recipe, f"model.path={tmp_path}")
+    assert any(p == f"model.path: {tmp_path}/transformer/config.json: missing config file" for p in problems)
+    assert any(p == f"model.path: {tmp_path}/vae: missing subfolder of the model" for p in problems)
+
+
+def test_everything_wrong_is_told_at_once(recipe, tmp_path):
+    """The list that the user reads once: prompts, reference image, reward, keys, model, LoRA targets."""
+    (tmp_path / "broken.png").write_text("no image")
+    lines = [
+        json.dumps({"prompt": "make it red", "image": "broken.png"}),
+        json.dumps({"prompt": "make it green", "image": "data:image/png;base64,AAAA"}),
+    ]
+    (tmp_path / "edit.jsonl").write_text("\n".join(lines))
+    (tmp_path / "t2i.jsonl").write_text('{"prompt": "fine"}\n{"prompt": 5}\nnonsense\n')
+    problems = problems_of(
+        recipe,
+        f"stages[0].prompts={tmp_path}/edit.jsonl",
+        f"stages[1].prompts={tmp_path}/t2i.jsonl",
+        f"stages[0].rewards[0].name={recipe.parent}/reward.py:absent",
+        "evaluation.tasks[0].prompts=/absent.jsonl",
+        "model.lora.targets=[nowhere]",
+        "rollout.variant=ode",
+        "stages[1].steps=0",
+    )
+    expected = [
+        "ODE steps, which have no log-probability and cannot be trained",
+        "stage 't2i': steps=0",
+        "LoRA targets match no linear layer of this transformer: nowhere",
+        f"reference image {tmp_path}/broken.png of prompt 0 is unreadable",
+        "reference image data:image/png;base64,AAAA of prompt 1 is unreadable",
+        "has no 'absent'",
+        f"{tmp_path}/t2i.jsonl:2: key 'prompt' must be a non-empty string",
+        f"{tmp_path}/t2i.jsonl:3: not valid JSON",
+        "/absent.jsonl: cannot be read",
+    ]
+    assert len(problems) == len(expected), problems
+    for part, problem in zip(expected, problems, strict=True):
+        assert part in problem
+
+
+def test_an_unknown_task_is_told_once(recipe):
+    (problem, gap) = problems_of(recipe, "stages[0].task=video")
+    assert problem.startswith("stage 'edit': task='video' must be 'edit' or 't2i'")
+    assert gap.startswith("stage 'edit' trains video, of which evaluation.tasks holds no prompts")
+
+
+# ---- paths under `ray job submit` ----------------------------------------------------------------------------
+
+
+def test_a_submitted_job_needs_absolute_paths(recipe, monkeypatch):
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    assert problems_of(recipe) == []
+    (problem,) = problems_of(recipe, "output_dir=runs")
+    assert problem.startswith("output_dir='runs' is relative, and a submitted job runs in a temporary copy")
+
+
+def test_packaged_data_travels_with_the_job_but_results_do_not(recipe, monkeypatch):
+    overrides = ["output_dir=recipes/runs", "stages[1].prompts=recipes/shapes/prompts/t2i_train.jsonl"]
+    assert problems_of(recipe, *overrides) == []
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    (problem,) = problems_of(recipe, *overrides)
+    assert problem.startswith("output_dir='recipes/runs' is relative")
+
+
+def test_relative_paths_are_fine_without_a_job(recipe, monkeypatch):
+    monkeypatch.chdir(recipe.parent)
+    overrides = ["output_dir=runs", "model.path=model", "stages[0].prompts=edit.jsonl"]
+    assert problems_of(recipe, *overrides) == []
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    assert [p.split(" is relative")[0] for p in problems_of(recipe, *overrides)] == [
+        "output_dir='runs'", "model.path='model'", "prompts of stage 'edit'='edit.jsonl'",
+    ]  # fmt: skip
+
+
+def test_the_variable_is_what_ray_gives_an_entry_point(monkeypatch):
+    """Ray's own supervisor builds the entry point's environment; only its cluster look-up is stood in for."""
+    import ray
+    from ray.dashboard.modules.job.job_supervisor import JobSupervisor
+
+    node = SimpleNamespace(_ray_params=SimpleNamespace(temp_dir=None))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    monkeypatch.setattr(ray._private.services, "canonicalize_bootstrap_address_or_die", lambda *_: "here:1")
+    supervisor = SimpleNamespace(_metadata={}, _get_driver_runtime_env=lambda _: {})
+    environment = JobSupervisor._get_driver_env_vars(supervisor, False)
+    assert not submitted_job()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert submitted_job()

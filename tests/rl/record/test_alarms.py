@@ -1,0 +1,58 @@
+"""Reward hacking: the alarm fires when the trained reward rises while the trusted score falls, and only then."""
+
+import pytest
+
+from rl.recipe.schema import EvaluationTaskConfig, ModelConfig, RewardConfig, RunConfig, StageConfig
+from rl.record.alarms import reward_hacking
+from rl.record.evaluation import TaskScores
+from rl.record.results import RunResults
+
+LOW, HIGH = [0.2, 0.3, 0.25, 0.35] * 8, [0.6, 0.8, 0.7, 0.75] * 8
+
+
+def evaluated(moment, trusted, learned, step=0):
+    return TaskScores(moment, "edit", "sha", 1.0, step, trusted, {"learned": learned, "exact": trusted})
+
+
+def alarm(before, now):
+    return reward_hacking(
+        "edit", ["learned"], evaluated("before", *before), evaluated("step_40", *now, step=40)
+    )
+
+
+def test_it_fires_when_the_two_part_and_says_by_how_much():
+    (line,) = alarm((HIGH, LOW), (LOW, HIGH))
+    assert "stage 'edit'" in line and "step 40" in line and "learned" in line
+    assert "by +0.4375 [" in line and "by -0.4375 [" in line
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ((LOW, LOW), (HIGH, HIGH)),  # both rise: learning
+        ((HIGH, HIGH), (LOW, LOW)),  # both fall: a broken run, not an exploit
+        ((HIGH, LOW), (HIGH, HIGH)),  # the trusted score stays
+        ((HIGH, LOW), ([*LOW[:4], *[h + 0.1 for h in HIGH[4:]]], HIGH)),  # its fall is within the noise
+    ],
+)
+def test_it_is_silent_otherwise(before, now):
+    assert alarm(before, now) == []
+
+
+def test_a_reward_that_the_evaluation_does_not_list_is_not_looked_at():
+    before, now = evaluated("before", HIGH, LOW), evaluated("after_edit", LOW, HIGH)
+    assert reward_hacking("edit", ["another"], before, now) == []
+
+
+def test_a_run_compares_with_the_start_of_the_stage(tmp_path):
+    config = RunConfig(name="run", model=ModelConfig(path="model"))
+    learned = RewardConfig("package.module:function", label="learned")
+    config.stages = [StageConfig(name, "edit", "edit.jsonl", 1, [learned]) for name in ("one", "two")]
+    config.evaluation.tasks = [EvaluationTaskConfig("edit", "edit.jsonl", 32, [RewardConfig("edit_shapes")])]
+    results = RunResults(config, None, tmp_path)
+    results.add("before", {"edit": evaluated("before", HIGH, LOW)})
+    results.add("after_one", {"edit": evaluated("after_one", LOW, LOW)})
+    now = {"edit": evaluated("step_7", LOW, HIGH, step=7)}
+    assert len(results.hacking_alarms(0, now)) == 1
+    assert results.hacking_alarms(1, now) == []  # nothing fell over the second stage
+    assert results.hacking_alarms(1, {}) == []

@@ -1,0 +1,111 @@
+"""summary.json keeps its form, and the printed table shows the same figures within 100 columns."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from core.statistics import Difference
+from rl.record.summary import GuidancePoint, RunSummary, StageSummary, duration, print_summary, write_summary
+
+EDIT = Difference(0.361, 0.420, 0.059, 0.038, 0.079, 512)
+T2I = Difference(0.400, 0.387, -0.013, -0.049, 0.020, 500, 12)
+NOTHING = Difference(None, None, None, None, None, 0, 512)
+
+
+def make_summary(*stages: StageSummary) -> RunSummary:
+    return RunSummary(
+        name="demo",
+        stages=stages,
+        images=123_456,
+        seconds=482.4,
+        version="0.1.0",
+        commit="0123456789abcdef",
+        total={"edit": EDIT, "t2i": T2I},
+        base_guidance={"edit": (GuidancePoint(1.0, 0.361, 512), GuidancePoint(3.5, 0.53, 512))},
+    )
+
+
+def printed(summary: RunSummary) -> str:
+    out = io.StringIO()
+    print_summary(summary, file=out)
+    return out.getvalue()
+
+
+def test_the_file_has_the_stated_form(tmp_path: Path) -> None:
+    stage = StageSummary("edit_stage", "edit", 35, 276.5, {"edit": EDIT, "t2i": NOTHING}, reward_mean=0.45)
+    path = write_summary(make_summary(stage), tmp_path)
+    assert path == tmp_path / "summary.json"
+    document = json.loads(path.read_text())
+    assert document["images"] == 123_456 and document["seconds"] == 482.4
+    (entry,) = document["stages"]
+    assert [entry[key] for key in ("name", "task", "steps", "seconds")] == ["edit_stage", "edit", 35, 276.5]
+    assert entry["reward_mean"] == 0.45
+    assert entry["evaluations"] == {
+        "edit": {
+            "before": 0.361,
+            "after": 0.420,
+            "difference": 0.059,
+            "low": 0.038,
+            "high": 0.079,
+            "num_prompts": 512,
+            "missing": 0,
+        },
+        "t2i": {
+            "before": None,
+            "after": None,
+            "difference": None,
+            "low": None,
+            "high": None,
+            "num_prompts": 0,
+            "missing": 512,
+        },
+    }
+    assert document["total"]["t2i"]["difference"] == -0.013
+    assert document["base_guidance"]["edit"][1] == {"guidance_scale": 3.5, "mean": 0.53, "num_prompts": 512}
+
+
+def test_the_table_shows_every_stage_and_task() -> None:
+    lines = printed(
+        make_summary(
+            StageSummary("edit", "edit", 35, 276.2, {"edit": EDIT, "t2i": T2I}, reward_mean=0.45),
+            StageSummary("t2i", "t2i", 53, 206.0, {"edit": NOTHING}),
+        )
+    ).splitlines()
+    rows = [" ".join(line.split()) for line in lines]
+    assert "edit 35 4m 36s 0.450 edit 0.361 0.420 +0.059 [+0.038, +0.079] 512" in rows
+    assert "t2i 0.400 0.387 -0.013 [-0.049, +0.020] 500/512" in rows
+    assert "t2i 53 3m 26s - edit - - - 0/512" in rows
+    assert "whole run 88 8m 02s edit 0.361 0.420 +0.059 [+0.038, +0.079] 512" in rows
+    assert "edit 0.361 0.530" in rows
+    assert lines[-1] == "123,456 images in 8m 02s, 0 worker restarts, version 0.1.0, commit 0123456789ab"
+
+
+def test_the_table_fits_100_columns_with_wide_content() -> None:
+    wide = Difference(-12.345, -99.999, -87.654, -99.998, -70.001, 9_000, 999)
+    wider = Difference(123.456, 9876.5, 9753.04, 9000.4, 9999.4, 9_000, 999)
+    stage = StageSummary(
+        "[b]_stage_with_a_long_name", "t2i", 30_530, 276_102.2, {"t2i": wide, "edit": wider}, -99.999
+    )
+    text = printed(make_summary(stage))
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "[b]" in text, "a stage's name is no markup"
+    for figure in ("-87.654 [-99.998, -70.001]", "+9753 [+9000, +9999]", "9000/9999", "76h 42m", "30530"):
+        assert figure in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1m 00s"),
+        (3599.4, "59m 59s"),
+        (3599.6, "1h 00m"),
+        (86_400, "24h 00m"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,73 @@
+"""The two rewards of the shapes world: GenEval's rules on the detector, and the edit verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from rewards.base import RewardOutput
+from rewards.geneval import evaluate
+from rewards.geneval.credits import check_credit, geneval_output
+from worlds.shapes.scenes.edits import Edit
+from worlds.shapes.scenes.pictures import stack
+from worlds.shapes.scoring.components import analyse
+from worlds.shapes.scoring.detector import detect
+from worlds.shapes.scoring.verifier import verify
+
+
+class GenEvalShapes:
+    """GenEval for text-to-image: metadata are GenEval records whose classes are shapes and `background`.
+
+    `credit`: which verdict is the score (see `GenEvalResult`). All lie in [0, 1] but `flow_grpo_compat`,
+    which goes down to -14. Raises ValueError for an unknown credit, malformed metadata or a picture of
+    another size.
+    """
+
+    def __init__(self, credit: str = "dense") -> None:
+        self.credit = check_credit(credit)
+
+    def score(
+        self,
+        *,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        references: Sequence[Image.Image | None],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> RewardOutput:
+        found = detect(stack(images))
+        results = [
+            evaluate(record, item.detections, classify_color=item.classify_color)
+            for record, item in zip(metadata, found, strict=True)
+        ]
+        return geneval_output(results, self.credit)
+
+
+class EditShapes:
+    """The edit verifier: metadata carry the ground truth under `edit`; the source picture is not looked at.
+
+    Scores in [0, 1]; components `instruction` and `preservation`, whose product the score is. Raises
+    ValueError for metadata without a sound `edit` or a picture of another size.
+    """
+
+    def score(
+        self,
+        *,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        references: Sequence[Image.Image | None],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> RewardOutput:
+        pictures = analyse(stack(images))
+        judged = [
+            verify(picture, *Edit.from_json(record.get("edit", {})))
+            for record, picture in zip(metadata, pictures, strict=True)
+        ]
+        return RewardOutput(
+            scores=[item.score for item in judged],
+            components={
+                "instruction": [item.instruction for item in judged],
+                "preservation": [item.preservation for item in judged],
+            },
+        )

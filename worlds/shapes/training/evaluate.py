@@ -1,0 +1,323 @@
+"""Score a shapes base by guidance: `python -m worlds.shapes.training.evaluate BASE [--guidance 1 2 3 4.5]`.
+
+A MetaQuery base (one with `conditioner/`) also needs `--vlm`, the folder of its Qwen2.5-VL, and to be read as it was
+trained: `--position-mode`, and `--references` where one of the two was not shown the picture to edit.
+
+Held-out prompts of both tasks, the same prompts and noise at every guidance, Euler steps on the scheduler's
+table. Two ceilings stand beside the scores: right pictures as rendered (`truth`), and after the VAE (`codec`).
+"""
+
+import argparse
+import asyncio
+import inspect
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+
+from core.seeds import numpy_generator
+from core.training.randomness import torch_generator
+from models.components import (
+    check_model_folder,
+    is_metaquery_folder,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+)
+from models.kontext import KontextTransformer
+from models.latents import decode_latents, encode_images
+from models.metaquery.config import check_metaquery
+from models.metaquery.encoder import MetaQueryEncoder
+from models.metaquery.reading import POSITION_MODES, PositionMode
+from models.text import SD3TextEncoder
+from rewards.base import RewardOutput
+from worlds.shapes.scenes.captions import sample_t2i
+from worlds.shapes.scenes.edits import sample_edit
+from worlds.shapes.scenes.render import render_batch
+from worlds.shapes.scenes.world import Scene
+from worlds.shapes.scoring.rewards import EditShapes, GenEvalShapes
+from worlds.shapes.training.pool import load_text
+from worlds.shapes.training.sampling import sample_latents
+from worlds.shapes.training.shapes import to_tensor
+
+TASKS = ("t2i", "edit")
+READERS = ("transformer", "vlm")
+"""Who may be shown the picture to edit: the transformer its latents, the VLM of a MetaQuery base its pixels."""
+_BATCH = 32
+_PROMPT_STREAM = {"t2i": 201, "edit": 202}
+_NOISE_STREAM = 203
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out prompt: `source` is the scene to edit (None for text-to-image), `group` its tag or kind."""
+
+    prompt: str
+    metadata: dict[str, Any]
+    source: Scene | None
+    target: Scene
+    group: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Mean score with its 95 % bootstrap interval over prompts, and the means by tag or kind."""
+
+    task: str
+    setting: str
+    count: int
+    mean: float
+    low: float
+    high: float
+    groups: dict[str, float]
+
+
+def heldout_questions(task: str, count: int, seed: int = 0) -> list[Question]:
+    """`count` held-out questions of a task as a function of the seed."""
+    rng = numpy_generator(seed, 0, _PROMPT_STREAM[task])
+    questions = []
+    for _ in range(count):
+        if task == "t2i":
+            metadata, scene = sample_t2i(rng, "heldout")
+            questions.append(Question(metadata["prompt"], metadata, None, scene, metadata["tag"]))
+        else:
+            edit = sample_edit(rng, "heldout")
+            questions.append(Question(edit.instruction, edit.metadata, edit.source, edit.target, edit.kind))
+    return questions
+
+
+def bootstrap_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean over prompts."""
+    draws = np.random.default_rng(seed).integers(len(scores), size=(_RESAMPLES, len(scores)))
+    low, high = np.percentile(scores[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+class Base:
+    """A base on the CPU in float32, as a sampler of pictures; with a MetaQuery encoder, a MetaQuery base.
+
+    `references` names those of `READERS` that see the picture to edit.
+    """
+
+    def __init__(
+        self,
+        transformer: KontextTransformer,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        encoder: SD3TextEncoder | MetaQueryEncoder,
+        references: Sequence[str] = READERS,
+    ) -> None:
+        self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
+        self.encoder, self.references = encoder, references
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        vlm: str | Path | None = None,
+        *,
+        position_mode: PositionMode = "flat",
+        references: Sequence[str] = READERS,
+    ) -> "Base":
+        """A base's folder; with `vlm`, the folder of its Qwen2.5-VL, whose positions are of the given mode."""
+        encoder: SD3TextEncoder | MetaQueryEncoder
+        if vlm is None:
+            encoder = load_text(folder)
+        else:
+            encoder = MetaQueryEncoder.from_pretrained(
+                folder, vlm, dtype=torch.float32, device="cpu", position_mode=position_mode
+            )
+        return cls(
+            load_transformer(folder, dtype=torch.float32),
+            load_vae(folder, dtype=torch.float32),
+            load_scheduler(folder),
+            encoder,
+            references,
+        )
+
+    def embed(self, prompts: list[str], sources: list[Scene]) -> tuple[Tensor, Tensor]:
+        """prompt_embeds N L D and pooled N P; MetaQuery also sees the scenes to edit (none: text-to-image)."""
+        if isinstance(self.encoder, MetaQueryEncoder):
+            shown = sources and "vlm" in self.references
+            pictures = [Image.fromarray(picture) for picture in render_batch(sources)] if shown else None
+            items = self.encoder.encode(prompts, pictures)
+        else:
+            items = self.encoder.encode(prompts)
+        return (
+            torch.stack([item.prompt_embeds for item in items]),
+            torch.stack([item.pooled_prompt_embeds for item in items]),
+        )
+
+    def draw(self, questions: list[Question], guidance: float, steps: int, seed: int = 0) -> np.ndarray:
+        """uint8 pictures [N, H, W, 3]; the noise of a question depends on the seed and its place alone."""
+        pictures = []
+        side = self.transformer.config["sample_size"]
+        for start in range(0, len(questions), _BATCH):
+            batch = questions[start : start + _BATCH]
+            noise = torch.stack(
+                [
+                    torch.randn(
+                        self.transformer.config["in_channels"], side, side,
+                        generator=torch_generator(seed, start + i, _NOISE_STREAM),
+                    )
+                    for i in range(len(batch))
+                ]
+            )  # fmt: skip
+            sources = [question.source for question in batch if question.source is not None]
+            shown = sources and "transformer" in self.references
+            references = encode_images(self.vae, to_tensor(sources)) if shown else None
+            prompt = self.embed([question.prompt for question in batch], sources)
+            latents = sample_latents(
+                self.transformer,
+                self.scheduler,
+                noise,
+                prompt,
+                self.embed([""] * len(batch), sources) if guidance != 1 else prompt,
+                references,
+                guidance=guidance,
+                steps=steps,
+            )
+            pictures.append(decode_latents(self.vae, latents).numpy())
+        return np.concatenate(pictures)
+
+    def round_trip(self, questions: list[Question]) -> np.ndarray:
+        """The right pictures after the VAE: the codec's ceiling."""
+        latents = encode_images(self.vae, to_tensor([question.target for question in questions]))
+        return decode_latents(self.vae, latents).numpy()
+
+
+def score(task: str, questions: list[Question], pictures: np.ndarray) -> np.ndarray:
+    """The world's reward for each picture. Raises RuntimeError where one could not be scored."""
+    reward = GenEvalShapes() if task == "t2i" else EditShapes()
+    references = [
+        None if question.source is None else Image.fromarray(render_batch([question.source])[0])
+        for question in questions
+    ]
+    output: Any = reward.score(
+        images=[Image.fromarray(picture) for picture in pictures],
+        prompts=[question.prompt for question in questions],
+        references=references,
+        metadata=[question.metadata for question in questions],
+    )
+    if inspect.isawaitable(output):
+        output = asyncio.run(_wait(output))
+    scores = output.scores if isinstance(output, RewardOutput) else output
+    missing = [index for index, value in enumerate(scores) if value is None]
+    if missing:
+        raise RuntimeError(f"{task}: pictures {missing[:5]} were not scored")
+    return np.asarray(scores, dtype=np.float64)
+
+
+async def _wait(output: Any) -> Any:
+    return await output
+
+
+def summarise(task: str, setting: str, questions: list[Question], scores: np.ndarray) -> Result:
+    low, high = bootstrap_interval(scores)
+    groups = defaultdict(list)
+    for question, value in zip(questions, scores, strict=True):
+        groups[question.group].append(value)
+    means = {name: float(np.mean(values)) for name, values in sorted(groups.items())}
+    return Result(task, setting, len(scores), float(scores.mean()), low, high, means)
+
+
+def evaluate(
+    folder: str | Path,
+    guidances: list[float],
+    count: int,
+    *,
+    vlm: str | Path | None = None,
+    position_mode: PositionMode = "flat",
+    references: Sequence[str] = READERS,
+    steps: int = 10,
+    ceilings: bool = True,
+) -> list[Result]:
+    """Score a base on both tasks: the ceilings first, then every guidance. The base is read as by `Base.load`."""
+    base = Base.load(folder, vlm, position_mode=position_mode, references=references)
+    results = []
+    for task in TASKS:
+        questions = heldout_questions(task, count)
+        if ceilings:
+            truth = render_batch([question.target for question in questions])
+            results.append(summarise(task, "truth", questions, score(task, questions, truth)))
+            codec = base.round_trip(questions)
+            results.append(summarise(task, "codec", questions, score(task, questions, codec)))
+        for guidance in guidances:
+            scores = score(task, questions, base.draw(questions, guidance, steps))
+            results.append(summarise(task, f"CFG {guidance:g}", questions, scores))
+    return results
+
+
+def as_table(results: list[Result]) -> str:
+    """Markdown: one row per task and setting."""
+    lines = ["| task | setting | score | 95 % interval | by tag or kind |", "|---|---|---|---|---|"]
+    for item in results:
+        groups = ", ".join(f"{name} {value:.2f}" for name, value in item.groups.items())
+        lines.append(
+            f"| {item.task} | {item.setting} | {item.mean:.3f} | [{item.low:.3f}, {item.high:.3f}] | {groups} |"
+        )
+    return "\n".join(lines)
+
+
+def _problems(base: str, vlm: str | None, references: Sequence[str]) -> list[str]:
+    metaquery = is_metaquery_folder(base)
+    if metaquery != (vlm is not None):
+        return [
+            f"{base} has {'a' if metaquery else 'no'} conditioner/: {'give' if metaquery else 'leave out'} --vlm"
+        ]
+    if vlm is None:
+        hidden = ["--references: without a VLM the transformer alone can be shown the picture to edit"]
+        return check_model_folder(base) + ([] if "transformer" in references else hidden)
+    return check_metaquery(base, vlm)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m worlds.shapes.training.evaluate", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("base", help="model folder in the released layout")
+    parser.add_argument("--vlm", help="folder of the Qwen2.5-VL of a MetaQuery base")
+    parser.add_argument("--position-mode", choices=POSITION_MODES, default="flat", help="of the VLM")
+    parser.add_argument(
+        "--references", nargs="+", choices=READERS, default=READERS, help="who is shown the picture to edit"
+    )
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.5])
+    parser.add_argument("--num-prompts", type=int, default=512, help="held-out prompts of each task")
+    parser.add_argument("--steps", type=int, default=10, help="Euler steps")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    options = parser.parse_args(arguments)
+    problems = _problems(options.base, options.vlm, options.references)
+    if problems:
+        print("error: " + "; ".join(problems), file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    results = evaluate(
+        options.base,
+        options.guidance,
+        options.num_prompts,
+        vlm=options.vlm,
+        position_mode=options.position_mode,
+        references=options.references,
+        steps=options.steps,
+    )
+    print(f"{options.num_prompts} held-out prompts a task, ODE {options.steps} steps")
+    print(as_table(results))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(item) for item in results], indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Stage `kontext`: the whole DiT by flow matching, text-to-image and editing alternating by batch."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor, nn
+
+from core.training.randomness import torch_generator
+from models.components import load_vae
+from models.kontext import KontextTransformer
+from models.latents import decode_latents
+from pretrain.flow.loss import add_noise, draw_sigmas, prompt_dropout_mask, velocity_error
+from worlds.shapes.training.config import KontextRecipe
+from worlds.shapes.training.grid import contact_sheet
+from worlds.shapes.training.pool import TEXT_PARTS, Pool, load_pool
+from worlds.shapes.training.sampling import sample_latents
+from worlds.shapes.training.stage import StageLoss
+
+_PREVIEWS = 12
+_PREVIEW_STEP = 1 << 30
+
+
+class KontextStage:
+    """UniPic 2.0's Kontext training (section 3.1) on encoded samples of the shapes world."""
+
+    def __init__(self, recipe: KontextRecipe) -> None:
+        self.recipe = recipe
+        self.edit_share = recipe.edit_share
+        self.pool = load_pool(recipe)
+        self.transformer = new_transformer(recipe, self.pool)
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe.scheduler_shift)
+        self.vae = load_vae(recipe.vae, dtype=torch.float32)
+        self.modules: list[nn.Module] = [self.transformer]
+
+    def loss(self, step: int) -> StageLoss:
+        pool, recipe = self.pool, self.recipe
+        task = task_of(step, self.edit_share)
+        generator = torch_generator(recipe.seed, step)
+        rows = torch.randint(len(pool.t2i_text), (recipe.batch_size,), generator=generator)
+        if task == "edit":
+            clean, references, text = pool.edit_targets[rows], pool.edit_sources[rows], pool.edit_text[rows]
+        else:
+            clean, references, text = pool.t2i_latents[rows], None, pool.t2i_text[rows]
+        dropped = prompt_dropout_mask(len(rows), recipe.prompt_dropout, generator)
+        prompt = self._prompt(text.masked_fill(dropped, 0))
+        sigma = draw_sigmas(len(rows), recipe.scheduler_shift, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        prediction = self.transformer(
+            add_noise(clean, noise, sigma),
+            *prompt,
+            1000 * sigma,
+            reference_hidden_states=references,
+            return_dict=False,
+        )[0]
+        loss = velocity_error(prediction, clean, noise).mean()
+        return StageLoss(loss, {f"loss_{task}": loss.item()})
+
+    def sample_grid(self) -> Image.Image:
+        """Row 1: text-to-image. Rows 2 to 4: source, edited, one right target. At guidance 1."""
+        pool, rows = self.pool, torch.arange(_PREVIEWS)
+        drawn = self._sample(pool.t2i_text[rows], None)
+        edited = self._sample(pool.edit_text[rows], pool.edit_sources[rows])
+        pictures = [
+            drawn,
+            self._decode(pool.edit_sources[rows]),
+            edited,
+            self._decode(pool.edit_targets[rows]),
+        ]
+        return contact_sheet(pictures)
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write `transformer/` and `scheduler/`, and copy the other parts beside them: a whole base."""
+        rounded = new_transformer(self.recipe, self.pool)
+        rounded.load_state_dict(self.transformer.state_dict())
+        rounded.to(getattr(torch, self.recipe.export_dtype)).save_pretrained(folder / "transformer")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        shutil.copytree(Path(self.recipe.vae) / "vae", folder / "vae", dirs_exist_ok=True)
+        for part in TEXT_PARTS:
+            shutil.copytree(Path(self.recipe.text) / part, folder / part, dirs_exist_ok=True)
+        return {"parameters": float(sum(p.numel() for p in rounded.parameters()))}
+
+    def _prompt(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pool.prompt_embeds[rows], self.pool.pooled_embeds[rows]
+
+    def _sample(self, text: Tensor, references: Tensor | None) -> np.ndarray:
+        shape = (len(text), *self.pool.t2i_latents.shape[1:])
+        noise = torch.randn(shape, generator=torch_generator(self.recipe.seed, _PREVIEW_STEP))
+        latents = sample_latents(
+            self.transformer,
+            self.scheduler,
+            noise,
+            self._prompt(text),
+            self._prompt(torch.zeros_like(text)),
+            references,
+            steps=self.recipe.preview_steps,
+        )
+        return self._decode(latents)
+
+    def _decode(self, latents: Tensor) -> np.ndarray:
+        return decode_latents(self.vae, latents).numpy()
+
+
+def task_of(step: int, edit_share: float) -> str:
+    """`edit` or `t2i`: which task the batch of a step is, evenly spread (share .5 alternates)."""
+    return "edit" if int((step + 1) * edit_share) > int(step * edit_share) else "t2i"
+
+
+def new_transformer(recipe: KontextRecipe, pool: Pool) -> KontextTransformer:
+    """SD3's architecture at the recipe's size, widths taken from the latents and texts.
+
+    Modulation and output layers start at zero, so that each block starts as the identity (DiT's adaLN-zero).
+    """
+    model = recipe.model
+    channels, side = pool.t2i_latents.shape[1], pool.t2i_latents.shape[-1]
+    transformer = KontextTransformer(
+        sample_size=side,
+        patch_size=model.patch_size,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=model.layers,
+        attention_head_dim=model.head_dim,
+        num_attention_heads=model.heads,
+        caption_projection_dim=model.heads * model.head_dim,
+        joint_attention_dim=pool.prompt_embeds.shape[-1],
+        pooled_projection_dim=pool.pooled_embeds.shape[-1],
+        pos_embed_max_size=model.pos_embed_max_size,
+        dual_attention_layers=tuple(model.dual_attention_layers),
+        qk_norm="rms_norm",
+    )
+    modulations = [
+        m for name, m in transformer.named_modules() if name.endswith((".linear", "norm_out.linear"))
+    ]
+    for layer in [*modulations, transformer.proj_out]:
+        assert isinstance(layer, nn.Linear)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return transformer

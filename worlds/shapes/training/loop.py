@@ -1,0 +1,220 @@
+"""The training loop shared by all stages: step, average, log, save, resume."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from core.training.optimization import WeightAverage, build_optimizers, lr_factor
+from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from worlds.shapes.training.config import Recipe, RecipeError
+from worlds.shapes.training.stage import Stage
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Keys that may differ between a run and its resumption: they leave the numbers alone.
+_FREE_KEYS = {
+    "output_dir",
+    "stop_step",
+    "threads",
+    "log_every",
+    "sample_every",
+    "save_every",
+    "keep_checkpoints",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an end rule saw, by name for the metrics, and whether the run ends with it."""
+
+    figures: dict[str, float]
+    reached: bool
+
+
+class EndRule(Protocol):
+    """Looks at the averaged weights every so many steps, and may end a run before its last one.
+
+    What it sets of its stage must follow from the weights alone: a resumed run looks again.
+    """
+
+    every: int
+
+    def look(self) -> Look: ...
+
+
+class TrainingLoop:
+    """Runs `stage` to `recipe.stop_step` or `recipe.steps`, or to where `end_rule` ends it, under `recipe.output_dir`.
+
+    Writes metrics.jsonl, samples/step-*.png, checkpoints/step-*, and model/ (averaged weights, released layout).
+    """
+
+    def __init__(self, stage: Stage, recipe: Recipe, end_rule: EndRule | None = None) -> None:
+        self.stage = stage
+        self.recipe = recipe
+        self.end_rule = end_rule
+        self.folder = Path(recipe.output_dir)
+        self.step = 0
+        self.optimizers = build_optimizers(stage.modules, recipe.optimization)
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.average = WeightAverage(stage.modules, recipe.optimization.ema_decay)
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+
+    def resume(self, path: str) -> None:
+        """Continue from a checkpoint folder, or with `auto` from the newest one if there is any.
+
+        Raises:
+            RecipeError: the checkpoint was made by a recipe that would give other numbers.
+        """
+        if path == "auto":
+            found = complete_checkpoints(self.folder / "checkpoints")
+            if not found:
+                log.info("no checkpoint in %s: starting at step 0", self.folder / "checkpoints")
+                return
+            path = str(found[-1])
+        state, made_by = load_checkpoint(path)
+        now = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        changed = sorted(k for k in {*made_by, *now} - _FREE_KEYS if made_by.get(k) != now.get(k))
+        if changed:
+            raise RecipeError(
+                f"{path} was made with other values of {', '.join(changed)}: restore them to resume"
+            )
+        for module, weights in zip(self.stage.modules, state["modules"], strict=True):
+            module.load_state_dict(weights)
+        for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
+        for average, stored in zip(self.average.tensors, state["average"], strict=True):
+            average.copy_(stored)
+        self.average.updates = state["average_updates"]
+        self.step = state["step"]
+        _drop_lines_after(self.folder / "metrics.jsonl", self.step)
+        log.info("resumed %s at step %d", path, self.step)
+
+    def run(self) -> None:
+        """Train to the last step of this run, then export the averaged weights to `output_dir/model`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recipe, started = self.recipe, time.perf_counter()
+        end = recipe.stop_step or recipe.steps
+        bar = tqdm(total=end, initial=self.step, desc=recipe.stage, mininterval=2)
+        reached = self.step > 0 and self._good_enough()
+        last = reached or self.step >= end
+        self._sums.clear()  # a resumed run looked again at a step whose line is written
+        while not last:
+            figures = self._train_step()
+            for name, value in figures.items():
+                entry = self._sums[name]
+                entry[0] += value
+                entry[1] += 1
+            self.step += 1
+            bar.update()
+            reached = self._good_enough()
+            last = reached or self.step == end
+            if self.step % recipe.log_every == 0 or last:
+                self._write_metrics(time.perf_counter() - started)
+                started = time.perf_counter()
+            if recipe.sample_every and (self.step % recipe.sample_every == 0 or last):
+                self._write_samples()
+            if self.step % recipe.save_every == 0 or last:
+                self.save()
+        bar.close()
+        if self.end_rule is not None and not reached:
+            log.warning("step %d is the last of this run, and its targets were not reached", self.step)
+        self.export(self.folder / "model")
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights in the released layout, and what was measured of them."""
+        figures = self._with_average(lambda: self.stage.export(folder))
+        log.info("exported step %d to %s: %s", self.step, folder, figures)
+        record = {"step": self.step, **figures}
+        (self.folder / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "modules": [module.state_dict() for module in self.stage.modules],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": self.average.tensors,
+            "average_updates": self.average.updates,
+        }
+        made_by = dataclasses.asdict(self.recipe)
+        save_checkpoint(
+            self.folder / "checkpoints", self.step, state, made_by, keep=self.recipe.keep_checkpoints
+        )
+
+    def _train_step(self) -> dict[str, float]:
+        settings = self.recipe.optimization
+        factor = lr_factor(self.step, self.recipe.steps, settings)
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            optimizer.zero_grad(set_to_none=True)
+        result = self.stage.loss(self.step)
+        if not torch.isfinite(result.loss):
+            raise FloatingPointError(
+                f"loss is {result.loss.item()} at step {self.step}: lower optimization.lr or muon_lr"
+            )
+        result.loss.backward()
+        parameters = [p for module in self.stage.modules for p in module.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.average.update()
+        return {"loss": result.loss.item(), "gradient_norm": norm.item(), **result.figures}
+
+    def _good_enough(self) -> bool:
+        """Whether the end rule's mark is reached, at the steps at which it looks; what it saw goes to the metrics."""
+        rule = self.end_rule
+        if rule is None or self.step % rule.every:
+            return False
+        look = self._with_average(rule.look)
+        seen = ", ".join(f"{name} {value:.3f}" for name, value in look.figures.items())
+        log.info("step %d: %s%s", self.step, seen, "; the run ends here" if look.reached else "")
+        self._sums.update({name: [value, 1] for name, value in look.figures.items()})
+        return look.reached
+
+    def _write_metrics(self, seconds: float) -> None:
+        count = self._sums["loss"][1]
+        line: dict[str, Any] = {name: total / n for name, (total, n) in sorted(self._sums.items())}
+        line["lr_factor"] = lr_factor(self.step - 1, self.recipe.steps, self.recipe.optimization)
+        line["samples_per_second"] = count * self.recipe.batch_size / seconds
+        self._sums.clear()
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **{k: round(v, 6) for k, v in line.items()}}) + "\n")
+
+    def _write_samples(self) -> None:
+        grid = self._with_average(self.stage.sample_grid)
+        if grid is None:
+            return
+        path = self.folder / "samples" / f"step-{self.step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+
+    def _with_average(self, action: Callable[[], T]) -> T:
+        """Run `action` on the averaged weights in eval mode."""
+        self.average.swap()
+        for module in self.stage.modules:
+            module.eval()
+        try:
+            with torch.no_grad():
+                return action()
+        finally:
+            self.average.swap()
+            for module in self.stage.modules:
+                module.train()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """A resumed run repeats the steps after its checkpoint: their old lines go."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
