@@ -118,9 +118,9 @@ def _transformers(settings: DetectorSettings, device: torch.device) -> Callable[
 
 
 def _shapes(settings: DetectorSettings, device: torch.device) -> Callable[..., object]:
-    from worlds.shapes.scoring.backend import ShapesDetector
+    from worlds.shapes.scoring.backend import Detector
 
-    return ShapesDetector().detect
+    return Detector().detect
 
 
 def _clip(settings: DetectorSettings, device: torch.device) -> Callable[..., object]:

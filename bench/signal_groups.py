@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.signal_share import Share, common_share
 from core.seeds import derive_seed
+from models.components import torch_dtype
 from models.lora.attach import Adapter, adapter_parameters, hash_state, use_adapter
 from models.lora.files import read_adapter
 from rewards.worker import RewardScorer
@@ -24,7 +25,7 @@ from rl.loop.turns import Turns
 from rl.recipe.preflight import part_reward_set, stage_set_name
 from rl.recipe.schema import RunConfig
 from rollout.encoder import Encoder
-from rollout.engine import ROLLOUT_ADAPTER, RolloutEngine, SampleRequest, torch_dtype
+from rollout.engine import ROLLOUT_ADAPTER, RolloutEngine, SampleRequest
 from rollout.prompts import PromptGroup
 from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec, Trajectory, replay_step
 

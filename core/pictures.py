@@ -1,18 +1,22 @@
-"""Pictures that people give: any file or data URI to an upright RGB image, or the reason why not. Needs no torch."""
+"""Pictures that people give: any file or data URI to an upright RGB image, or the reason why not; contact sheets."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 DATA_URI = "data:image/"
 
 MAX_PIXELS = 89_478_485
 """Width x height of the largest picture that is read: 268 MB as RGB, and where PIL begins to suspect an attack."""
+
+_GAP = 2
 
 
 def picture_bytes(source: str | Path, name: str | None = None) -> bytes:
@@ -93,3 +97,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def contact_sheet(rows: Sequence[np.ndarray], scale: int = 3) -> Image.Image:
+    """Rows of uint8 pictures [N, H, W, 3] (all of one size) on white, pixels enlarged `scale` times, not smoothed."""
+    height, width = rows[0].shape[1:3]
+    columns = max(len(row) for row in rows)
+    step_y, step_x = height * scale + _GAP, width * scale + _GAP
+    sheet = np.full((len(rows) * step_y, columns * step_x, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            enlarged = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+            sheet[y * step_y : y * step_y + height * scale, x * step_x : x * step_x + width * scale] = (
+                enlarged
+            )
+    return Image.fromarray(sheet)

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.records import append_records, open_records
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One scalar, or one family of scalars when `name` holds placeholders in braces."""
+
+    name: str
+    unit: str
+    meaning: str
+
+    def matches(self, name: str) -> bool:
+        """Whether `name` is this metric, or one of this family."""
+        parts = re.split(r"\{\w+\}", self.name)
+        return re.fullmatch("[^/]+".join(map(re.escape, parts)), name) is not None
 
 
 class ScalarLog:

@@ -208,3 +208,8 @@ def _check_tokenizer(part: Path) -> list[str]:
     if not any((part / name).is_file() for name in _TOKENIZER_FILES):
         return [f"{part}: no tokenizer file (one of {', '.join(_TOKENIZER_FILES)})"]
     return []
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`"float32"` or `"bfloat16"` as a torch dtype; KeyError-free because the schema admits no other."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 import recipes
 from core.logs import start_logging
 from core.prompts import Prompt, PromptFileError, load_prompts
+from core.recipe import ConfigError
 from rewards.base import RewardError, RewardSet, reward_label
 from rewards.service.token import read_token
 from rl.recipe.preflight import part_reward_set, scored_parts
-from rl.recipe.schema import ConfigError, RunConfig, load_config
+from rl.recipe.schema import RunConfig, load_config
 
 log = logging.getLogger("rewards.serve")
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from core.logs import start_logging
+from core.recipe import ConfigError
 from rl.loop.checkpoint import CheckpointError, check_same_recipe, find_checkpoint, read_state
-from rl.recipe.schema import ConfigError, RunConfig, load_config, to_yaml
+from rl.recipe.schema import RunConfig, load_config, to_yaml
 
 log = logging.getLogger("rl.train")
 

@@ -11,12 +11,11 @@ from PIL import Image
 
 from core.failures import DataFailure
 from core.prompts import Prompt, load_reference
-from models.components import load_vae
+from models.components import load_vae, torch_dtype
 from models.latents import encode_images, image_to_tensor
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import PositionMode
 from models.text import PromptEmbeds, SD3TextEncoder
-from rollout.engine import torch_dtype
 from rollout.sampler import Conditioning
 from rollout.worker import WorkerInfo
 

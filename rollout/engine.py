@@ -15,7 +15,7 @@ import torch
 from core.failures import DataFailure
 from core.seeds import derive_seed
 from models.compiling import compile_blocks
-from models.components import load_scheduler, load_transformer, load_vae
+from models.components import load_scheduler, load_transformer, load_vae, torch_dtype
 from models.kontext import KontextTransformer
 from models.latents import decode_latents, latent_shape
 from models.lora.attach import (
@@ -97,11 +97,6 @@ class AdapterReceipt:
     sha256: str
     probe_shift: float
     replaced: str
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """`"float32"` or `"bfloat16"` as a torch dtype; KeyError-free because the schema admits no other."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 class RolloutEngine:

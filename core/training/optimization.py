@@ -1,13 +1,12 @@
-"""Optimizers, learning-rate schedule and the moving average of the weights."""
+"""Optimizers, and the moving average of the weights."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from worlds.shapes.training.config import Optimization
+from core.training.schedule import Optimization
 
 
 def build_optimizers(modules: Sequence[nn.Module], settings: Optimization) -> list[torch.optim.Optimizer]:
@@ -49,16 +48,6 @@ def build_optimizers(modules: Sequence[nn.Module], settings: Optimization) -> li
             )
         )
     return optimizers
-
-
-def lr_factor(step: int, steps: int, settings: Optimization) -> float:
-    """Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine."""
-    warmup = max(1, round(settings.warmup_fraction * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    floor = settings.final_lr_fraction
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class WeightAverage:

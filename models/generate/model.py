@@ -209,12 +209,12 @@ def made_on(spec: ModelSpec) -> dict[str, Any]:
     """The part of a picture's record that says where the model was and what computed."""
     from importlib.metadata import version
 
-    import rl
+    import core
 
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     places = {"model": spec.model, "vlm": spec.vlm, "adapter": spec.adapter}
     return places | {
-        "device": spec.device, "threads": spec.threads, "version": rl.__version__, "libraries": libraries,
+        "device": spec.device, "threads": spec.threads, "version": core.__version__, "libraries": libraries,
     }  # fmt: skip
 
 

@@ -33,9 +33,9 @@ def load_adapter(folder: Path, adapter: Path | None, dtype: str) -> tuple[LoraSe
     """
     import torch
 
+    from models.components import torch_dtype
     from models.lora.attach import Adapter, LoraSettings, adapter_parameters, attach_lora, hash_state
     from models.lora.files import read_adapter
-    from rollout.engine import torch_dtype
 
     transformer = _shell(folder)
     state: dict[str, torch.Tensor] | None = None

@@ -1,7 +1,7 @@
 """Samples by number, whatever they lie in: sizes to bucket them by, texts, and upright RGB pictures."""
 
+import importlib
 import logging
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,9 @@ from pretrain.data.index import named, open_index
 from pretrain.data.readers import picture_fields, reader_of
 
 log = logging.getLogger(__name__)
+
+GENERATED = {"shapes": "worlds.shapes.training.source:ShapesSource"}
+"""Kinds whose samples are drawn by code and lie in no file: where the class is, which takes a `SourceConfig`."""
 
 
 class Source(Protocol):
@@ -52,8 +55,8 @@ def open_sources(data: DataConfig) -> list[Source]:
 
 
 def _open(number: int, config: SourceConfig, data: DataConfig) -> Source:
-    if config.kind == "shapes":
-        return ShapesSource(config)
+    if config.kind in GENERATED:
+        return generated_source(config)
     source = FileSource(config, data)
     corrupt, total = source.index.corrupt, len(source) + source.known_corrupt
     if corrupt:
@@ -110,40 +113,8 @@ class FileSource:
         return tuple(pictures)
 
 
-class ShapesSource:
-    """The procedural world's training split: sample n is a function of (seed, n)."""
-
-    known_corrupt = 0
-
-    def __init__(self, config: SourceConfig) -> None:
-        from worlds.shapes.scenes.world import SIZE
-
-        self._config = config
-        self.widths = np.full(config.samples, SIZE, dtype=np.int32)
-        self.heights = self.widths
-        self.digest = f"shapes-{config.task}-{config.seed}-{config.samples}"
-        self._drawn = lru_cache(maxsize=1024)(self._draw)
-
-    def __len__(self) -> int:
-        return self._config.samples
-
-    def name(self, ordinal: int) -> tuple[str, str]:
-        return f"shapes world, seed {self._config.seed}", str(ordinal)
-
-    def texts(self, ordinal: int) -> tuple[str, ...]:
-        return (self._drawn(ordinal)[0],)
-
-    def pictures(self, ordinal: int) -> tuple[Image.Image, ...]:
-        return self._drawn(ordinal)[1]
-
-    def _draw(self, ordinal: int) -> tuple[str, tuple[Image.Image, ...]]:
-        from worlds.shapes.scenes.render import render_batch
-        from worlds.shapes.training.shapes import edit_batch, t2i_batch
-
-        if self._config.task == "t2i":
-            t2i = t2i_batch(self._config.seed, ordinal, 1)
-            prompt, scenes = t2i.prompts[0], t2i.scenes
-        else:
-            edit = edit_batch(self._config.seed, ordinal, 1)
-            prompt, scenes = edit.prompts[0], [edit.sources[0], edit.targets[0]]
-        return prompt, tuple(Image.fromarray(picture) for picture in render_batch(scenes))
+def generated_source(config: SourceConfig) -> Source:
+    """The source behind a kind of `GENERATED`; its module loads when it is used."""
+    module, _, name = GENERATED[config.kind].partition(":")
+    source: Source = getattr(importlib.import_module(module), name)(config)
+    return source

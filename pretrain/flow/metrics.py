@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from core.scalars import Metric
 from pretrain.flow.peaks import PEAK_TFLOPS
-from rl.record.metric_table import Metric
 
 if TYPE_CHECKING:
     from pretrain.flow.rank import StepFigures

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 import recipes
+from core.pictures import contact_sheet
 from models.components import load_scheduler
 from models.latents import decode_latents
+from models.sampling import sample_latents
 from pretrain.data.batch import PretrainBatch
 from pretrain.data.stream import BatchStream
 from pretrain.flow.conditions import Encoders, rows_of
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.draws import draw_noise
 from pretrain.flow.export import averaged_model
-from worlds.shapes.training.grid import contact_sheet
-from worlds.shapes.training.sampling import sample_latents
 
 _SEARCHED = 64
 _MIN_SIDE = 96

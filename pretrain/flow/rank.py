@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.cluster.process_group import join_process_group
-from core.training.optimization import lr_factor
+from core.training.schedule import Optimization, lr_factor
 from pretrain.data.batch import PretrainBatch
 from pretrain.data.prefetch import Prefetch
 from pretrain.data.stream import BatchStream
@@ -32,7 +32,6 @@ from pretrain.flow.loss import add_noise, velocity_error
 from pretrain.flow.model import FlowModel, load_model, prepare_blocks, set_trained
 from pretrain.flow.previews import draw_previews
 from pretrain.flow.sizes import measure
-from worlds.shapes.training.config import Optimization
 
 ENGINE = "engine"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from rewards.base import FatalRewardError
 from rewards.geneval.backend import ColorClassifier, Detector
-from rewards.geneval.settings import DetectorSettings
+from rewards.geneval.settings import EMBEDDED, DetectorSettings
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +34,9 @@ def load_colors(rule: str, clip: str | None, device: str) -> ColorClassifier:
 
 @cache
 def _detector(settings: DetectorSettings) -> Detector:
-    if settings.backend == "shapes":
-        from worlds.shapes.scoring.backend import ShapesDetector
-
-        return ShapesDetector()
+    if settings.backend in EMBEDDED:
+        detector: Detector = embedded(settings.backend).Detector()
+        return detector
     if settings.backend == "transformers":
         from rewards.geneval import hub
 
@@ -52,14 +53,18 @@ def _colors(rule: str, clip: str | None, device: str) -> ColorClassifier:
 
         return LabColors()
     if rule == "detector":
-        from worlds.shapes.scoring.backend import ShapesColors
-
-        return ShapesColors()
+        colors: ColorClassifier = embedded("shapes").Colors()
+        return colors
     if clip is None:
         raise FatalRewardError("clip is missing; give the path of a CLIP ViT-L/14 folder, or set colors: lab")
     from rewards.geneval import clip_colors
 
     return clip_colors.load(clip, torch_device(device))
+
+
+def embedded(backend: str) -> ModuleType:
+    """The module of an embedded world's backend: `Detector`, `Colors` and `self_check_pictures`."""
+    return importlib.import_module(EMBEDDED[backend])
 
 
 def torch_device(name: str) -> torch.device:

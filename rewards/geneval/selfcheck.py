@@ -15,11 +15,11 @@ from rewards.base import FatalRewardError
 from rewards.geneval.backend import ColorClassifier, ColorQuestion, Detections, Detector
 from rewards.geneval.detection import Detection
 from rewards.geneval.lab_colors import SRGB
-from rewards.geneval.loading import COLOR_RULES, load_colors, load_detector
+from rewards.geneval.loading import COLOR_RULES, embedded, load_colors, load_detector
 from rewards.geneval.names import COLORS
 from rewards.geneval.rewards import GenEval
 from rewards.geneval.rules import SCORE_THRESHOLD
-from rewards.geneval.settings import BACKENDS, DEVICES, PUBLISHED_SCALE
+from rewards.geneval.settings import BACKENDS, DEVICES, EMBEDDED, PUBLISHED_SCALE
 
 SCORE_TOLERANCE = 1e-3
 BOX_TOLERANCE = 2.0
@@ -70,8 +70,8 @@ def self_check(reward: GenEval, image_size: int) -> list[Finding]:
         findings.append(Finding("colours", True, f"{colors.scoring}: {colors.label}"))
     except FatalRewardError as error:
         return [*findings, Finding("loading", False, str(error))]
-    if reward.settings.backend == "shapes":
-        pictures, name = _shapes_pictures(), "circle"
+    if reward.settings.backend in EMBEDDED:
+        pictures, name = embedded(reward.settings.backend).self_check_pictures(), "circle"
     else:
         pictures, name = _pictures(image_size), "ball"
         findings.append(_tried("channels of the detector", lambda: _channels(detector)))
@@ -174,11 +174,3 @@ def _pictures(size: int) -> list[Image.Image]:
         draw.rectangle((size * 5 // 8, size // 4, size * 7 // 8, size * 5 // 8), fill=SRGB["white"])
         pictures.append(picture)
     return pictures
-
-
-def _shapes_pictures() -> list[Image.Image]:
-    from worlds.shapes.scenes.render import render
-    from worlds.shapes.scenes.world import Scene, Shape
-
-    names = ("red", "green", "blue", "yellow")
-    return [Image.fromarray(render(Scene("grey", (Shape("circle", color, 12.0, 16.0),)))) for color in names]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-BACKENDS = ("mask2former", "transformers", "shapes")
+EMBEDDED = {"shapes": "worlds.shapes.scoring.backend"}
+"""Backends of embedded worlds, which need no weights: the module of each."""
+BACKENDS = ("mask2former", "transformers", *EMBEDDED)
 DEVICES = ("auto", "cpu", "cuda")
 
 PUBLISHED_SCALE = (1333, 800)

@@ -17,11 +17,11 @@ from filelock import FileLock, Timeout
 
 import recipes
 from core.logs import start_logging
+from core.recipe import ConfigError
 from rewards.base import RewardError
 from rewards.benchmarks.registry import BENCHMARKS, Benchmark, Request
 from rl.evaluate.plan import Sampling, scoring_sha256
 from rl.evaluate.preflight import Arguments, Prepared, prepare, write_record
-from rl.recipe.schema import ConfigError
 
 log = logging.getLogger("rl.evaluate")
 

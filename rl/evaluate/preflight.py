@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.files import atomic_write_json
 from core.logs import submitted_job
+from core.recipe import ConfigError
 from models.components import METAQUERY_PARTS, PARTS
 from models.lora.load import load_adapter, model_sha256
 from models.sizes import geometry
@@ -32,7 +33,7 @@ from rl.evaluate.plan import (
     make_batches,
     reward_set_name,
 )
-from rl.recipe.schema import ConfigError, ResourcesConfig
+from rl.recipe.schema import ResourcesConfig
 
 RECORD = "evaluation.json"
 IMAGES, SPOOL = "images", "spool"

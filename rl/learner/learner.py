@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.training.ema import AdapterEma
 from models.compiling import compile_blocks
-from models.components import load_transformer
+from models.components import load_transformer, torch_dtype
 from models.lora.attach import adapter_state, attach_lora, load_adapter_state, use_adapter
 from rl.learner.batching import TrainSample
 from rl.learner.gate import LogProbGate
@@ -26,7 +26,7 @@ from rl.learner.grpo import gaussian_kl, grpo_loss
 from rl.learner.rehearsal import Rehearsal, RehearsalBatch
 from rl.learner.stats import StatsAccumulator, UpdateStats
 from rl.recipe.schema import LearnerConfig
-from rollout.engine import ReplicaSpec, attach_rollout_adapter, torch_dtype
+from rollout.engine import ReplicaSpec, attach_rollout_adapter
 from rollout.flow_sde import FlowSDEStep
 from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec, guided_velocity, replay_step
 

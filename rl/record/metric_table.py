@@ -5,8 +5,8 @@ matches any text without a slash.
 """
 
 import difflib
-import re
-from dataclasses import dataclass
+
+from core.scalars import Metric
 
 RECORD_KEYS = ("step", "stage", "part", "stage_step", "time")
 """Keys of a record that are not metrics."""
@@ -23,20 +23,6 @@ may have several records (training, evaluation); where two of them share a name,
 shows the same scalars over `step`, each stage (each part of a joint one) as a run of its own.
 
 """
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One scalar, or one family of scalars when `name` holds placeholders in braces."""
-
-    name: str
-    unit: str
-    meaning: str
-
-    def matches(self, name: str) -> bool:
-        """Whether `name` is this metric, or one of this family."""
-        parts = re.split(r"\{\w+\}", self.name)
-        return re.fullmatch("[^/]+".join(map(re.escape, parts)), name) is not None
 
 
 METRICS: tuple[Metric, ...] = (

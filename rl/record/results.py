@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 import recipes
+from core import __version__
 from core.statistics import Difference, paired_bootstrap
 from models.components import load_transformer
 from models.lora.attach import Adapter
 from models.lora.files import save_adapter, save_merged_transformer
 from rewards.base import reward_label
-from rl import __version__
 from rl.loop.stage_parts import stage_parts, stage_tasks
 from rl.loop.state import RunState
 from rl.recipe.preflight import reward_specs
@@ -122,7 +122,7 @@ class RunResults:
         """`adapter/` and `transformer/` (merged, in the released layout) of the finished run."""
         import torch
 
-        from rollout.engine import torch_dtype
+        from models.components import torch_dtype
 
         self.write_adapter(adapter, self.run_dir / "adapter")
         lora = self.config.model.lora

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core import __version__
 from core.spans import SPANS_FILE, Span
-from rl import __version__
 from rl.report.compare import ablation, differing_settings, ends
 from rl.report.curves import drawn_panels, training_table
 from rl.report.evaluations import Change, Scores, base_guidance, changes, evaluation_curves, read_scores

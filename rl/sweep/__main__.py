@@ -28,7 +28,7 @@ from pathlib import Path
 
 from core.files import atomic_write_json, atomic_write_text
 from core.logs import start_logging
-from rl.recipe.schema import ConfigError
+from core.recipe import ConfigError
 from rl.sweep.config import SweepConfig, load_sweep, row_recipe, run_name
 from rl.sweep.table import collect_rows, table_document, table_markdown
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import rl
+import core
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -68,9 +68,9 @@ def test_every_package_is_listed() -> None:
 
 def test_the_wheel_holds_every_source_and_recipe_and_no_test(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert wheel.name.startswith(f"unipic_rl-{rl.__version__}-py3-none-any")
+    assert wheel.name.startswith(f"unipic_rl-{core.__version__}-py3-none-any")
     top = {name.split("/")[0] for name in names}
-    assert top == {*TOP, f"unipic_rl-{rl.__version__}.dist-info"}
+    assert top == {*TOP, f"unipic_rl-{core.__version__}.dist-info"}
     wanted = {
         path.relative_to(ROOT).as_posix()
         for name in TOP

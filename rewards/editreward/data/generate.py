@@ -24,6 +24,7 @@ import recipes
 from core.files import file_sha256, folder_manifest
 from core.logs import start_logging
 from core.prompts import Prompt, PromptFileError, load_prompts
+from core.recipe import ConfigError
 from rewards.editreward.data.generate_config import (
     BASE,
     GenerateSection,
@@ -32,7 +33,6 @@ from rewards.editreward.data.generate_config import (
     section_problems,
 )
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
-from rl.recipe.schema import ConfigError
 
 log = logging.getLogger("rewards.editreward.data.generate")
 SHAPING = (

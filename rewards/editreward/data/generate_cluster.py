@@ -17,13 +17,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 import recipes
 from core.cluster.actors import ClusterError, connect
 from core.cluster.dispatch import Dispatcher
+from core.recipe import ConfigError
+from models.components import torch_dtype
 from models.lora.attach import Adapter, LoraSettings, State, hash_state
 from models.lora.files import read_adapter
 from models.lora.targets import DEFAULT_TARGETS
 from rewards.editreward.data.generate_config import BASE, GenerateSection
-from rl.recipe.schema import ConfigError
 from rollout.encoder import EncoderSpec, EncodeWorker
-from rollout.engine import ReplicaSpec, torch_dtype
+from rollout.engine import ReplicaSpec
 from rollout.worker import Policy, RolloutWorker
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 import filelock
 
 from core.files import atomic_write_json
-from rl.recipe.schema import ConfigError
+from core.recipe import ConfigError
 
 RECORD = "generation.json"
 LOCK = ".lock"

@@ -24,6 +24,7 @@ from PIL import Image
 import recipes
 from core.files import atomic_write_json
 from core.logs import start_logging
+from core.recipe import ConfigError
 from rewards.editreward.data.generate_config import Header, load_section
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
 from rewards.editreward.data.label_config import (
@@ -48,7 +49,6 @@ from rewards.judge.client import JudgeClient
 from rewards.judge.cost import PROMPT_BYTES, cost_lines
 from rewards.judge.protocols import Sample
 from rewards.judge.template_files import Template, TemplateError
-from rl.recipe.schema import ConfigError
 
 log = logging.getLogger("rewards.editreward.data.label")
 REPORT = "labels.json"

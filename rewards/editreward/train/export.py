@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0: exported. 2: there is nothing sound to export, or something else is in the way."""
+    from core.recipe import ConfigError
     from rewards.editreward.config import load_recipe
-    from rl.recipe.schema import ConfigError
 
     start_logging()
     try:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import recipes
 from core.cluster.process_group import join_process_group
-from core.training.optimization import lr_factor
+from core.training.schedule import Optimization, lr_factor
 from rewards.editreward.config import Recipe
 from rewards.editreward.data.index import Entry, load_corpus, read_entry, whole_groups
 from rewards.editreward.model import EditRewardModel, attach_lora, build_model, trainable
@@ -27,7 +27,6 @@ from rewards.editreward.processing import EditBatch, EditProcessor, Encoded
 from rewards.editreward.settings import EditRewardSettings
 from rewards.editreward.train.objective import edit_reward_loss
 from rewards.editreward.train.order import DataOrder
-from worlds.shapes.training.config import Optimization
 
 TRAINABLE_FILE = "trainable.safetensors"
 INDEX = "index"

@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 
 from core.prompts import Prompt
+from core.recipe import ConfigError
 from models.components import load_transformer
 from models.lora.attach import adapter_settings, adapter_state, attach_lora, hash_state
 from models.lora.files import save_adapter
@@ -30,7 +31,6 @@ from rewards.editreward.data.generate_config import GenerateSection, load_sectio
 from rewards.editreward.data.generate_plan import draw_settings, plan_edits, plan_jobs
 from rewards.editreward.data.generate_run import edit_type, read_failures
 from rewards.editreward.data.shards import EditSample, read_shard
-from rl.recipe.schema import ConfigError
 from tests.fakes.tiny_models import make_tiny_folder
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from core.recipe import ConfigError
 from rewards.editreward.__main__ import main
 from rewards.editreward.config import load_recipe
 from rewards.editreward.settings import FILE
 from rewards.editreward.train.command import train
 from rewards.editreward.train.rank import TRAINABLE_FILE
 from rewards.editreward.train.run import read_state
-from rl.recipe.schema import ConfigError
 from tests.rewards.editreward.editreward_data import make_base, make_recipe, make_samples, write_shards
 
 

@@ -17,7 +17,7 @@ from rewards.geneval.rewards import GenEval
 from tests.fakes.tiny_detectors import noise, save_tiny_clip
 from worlds.shapes.scenes.render import render
 from worlds.shapes.scenes.world import Scene, Shape
-from worlds.shapes.scoring.backend import ShapesDetector
+from worlds.shapes.scoring.backend import Detector
 
 RED_AND_BLUE = Scene("grey", (Shape("circle", "red", 8.0, 8.0), Shape("square", "blue", 23.0, 20.0)))
 RECORD = {
@@ -134,11 +134,11 @@ def test_one_clip_call_for_a_batch_and_cached_texts(folder):
         )
     images = [Image.fromarray(render(RED_AND_BLUE))] * 5
     for _ in range(2):
-        results = judge_images(images, [RECORD] * 5, ShapesDetector(), colors)
+        results = judge_images(images, [RECORD] * 5, Detector(), colors)
         assert [result.correct for result in results] == [True] * 5
     assert calls == {"image": [10, 10], "text": [30, 30]}, "ten colours, three templates, two classes, once"
     plain = {"tag": "single_object", "include": [{"class": "circle", "count": 1}]}
-    judge_images(images, [plain] * 5, ShapesDetector(), colors)
+    judge_images(images, [plain] * 5, Detector(), colors)
     assert len(calls["image"]) == 2, "nothing asks for a colour"
 
 

@@ -12,12 +12,13 @@ import httpx
 import pytest
 from PIL import Image
 
+from core.recipe import ConfigError
 from rewards import serve
 from rewards.base import RewardSpec
 from rewards.calling import RewardBatch, call_reward
 from rewards.loading import load_reward
 from rewards.serve import select_rewards
-from rl.recipe.schema import ConfigError, load_config
+from rl.recipe.schema import load_config
 from tests.fakes.service_process import ROOT, Service, served, write_recipe
 
 WITHOUT = """

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from core.recipe import ConfigError
 from rl.loop.checkpoint import (
     FOLDER,
     CheckpointError,
@@ -14,15 +15,7 @@ from rl.loop.checkpoint import (
     save_checkpoint,
 )
 from rl.loop.state import RunState, StageProgress
-from rl.recipe.schema import (
-    ConfigError,
-    RewardConfig,
-    RunConfig,
-    ServiceConfig,
-    StageConfig,
-    StagePartConfig,
-    to_yaml,
-)
+from rl.recipe.schema import RewardConfig, RunConfig, ServiceConfig, StageConfig, StagePartConfig, to_yaml
 
 
 class FileLearner:

@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from rl.recipe.schema import ConfigError, RunConfig, load_config, to_yaml
+from core.recipe import ConfigError
+from rl.recipe.schema import RunConfig, load_config, to_yaml
 
 RECIPE = {
     "name": "small",

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
+from core.recipe import ConfigError
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
-from rl.recipe.schema import ConfigError, load_config
+from rl.recipe.schema import load_config
 from rl.sweep.__main__ import main, write_recipes
 from rl.sweep.config import load_sweep
 from rl.sweep.scores import GridScores

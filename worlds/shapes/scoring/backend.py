@@ -8,21 +8,23 @@ from PIL import Image
 
 from rewards.geneval.backend import ColorQuestion, Detections
 from worlds.shapes.scenes.pictures import stack
+from worlds.shapes.scenes.render import render
+from worlds.shapes.scenes.world import Scene, Shape
 from worlds.shapes.scoring.detector import Detected, detect
 
 
-class ShapesDetector:
+class Detector:
     """Classes are the four shapes and `background`. Raises ValueError for a picture of another size."""
 
     scoring = "shapes"
     label = "shapes world, moments of connected components"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
-        """See `Detector.detect`."""
+        """See `rewards.geneval.backend.Detector.detect`."""
         return [found.detections for found in detect(stack(images))]
 
 
-class ShapesColors:
+class Colors:
     """Colour rule `detector` of the shapes world: nearest of its own colours. Only for its own detections."""
 
     scoring = "shapes"
@@ -37,3 +39,9 @@ class ShapesColors:
 
 def _color(found: Detected, question: ColorQuestion) -> str:
     return found.classify_color(question.class_name, [question.detection])[0]
+
+
+def self_check_pictures() -> list[Image.Image]:
+    """What `python -m rewards.geneval check` shows this backend: a disc in each of four colours."""
+    names = ("red", "green", "blue", "yellow")
+    return [Image.fromarray(render(Scene("grey", (Shape("circle", color, 12.0, 16.0),)))) for color in names]

@@ -9,27 +9,11 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.training.schedule import Optimization
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every problem found."""
-
-
-@dataclass
-class Optimization:
-    """How weights move. Warm-up is linear, then a cosine down to `final_lr_fraction` of the peak."""
-
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    muon_lr: float = 0.0
-    """Peak learning rate of Muon (RMS-matched to AdamW) for matrices inside blocks; 0 = AdamW for all."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    """On parameters of two or more dimensions only."""
-    gradient_clip: float = 1.0
-    warmup_fraction: float = 0.01
-    final_lr_fraction: float = 0.0
-    ema_decay: float = 0.999
 
 
 @dataclass

@@ -39,6 +39,7 @@ from models.latents import decode_latents, encode_images
 from models.metaquery.config import check_metaquery
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import POSITION_MODES, PositionMode
+from models.sampling import sample_latents
 from models.text import SD3TextEncoder
 from rewards.base import RewardOutput
 from worlds.shapes.scenes.captions import sample_t2i
@@ -47,7 +48,6 @@ from worlds.shapes.scenes.render import render_batch
 from worlds.shapes.scenes.world import Scene
 from worlds.shapes.scoring.rewards import EditShapes, GenEvalShapes
 from worlds.shapes.training.pool import load_text
-from worlds.shapes.training.sampling import sample_latents
 from worlds.shapes.training.shapes import to_tensor
 
 TASKS = ("t2i", "edit")

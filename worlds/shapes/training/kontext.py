@@ -9,15 +9,15 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from torch import Tensor, nn
 
+from core.pictures import contact_sheet
 from core.training.randomness import torch_generator
 from models.components import load_vae
 from models.kontext import KontextTransformer
 from models.latents import decode_latents
+from models.sampling import sample_latents
 from pretrain.flow.loss import add_noise, draw_sigmas, prompt_dropout_mask, velocity_error
 from worlds.shapes.training.config import KontextRecipe
-from worlds.shapes.training.grid import contact_sheet
 from worlds.shapes.training.pool import TEXT_PARTS, Pool, load_pool
-from worlds.shapes.training.sampling import sample_latents
 from worlds.shapes.training.stage import StageLoss
 
 _PREVIEWS = 12

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from core.training.optimization import WeightAverage, build_optimizers, lr_factor
+from core.training.optimization import WeightAverage, build_optimizers
+from core.training.schedule import lr_factor
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from worlds.shapes.training.config import Recipe, RecipeError
 from worlds.shapes.training.stage import Stage

@@ -9,10 +9,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor, nn
 
+from core.pictures import contact_sheet
 from core.training.randomness import torch_generator
 from worlds.shapes.scenes.world import SIZE
 from worlds.shapes.training.config import VaeRecipe
-from worlds.shapes.training.grid import contact_sheet
 from worlds.shapes.training.shapes import scene_batch, to_tensor
 from worlds.shapes.training.stage import StageLoss
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.pictures import contact_sheet
 from tests.fakes.tiny_metaquery import make_tiny_metaquery
 from worlds.shapes.scenes.edits import in_split
 from worlds.shapes.scenes.render import render_batch
@@ -15,7 +16,6 @@ from worlds.shapes.training.evaluate import (
     score,
     summarise,
 )
-from worlds.shapes.training.grid import contact_sheet
 
 
 def test_questions_are_held_out_and_repeat():
