@@ -210,6 +210,8 @@ def _check_tokenizer(part: Path) -> list[str]:
     return []
 
 
-def torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> "torch.dtype":
     """`"float32"` or `"bfloat16"` as a torch dtype; KeyError-free because the schema admits no other."""
+    import torch
+
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
