@@ -64,9 +64,7 @@ def read_recipe(
     Raises ConfigError with every unknown key (and the nearest known one), missing value, wrong type, value out of
     range and broken rule.
     """
-    given = _read_tree(path, overrides)
-    reading = _Reading()
-    recipe = reading.section(OmegaConf.create(_filled(OmegaConf.to_container(given), schema)), schema, "", others)
+    recipe, reading = _read(_read_tree(path, overrides), schema, "", others)
     readable = not reading.problems
     problems = reading.problems + reading.out_of_range
     if recipe is not None and rules is not None:
@@ -75,6 +73,16 @@ def read_recipe(
         raise ConfigError(problems)
     assert isinstance(recipe, schema)
     return recipe
+
+
+def read_overrides(overrides: Sequence[str], schema: type[R], where: str = "") -> R:
+    """`key=value` over a schema's defaults. `where`: what stands before keys in messages. Raises ConfigError."""
+    given = OmegaConf.create({})
+    _apply_overrides(given, overrides)
+    found, reading = _read(given, schema, where)
+    if found is None or reading.problems + reading.out_of_range:
+        raise ConfigError(reading.problems + reading.out_of_range)
+    return found
 
 
 def value_problems(recipe: Any, where: str = "") -> list[str]:
@@ -121,6 +129,14 @@ def flat(recipe: Any) -> dict[str, Any]:
 def to_yaml(recipe: Any) -> str:
     """A resolved recipe; it holds no secrets, since recipes read none."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(recipe))))
+
+
+def _read(
+    given: DictConfig, schema: type[R], prefix: str, others: Collection[str] = ()
+) -> tuple[R | None, _Reading]:
+    reading = _Reading()
+    tree = OmegaConf.create(_filled(OmegaConf.to_container(given), schema))
+    return reading.section(tree, schema, prefix, others), reading
 
 
 def _read_tree(path: str | Path, overrides: Sequence[str]) -> DictConfig:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipes
 from core.logs import submitted_job
 from core.prompts import Prompt, PromptFileError, load_prompts, load_reference
+from core.recipe import value_problems
 from rewards.base import RewardSet
 from rewards.checks import check_rewards
 from rl.recipe.reward_sets import part_reward_set, scored_parts
@@ -36,9 +37,11 @@ def preflight(config: RunConfig) -> Preflight:
     for part in scored_parts(config):
         found, prompts = _check_prompts(part)
         problems += found
-        if part.task not in ("edit", "t2i"):
+        # What a reward's keys say has been looked at above, and that there is one at all.
+        sound = [reward for reward in part.rewards if not value_problems(reward)]
+        if part.task not in ("edit", "t2i") or not sound:
             continue
-        reward_set = part_reward_set(part, prompts, config)
+        reward_set = part_reward_set(replace(part, rewards=sound), prompts, config)
         problems += [p for p in check_rewards(reward_set) if p not in problems]
         reward_sets.append(reward_set)
     return Preflight(problems, reward_sets)
