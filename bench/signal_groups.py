@@ -20,10 +20,10 @@ from models.lora.files import read_adapter
 from rewards.worker import RewardScorer
 from rl.loop.advantages import group_advantages
 from rl.loop.cluster import encoder_spec, replica_spec, training_spec
-from rl.loop.stage_parts import stage_parts
 from rl.loop.turns import Turns
-from rl.recipe.preflight import part_reward_set, stage_set_name
+from rl.recipe.reward_sets import part_reward_set, stage_set_name
 from rl.recipe.schema import RunConfig
+from rl.recipe.stage_parts import stage_parts
 from rollout.encoder import Encoder
 from rollout.engine import ROLLOUT_ADAPTER, RolloutEngine, SampleRequest
 from rollout.prompts import PromptGroup

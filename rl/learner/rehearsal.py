@@ -21,8 +21,8 @@ from torch import Tensor
 import recipes
 from core.prompts import Prompt, load_prompts
 from core.seeds import derive_seed
-from rl.loop.stage_parts import rehearsed_parts
 from rl.recipe.schema import RehearsalConfig, RunConfig
+from rl.recipe.stage_parts import rehearsed_parts
 from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec
 
 if TYPE_CHECKING:  # the learner runs without Ray too

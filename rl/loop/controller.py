@@ -26,12 +26,12 @@ from rl.loop.checkpoint import prune_checkpoints, save_checkpoint
 from rl.loop.cluster import Cluster, training_spec
 from rl.loop.collect import Collector, SampledGroup
 from rl.loop.publish import publish
-from rl.loop.stage_parts import stage_tasks
 from rl.loop.state import RunState, StageProgress
 from rl.loop.step import make_batch, reward_metrics, stage_learning_rate, update_metrics
 from rl.loop.turns import Turn, Turns
-from rl.recipe.preflight import stage_set_name
+from rl.recipe.reward_sets import stage_set_name
 from rl.recipe.schema import RehearsalConfig, RunConfig, StageConfig
+from rl.recipe.stage_parts import stage_tasks
 from rl.record.evaluation import Evaluator
 from rl.record.groups import GroupRecord, best_and_worst, group_record, group_samples
 from rl.record.journal import Journal

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import recipes
 from core.prompts import Prompt, load_prompts
 from rewards.monitor import RewardMonitor
-from rl.loop.stage_parts import StagePart, stage_parts
-from rl.recipe.preflight import reward_specs
+from rewards.recipe import reward_specs
 from rl.recipe.schema import RunConfig, StageConfig
+from rl.recipe.stage_parts import StagePart, stage_parts
 from rollout.prompts import GroupSampler, PromptGroup
 
 

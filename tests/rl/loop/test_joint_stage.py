@@ -12,7 +12,6 @@ import yaml
 from core.prompts import load_prompts
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
-from rl.loop.stage_parts import stage_parts, steps_of
 from rl.loop.turns import Turns
 from rl.recipe.plan import describe_run
 from rl.recipe.preflight import preflight
@@ -26,6 +25,7 @@ from rl.recipe.schema import (
     StagePartConfig,
     load_config,
 )
+from rl.recipe.stage_parts import stage_parts, steps_of
 from rl.record.evaluation import TaskScores
 from rl.record.results import RunResults
 from rl.report.curves import drawn_panels
