@@ -39,8 +39,6 @@ def main(argv: list[str] | None = None) -> int:
     """See the module's head for the exit code."""
     words = _parser().parse_args(argv)
     start_logging()
-    for noisy in ("httpx", "filelock", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         prepared = prepare(_arguments(words, BENCHMARKS[words.benchmark]))
     except ConfigError as error:
@@ -103,20 +101,19 @@ def _complete(prepared: Prepared, images: Any, scores: Any) -> None:
 
     from core.cluster.actors import connect
     from rl.evaluate.cluster import start_cluster
-    from rl.loop.publish import publish
+    from rl.workers.publish import publish
 
     generate = prepared.adapter is not None and any(images.lacks(batch) for batch in plan.batches)
-    started_here = not ray.is_initialized()
-    connect()
-    cluster = start_cluster(plan, prepared.reward_sets, prepared.adapter_settings if generate else None)
+    started_here = connect()
+    workers = start_cluster(plan, prepared.reward_sets, prepared.adapter_settings if generate else None)
     try:
         policy = None
         if generate:
             limit = plan.resources.call_timeout_s
-            policy = publish(prepared.adapter, cluster.dispatcher, previous=None, timeout_s=limit)
-        EvaluationRun(plan, images, scores, cluster, policy, Progress()).run()
+            policy = publish(prepared.adapter, workers.dispatcher, previous=None, timeout_s=limit)
+        EvaluationRun(plan, images, scores, workers, policy, Progress()).run()
     finally:
-        cluster.close()
+        workers.close()
         if started_here:
             ray.shutdown()
 

@@ -18,7 +18,7 @@ from typing import Any
 from core.files import atomic_write_json, atomic_write_text, publish_folder, verify_folder
 from core.recipe import ConfigError
 from rewards.loading import free_params
-from rl.loop.state import RunState
+from rl.record.state import RunState
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"

@@ -11,12 +11,12 @@ from typing import Any
 from core.files import atomic_write_text
 from core.spans import Span, SpanLog, timed
 from core.statistics import Difference, bootstrap_mean
-from rl.loop.state import RunState
 from rl.recipe.schema import RunConfig, to_yaml
 from rl.record.evaluation import TaskScores
 from rl.record.gallery import GallerySample, save_grid
 from rl.record.groups import GroupLog, GroupRecord, picture_path
 from rl.record.metrics import MetricsWriter
+from rl.record.state import RunState
 from rl.record.summary import RunSummary, print_summary, write_summary
 
 log = logging.getLogger(__name__)

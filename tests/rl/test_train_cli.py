@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rl.loop.checkpoint import save_checkpoint
-from rl.loop.state import RunState
 from rl.recipe.schema import load_config, to_yaml
+from rl.record.state import RunState
 from rl.train import main
 from tests.fakes.tiny_run import tiny_recipe
 

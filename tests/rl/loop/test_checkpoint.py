@@ -14,8 +14,8 @@ from rl.loop.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from rl.loop.state import RunState, StageProgress
 from rl.recipe.schema import RewardConfig, RunConfig, ServiceConfig, StageConfig, StagePartConfig, to_yaml
+from rl.record.state import RunState, StageProgress
 
 
 class FileLearner:

@@ -10,9 +10,8 @@ from PIL import Image
 
 from core.prompts import Prompt
 from rewards.scoring import GroupScore
-from rl.loop.collect import SampledGroup
 from rl.record.groups import GroupLog, GroupRecord, best_and_worst, group_record, group_samples
-from rollout.prompts import PromptGroup
+from rl.workers.requests import RolloutRequest, RolloutResult
 
 
 def record(group, rewards, step=1):
@@ -20,11 +19,11 @@ def record(group, rewards, step=1):
 
 
 def test_a_record_holds_what_each_sample_earned_and_why_a_group_was_dropped():
-    group = PromptGroup(7, 0, Prompt(0, "t2i", "a circle"), (1, 2))
+    group = RolloutRequest(7, (Prompt(0, "t2i", "a circle"),), (1, 2))
     score = GroupScore(7, [0.5, None], [True, False], {"red": [0.5, None]}, {}, {}, {}, True, "too few")
-    found = group_record(SampledGroup(group, (), None, (), score), 3, "edit")
+    found = group_record(RolloutResult(group, (), (), score), 3, "edit")
     assert found == GroupRecord(3, "edit", 7, "a circle", [0.5, None], {"red": [0.5, None]}, True, "too few")
-    failed = group_record(SampledGroup(group, (), None, (), None, "no such image"), 3, "edit")
+    failed = group_record(RolloutResult(group, (), failure="no such image"), 3, "edit")
     assert (failed.rewards, failed.components, failed.reason) == ([None, None], {}, "no such image")
     assert failed.mean is None and found.mean == 0.5
 
@@ -55,7 +54,7 @@ def test_the_first_sample_carries_the_reference_of_all():
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    group = PromptGroup(1, 0, Prompt(0, "edit", "make it red", uri), (11, 12))
+    group = RolloutRequest(1, (Prompt(0, "edit", "make it red", uri),), (11, 12))
     first, second = group_samples(group, np.stack([pixels, 255 - pixels]), [0.5, None])
     assert first.reference is not None and (first.reference == pixels).all() and second.reference is None
     assert (first.seed, second.seed, second.reward) == (11, 12, None)
