@@ -36,26 +36,29 @@ class ResourcePlan:
         return [actor for actor in self.actors if actor.role == role]
 
 
+RL_REMEDY = "lower learner.ranks, rollout.workers or resources.*_{key}"
+
+
 def shortage(
     plan: ResourcePlan,
     available: dict[str, float],
     *,
-    asks: str = "the plan needs",
-    remedy: str = "lower learner.ranks, rollout.workers or resources.*_{}s",
+    what: str = "the plan",
+    remedy: str = RL_REMEDY,
 ) -> list[str]:
     """What the cluster lacks, one line per resource; empty when the plan fits in total.
 
     Args:
-        asks: who needs it, as messages begin.
-        remedy: how to ask for less; `{}` becomes cpu or gpu.
+        what: who asks, as messages begin.
+        remedy: how to ask for less; `{}` becomes CPU or GPU, `{key}` cpus or gpus.
     """
     lines = []
     for name, wanted in (("CPU", plan.cpus), ("GPU", plan.gpus)):
         have = available.get(name, 0.0)
         if wanted > have + 1e-6:
             lines.append(
-                f"{asks} {wanted:g} {name}s, the cluster has {have:g}; add nodes (ray start --address=...) or "
-                + remedy.format(name.lower())
+                f"{what} needs {wanted:g} {name}s, the cluster has {have:g}; add nodes (ray start --address=...) or "
+                + remedy.format(name, key=f"{name.lower()}s")
             )
     return lines
 

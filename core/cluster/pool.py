@@ -63,7 +63,7 @@ def _over_ray(
 ) -> Iterator[tuple[int, Any]]:
     import ray
 
-    from core.cluster.actors import PlacedActors, connect
+    from core.cluster.actors import PlacedActors, connect, wait_ready
     from core.cluster.dispatch import Call, Dispatcher
     from core.cluster.placement import uniform_plan
 
@@ -79,14 +79,16 @@ def _over_ray(
     started_here = connect()
     try:
         placed = PlacedActors(
-            uniform_plan("task", pool.workers, pool.cpus, pool.gpus), PLACEMENT_TIMEOUT_S,
-            asks=f"{pool.workers} workers need", remedy="lower --workers or --threads",
-        )  # fmt: skip
+            uniform_plan("task", pool.workers, pool.cpus, pool.gpus),
+            f"work with {pool.workers} workers",
+            "lower --workers or --threads",
+            PLACEMENT_TIMEOUT_S,
+        )
         try:
             actors = placed.start(
                 "task", ray.remote(kind), lambda actor, _: actor.remote(spec), restarts=MAX_RESTARTS
             )
-            placed.wait_ready(START_TIMEOUT_S)
+            wait_ready(placed.by_role, START_TIMEOUT_S)
             dispatcher = Dispatcher(call_timeout_s=CALL_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S)
             dispatcher.add_pool("task", actors)
             for done in dispatcher.stream("task", usable(), ahead=QUEUED_PER_WORKER * pool.workers):

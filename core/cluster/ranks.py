@@ -100,10 +100,10 @@ class RayRanks:
         try:
             self._placed = PlacedActors(
                 uniform_plan("rank", count, resources.rank_cpus, gpus),
+                f"training with {count} ranks",
+                "lower the number of ranks or resources.rank_cpus",
                 resources.placement_timeout_s,
-                limit="resources.placement_timeout_s",
-                asks=f"{count} ranks need",
-                remedy="lower the number of ranks or resources.rank_cpus",
+                key="resources.placement_timeout_s",
             )
         except ClusterError as error:
             raise RankLost(str(error)) from error

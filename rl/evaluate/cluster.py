@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from core.cluster.actors import PlacedActors
+from core.cluster.actors import PlacedActors, wait_ready
 from core.cluster.placement import ActorPlan, ResourcePlan, bundle_of
 from models.lora.attach import LoraSettings
 from rewards.base import RewardSet
@@ -64,11 +64,14 @@ def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSetting
         replica = replica_spec(model, resources)
         encoder = encoder_spec(model, resources, sampling.negative_prompt)
     with PlacedActors(
-        placement, resources.placement_timeout_s, limit="--resources placement_timeout_s",
-        asks="the evaluation needs", remedy="lower --workers or the {}s of --resources",
-    ) as placed:  # fmt: skip
+        placement,
+        "the evaluation",
+        "lower --workers or the {}s of --resources",
+        resources.placement_timeout_s,
+        key="--resources placement_timeout_s",
+    ) as placed:
         workers = start_workers(
             placed, replica, encoder, reward_sets, resources, kinds=(SizedRolloutWorker, SizedEncodeWorker)
         )
-        placed.wait_ready(resources.start_timeout_s)
+        wait_ready(placed.by_role, resources.start_timeout_s)
         return workers

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from core.cluster.actors import PlacedActors
-from core.cluster.placement import ResourcePlan, describe_plan
+from core.cluster.actors import PlacedActors, wait_ready
+from core.cluster.placement import RL_REMEDY, ResourcePlan, describe_plan
 from rewards.base import RewardSet
 from rl.learner.worker import LearnerGroup, LearnerSpec, LearnerWorker
 from rl.recipe.placement import plan_title
@@ -45,7 +45,8 @@ def start_cluster(config: RunConfig, plan: ResourcePlan, reward_sets: list[Rewar
     resources = config.resources
     for line in describe_plan(plan, plan_title(resources)):
         log.info(line)
-    with PlacedActors(plan, resources.placement_timeout_s, limit="resources.placement_timeout_s") as placed:
+    key = "resources.placement_timeout_s"
+    with PlacedActors(plan, "the plan", RL_REMEDY, resources.placement_timeout_s, key=key) as placed:
         inprocess, replica = resources.placement == "inprocess", replica_spec(config.model, resources)
         spec = LearnerSpec(
             replica, config.learner, training_spec(config), config.seed, inprocess,
@@ -62,5 +63,5 @@ def start_cluster(config: RunConfig, plan: ResourcePlan, reward_sets: list[Rewar
         learner = LearnerGroup(
             ranks, call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s
         )
-        placed.wait_ready(resources.start_timeout_s)
+        wait_ready(placed.by_role, resources.start_timeout_s)
         return Cluster(workers, learner)
