@@ -21,9 +21,9 @@ from rewards.worker import RewardScorer
 from rl.loop.advantages import group_advantages
 from rl.loop.cluster import training_spec
 from rl.loop.schedule import StageSchedule
-from rl.loop.stage_parts import stage_parts
-from rl.recipe.preflight import part_reward_set
+from rl.recipe.reward_sets import part_reward_set
 from rl.recipe.schema import RunConfig
+from rl.recipe.stage_parts import stage_parts
 from rl.workers.start import encoder_spec, replica_spec
 from rollout.encoder import Encoder
 from rollout.engine import ROLLOUT_ADAPTER, RolloutEngine, SampleRequest

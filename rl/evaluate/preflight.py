@@ -8,12 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from core.files import atomic_write_json
 from core.logs import submitted_job
-from core.recipe import ConfigError
+from core.recipe import ConfigError, read_overrides
 from models.components import METAQUERY_PARTS, PARTS
 from models.lora.load import load_adapter, model_sha256
 from models.sizes import geometry
@@ -184,19 +181,11 @@ def _path_problems(a: Arguments) -> list[str]:
 
 def _resources(words: Sequence[str], problems: list[str]) -> ResourcesConfig:
     """`key=value` words over the defaults of a recipe's `resources`."""
-    schema = OmegaConf.structured(ResourcesConfig)
     try:
-        found = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(list(words))))
-    except OmegaConfBaseException as error:
-        problems.append(f"--resources: {str(error).splitlines()[0]}; keys are {', '.join(schema)}")
+        return read_overrides(words, ResourcesConfig, "--resources ")
+    except ConfigError as error:
+        problems += error.problems
         return ResourcesConfig()
-    assert isinstance(found, ResourcesConfig)
-    if found.device not in ("cuda", "cpu"):
-        problems.append(f"--resources device={found.device}: choose cuda or cpu")
-    for key in ("threads", "reward_workers", "reward_concurrency", "start_timeout_s", "call_timeout_s"):
-        if not getattr(found, key) > 0:
-            problems.append(f"--resources {key}={getattr(found, key)}: must be above 0")
-    return found
 
 
 def _plan(

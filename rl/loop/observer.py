@@ -19,9 +19,9 @@ from rl.learner.worker import LearnerGroup
 from rl.loop.advantages import Advantages
 from rl.loop.checkpoint import prune_checkpoints, save_checkpoint
 from rl.loop.schedule import ScheduledPart
-from rl.loop.stage_parts import stage_tasks
 from rl.loop.step import reward_metrics, update_metrics
 from rl.recipe.schema import RunConfig, StageConfig
+from rl.recipe.stage_parts import stage_tasks
 from rl.record.evaluation import Evaluator
 from rl.record.groups import GroupRecord, best_and_worst, group_record, group_samples
 from rl.record.journal import Journal

@@ -11,8 +11,8 @@ import recipes
 from core.prompts import Prompt, load_prompts
 from core.seeds import derive_seed
 from rl.learner.rehearsal import SampledPicture
-from rl.loop.stage_parts import rehearsed_parts
 from rl.recipe.schema import RunConfig
+from rl.recipe.stage_parts import rehearsed_parts
 from rl.workers.collect import Collector
 from rl.workers.requests import batch_requests
 from rollout.sampler import SamplingSpec

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import recipes
 from core.prompts import Prompt, load_prompts
 from rewards.monitor import RewardMonitor
-from rl.loop.stage_parts import StagePart, stage_parts
-from rl.recipe.preflight import reward_specs, stage_set_name
+from rewards.recipe import reward_specs
+from rl.recipe.reward_sets import stage_set_name
 from rl.recipe.schema import LearnerConfig, RunConfig, StageConfig
+from rl.recipe.stage_parts import StagePart, stage_parts
 from rl.record.state import StageProgress
 from rollout.prompts import GroupSampler, PromptGroup
 

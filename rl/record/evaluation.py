@@ -21,8 +21,8 @@ from core.files import atomic_write_json
 from core.prompts import Prompt, load_prompts, load_reference
 from core.seeds import derive_seed
 from rewards.scoring import GroupScore
+from rl.recipe.reward_sets import evaluation_set_name
 from rl.recipe.schema import EvaluationConfig, EvaluationTaskConfig
-from rl.record.evaluation_sets import evaluation_set_name
 from rl.record.gallery import GallerySample
 from rl.workers.collect import Collector
 from rl.workers.requests import batch_requests

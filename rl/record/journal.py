@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from core.files import atomic_write_text
+from core.recipe import to_yaml
 from core.spans import Span, SpanLog, timed
 from core.statistics import Difference, bootstrap_mean
-from rl.recipe.schema import RunConfig, to_yaml
+from rl.recipe.schema import RunConfig
 from rl.record.evaluation import TaskScores
 from rl.record.gallery import GallerySample, save_grid
 from rl.record.groups import GroupLog, GroupRecord, picture_path

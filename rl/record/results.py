@@ -15,9 +15,9 @@ from models.components import load_transformer
 from models.lora.attach import Adapter
 from models.lora.files import save_adapter, save_merged_transformer
 from rewards.base import reward_label
-from rl.loop.stage_parts import stage_parts, stage_tasks
-from rl.recipe.preflight import reward_specs
+from rewards.recipe import reward_specs
 from rl.recipe.schema import RunConfig
+from rl.recipe.stage_parts import stage_parts, stage_tasks
 from rl.record.alarms import reward_hacking
 from rl.record.evaluation import Evaluator, TaskScores
 from rl.record.gallery import before_after_sheet

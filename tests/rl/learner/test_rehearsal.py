@@ -12,8 +12,8 @@ from rl.learner.rehearsal import Rehearsal, RehearsalPicture, SampledPicture, ra
 from rl.learner.stats import StatsAccumulator
 from rl.learner.worker import LearnerGroup, LearnerRank, LearnerSpec
 from rl.loop.rehearsal import draw_pictures, rehearsal_prompts
-from rl.loop.stage_parts import rehearsed_parts
 from rl.recipe.schema import EmaConfig, RehearsalConfig, StageConfig, StagePartConfig, load_config
+from rl.recipe.stage_parts import rehearsed_parts
 from rollout.engine import RolloutEngine, SampleRequest
 from rollout.sampler import SamplingSpec
 from tests.fakes.tiny_models import make_tiny_folder

@@ -4,7 +4,8 @@ import logging
 
 import pytest
 
-from core.recipe import ConfigError
+from core.recipe import ConfigError, to_yaml
+from rewards.recipe import RewardConfig, ServiceConfig, StagePartConfig
 from rl.loop.checkpoint import (
     FOLDER,
     CheckpointError,
@@ -14,7 +15,7 @@ from rl.loop.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from rl.recipe.schema import RewardConfig, RunConfig, ServiceConfig, StageConfig, StagePartConfig, to_yaml
+from rl.recipe.schema import RunConfig, StageConfig
 from rl.record.state import RunState, StageProgress
 
 

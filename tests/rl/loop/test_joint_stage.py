@@ -13,7 +13,6 @@ from core.prompts import load_prompts
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
 from rl.loop.schedule import StageSchedule
-from rl.loop.stage_parts import stage_parts, steps_of
 from rl.recipe.plan import describe_run
 from rl.recipe.preflight import preflight
 from rl.recipe.reward_plan import reward_lines
@@ -26,6 +25,7 @@ from rl.recipe.schema import (
     StagePartConfig,
     load_config,
 )
+from rl.recipe.stage_parts import stage_parts, steps_of
 from rl.record.evaluation import TaskScores
 from rl.record.results import RunResults
 from rl.report.curves import drawn_panels
