@@ -22,7 +22,9 @@ def _no_bool(value: Any) -> Any:
 
 def _folder_name(value: str) -> str:
     if value.strip() in ("", ".", "..") or not value.isprintable() or set(value) & set("/\\"):
-        raise ValueError("a folder is called so: no '/', '\\' or control character in it, and neither '.' nor '..'")
+        raise ValueError(
+            "a folder is called so: no '/', '\\' or control character in it, and neither '.' nor '..'"
+        )
     return value
 
 

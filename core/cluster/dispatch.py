@@ -131,9 +131,9 @@ class Dispatcher:
         """
         if not self.outstanding(role):
             raise RuntimeError("nothing was submitted")
-        asked = list(self._pools.values()) if role is None else [self._pools[role]]
+        pools = list(self._pools.values()) if role is None else [self._pools[role]]
         while True:
-            for pool in asked:
+            for pool in pools:
                 if pool.finished:
                     return pool.finished.popleft()
             self._fill()

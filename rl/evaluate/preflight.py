@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import atomic_write_json
-from core.logs import submitted_job
+from core.logs import relative_path_problems
 from core.recipe import ConfigError, read_overrides
 from models.components import METAQUERY_PARTS, PARTS
 from models.lora.load import load_adapter, model_sha256
@@ -59,7 +59,7 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class EvaluationJob:
     """A plan that can run. record: what its pictures are made from; scorers: one per part, none to generate only."""
 
     plan: Plan
@@ -75,7 +75,7 @@ class Prepared:
         return ImageStore(plan.benchmark.layout, plan.images, plan.count, spool)
 
 
-def prepare(arguments: Arguments) -> Prepared:
+def prepare(arguments: Arguments) -> EvaluationJob:
     """Read and check everything; nothing is written. Raises ConfigError with all problems found."""
     problems = _value_problems(arguments)
     resources = _resources(arguments.resources, problems)
@@ -106,14 +106,14 @@ def prepare(arguments: Arguments) -> Prepared:
     if problems:
         raise ConfigError(problems)
     scorers = [scorer_of(part) for part in plan.parts if scored]
-    return Prepared(plan, record, scorers, reward_sets, adapter, settings)
+    return EvaluationJob(plan, record, scorers, reward_sets, adapter, settings)
 
 
-def write_record(prepared: Prepared) -> None:
+def write_record(job: EvaluationJob) -> None:
     """Say in the output folder what its pictures are made from, for the next run to compare."""
-    path = prepared.plan.output / RECORD
+    path = job.plan.output / RECORD
     if not path.exists():
-        atomic_write_json(path, prepared.record)
+        atomic_write_json(path, job.record)
 
 
 def scorer_of(part: Part) -> Scorer:
@@ -168,21 +168,15 @@ def _value_problems(arguments: Arguments) -> list[str]:
 
 
 def _path_problems(a: Arguments) -> list[str]:
-    """Under a submitted job the driver runs in a temporary copy, which other nodes do not see."""
     paths = {"output": a.output, "model": a.model, "images": a.images, "adapter": a.adapter}
     paths |= {"vlm": a.vlm, "data": a.request.data, "references": a.request.references}
-    return [
-        f"--{name} {path} is relative, and a submitted job runs in a temporary copy of the working directory; give an "
-        "absolute path that every node sees"
-        for name, path in paths.items()
-        if path is not None and not path.is_absolute() and submitted_job()
-    ]
+    return relative_path_problems({f"--{name} {path}": path for name, path in paths.items()})
 
 
-def _resources(words: Sequence[str], problems: list[str]) -> ResourcesConfig:
-    """`key=value` words over the defaults of a recipe's `resources`."""
+def _resources(given: Sequence[str], problems: list[str]) -> ResourcesConfig:
+    """`key=value` arguments over the defaults of a recipe's `resources`."""
     try:
-        return read_overrides(words, ResourcesConfig, "--resources ")
+        return read_overrides(given, ResourcesConfig, "--resources ")
     except ConfigError as error:
         problems += error.problems
         return ResourcesConfig()

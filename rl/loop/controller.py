@@ -18,17 +18,18 @@ from pathlib import Path
 import ray
 
 from core.progress import Progress
+from rl.learner.batching import TrainBatch
+from rl.learner.stats import UpdateStats
 from rl.loop.cluster import Cluster, training_spec
 from rl.loop.observer import Observer, StepOutcome
-from rl.loop.rehearsal import draw_pictures
-from rl.loop.schedule import ScheduledPart, StageSchedule
+from rl.loop.rehearsal import prepare_rehearsal
+from rl.loop.schedule import ScheduledPart, StageSchedule, stage_learning_rate
 from rl.loop.step import group_requests, make_batch
-from rl.recipe.schema import RehearsalConfig, RunConfig, StageConfig
+from rl.recipe.schema import RunConfig, StageConfig
 from rl.record.state import RunState, StageProgress
 from rl.workers.collect import Collector
 from rl.workers.publish import publish
 from rl.workers.requests import RolloutResult
-from rollout.prompts import PromptGroup
 from rollout.worker import Policy
 
 log = logging.getLogger(__name__)
@@ -52,99 +53,70 @@ class Controller:
         fresh: bool,
     ):
         self.config, self.state, self.run_dir, self.resumed = config, state, run_dir, resumed
-        self.dispatcher, self.learner = cluster.workers.dispatcher, cluster.learner
+        self.workers, self.learner = cluster.workers, cluster.learner
         self.spec = training_spec(config)
-        self.rollout = Collector(self.dispatcher, cluster.workers.encoder, Progress())
-        self.observer = Observer(config, cluster.learner, self.rollout, run_dir, state, resumed, fresh=fresh)
-        self.policy: Policy | None = None
-        self._encode_negative(cluster.workers.encoder)
+        self.rollout = Collector(self.workers.dispatcher, self.workers.encoder, Progress())
+        self.observer = Observer(config, self.learner, self.rollout, run_dir, state, resumed, fresh=fresh)
+        self._policy: Policy | None = None
 
     def run(self) -> None:
         """All remaining stages, with evaluation of every task before, between and after them."""
         self.learner.check_sees(self.run_dir)
+        self._encode_negative()
         if self.resumed:
             self.learner.load(self.resumed / "learner")
-        self.observer.begin_run(self._publish(max(self.state.version, 1)))
+        self._publish(max(self.state.version, 1))
+        self.observer.begin_run(self.policy)
         for index, stage in list(enumerate(self.config.stages))[self.state.stage :]:
-            self._train_stage(index, stage)
+            self._begin_stage(index, stage)
+            self._train(stage)
+            self.observer.close_stage(index, self.policy)
         self.observer.close_run()
 
-    def _train_stage(self, index: int, stage: StageConfig) -> None:
-        progress = self._begin_stage(index, stage)
-        schedule = StageSchedule(stage, self.config)
+    def _train(self, stage: StageConfig) -> None:
+        """The algorithm: the stage's remaining steps."""
+        config, progress = self.config, self.state.stages[-1]
+        schedule = StageSchedule(stage, config)
         for step in schedule.remaining_steps(progress):
-            began = time.monotonic()
+            number, clock = self.state.step + 1, Clock()
             part, groups = schedule.part(step), schedule.groups(step)  # pure: which prompts, which seeds
-            outcome = self._step(part, groups, schedule.learning_rate(step))
-            assert self.policy is not None
-            self.observer.close_step(stage, part, outcome, self.policy, time.monotonic() - began)
-        assert self.policy is not None
-        self.observer.close_stage(index, self.policy)
+            requests = group_requests(groups, self.spec)
+            sampled = self.rollout.sample(  # yields each group as it finishes
+                requests, self.spec, self.policy, step=number, chunk_size=config.rollout.chunk_size
+            )
+            scored = self.rollout.score(  # overlaps with the rest of the rollout
+                sampled, part.reward_set, step=number, total=sum(len(group.seeds) for group in groups)
+            )
+            results = sorted(scored, key=lambda result: result.request.id)
+            clock.lap("rollout")
+            self._guard(part, results)
+            batch, advantages = make_batch(results, config)  # complete groups, advantages
+            rate = stage_learning_rate(config.learner, step, stage.steps)
+            stats = self._update(batch, rate, number)  # clipped objective, LoRA only
+            clock.lap("update")
+            if stats:
+                with self.observer.journal.timed("publish", number):
+                    self._publish(self.state.version + 1, updated=True)  # returns only when verified
+            clock.lap("publish")
+            outcome = StepOutcome(results, advantages, batch.num_samples, stats, rate, clock.laps)
+            self.observer.close_step(stage, part, outcome, self.policy)  # metrics, gallery, checkpoint
 
-    def _step(self, part: ScheduledPart, groups: list[PromptGroup], learning_rate: float) -> StepOutcome:
-        """One step of the algorithm: rollout with streamed rewards, advantages, update, publish."""
-        assert self.policy is not None
-        step, clock = self.state.step + 1, Clock()
-        requests = group_requests(groups, self.spec)
-        sampled = self.rollout.sample(  # yields each group as it finishes
-            requests, self.spec, self.policy, step=step, chunk_size=self.config.rollout.chunk_size
-        )
-        total = sum(len(group.seeds) for group in groups)
-        scored = self.rollout.score(
-            sampled, part.reward_set, step=step, total=total
-        )  # overlaps with the rollout
-        results = sorted(scored, key=lambda result: result.request.id)
-        clock.lap("rollout")
-        self._guard(part, results)
-        batch, advantages = make_batch(results, self.config)  # complete groups alone
-        stats, spans = self.learner.update(batch, learning_rate) if batch.updates else ([], [])
-        self.observer.journal.update_spans(spans, step)
-        clock.lap("update")
-        if stats:
-            with self.observer.journal.timed("publish", step):
-                self._publish(self.state.version + 1, updated=True)
-        clock.lap("publish")
-        return StepOutcome(results, advantages, batch.num_samples, stats, learning_rate, clock.laps)
+    @property
+    def policy(self) -> Policy:
+        """What the replicas sample with."""
+        assert self._policy is not None, "nothing was published yet"
+        return self._policy
 
-    def _begin_stage(self, index: int, stage: StageConfig) -> StageProgress:
-        """Where the stage stands; at its start adapter and reference, and what it rehearses."""
+    def _begin_stage(self, index: int, stage: StageConfig) -> None:
+        """At a stage's start its adapter and KL reference; at every start within it, what it rehearses."""
         state = self.state
         if len(state.stages) == index:
             state.stage = index
             state.stages.append(StageProgress(stage.name))
             self.learner.begin_stage()
             self._publish(state.version + 1)
-        progress = state.stages[index]
-        if stage.rehearsal is not None and progress.steps < stage.steps:
-            self._prepare_rehearsal(index, stage.rehearsal)
-        return progress
-
-    def _prepare_rehearsal(self, index: int, rehearsal: RehearsalConfig) -> None:
-        """Draw with the stage's first policy what its updates rehearse; a run resumed within it draws the same."""
-        began = time.monotonic()
-        adapter = self.learner.reference_adapter(self.state.version)
-        policy = Policy(adapter.version, adapter.sha256, (ray.put(adapter),))
-        pictures = draw_pictures(self.rollout, self.config, index, policy, self.state.step)
-        self.learner.rehearse(rehearsal, pictures)
-        self.state.seconds += time.monotonic() - began
-
-    def _publish(self, version: int, *, updated: bool = False) -> Policy:
-        """Give the live adapter to the replicas, unless they have it; an update must have changed it (`updated`).
-
-        Returns only when it is verified.
-        """
-        adapter = self.learner.adapter(version, shipped=False)
-        if self.policy is not None and adapter.sha256 == self.policy.sha256:
-            if updated:
-                raise RuntimeError(
-                    f"the update after version {self.state.version} left every adapter tensor unchanged: the "
-                    "optimizer does not reach the adapter"
-                )
-            return self.policy
-        limit = self.config.resources.call_timeout_s
-        self.policy = publish(adapter, self.dispatcher, previous=self.policy, timeout_s=limit)
-        self.state.version = version
-        return self.policy
+        if stage.rehearsal is not None and state.stages[index].steps < stage.steps:
+            prepare_rehearsal(self.learner, self.rollout, self.config, state)
 
     def _guard(self, part: ScheduledPart, results: Sequence[RolloutResult]) -> None:
         """Stop before an update that rewards or prompts would make worthless."""
@@ -161,9 +133,32 @@ class Controller:
                 "log names each"
             )
 
-    def _encode_negative(self, encoder: object) -> None:
+    def _update(self, batch: TrainBatch, rate: float, step: int) -> list[UpdateStats]:
+        """One entry per optimizer update; none where no group has spread in its rewards."""
+        if not batch.updates:
+            log.warning("step %d: no group has spread in its rewards; nothing to learn", step)
+            return []
+        stats, spans = self.learner.update(batch, rate)
+        self.observer.journal.update_spans(spans, step)
+        return stats
+
+    def _publish(self, version: int, *, updated: bool = False) -> None:
+        """Give the live adapter to the replicas, unless they have it; an update must have changed it (`updated`)."""
+        adapter = self.learner.adapter(version, shipped=False)
+        if self._policy is not None and adapter.sha256 == self._policy.sha256:
+            if not updated:
+                return
+            raise RuntimeError(
+                f"the update after version {self.state.version} left every adapter tensor unchanged: the optimizer "
+                "does not reach the adapter"
+            )
+        limit = self.config.resources.call_timeout_s
+        self._policy = publish(adapter, self.workers.dispatcher, previous=self._policy, timeout_s=limit)
+        self.state.version = version
+
+    def _encode_negative(self) -> None:
         """The negative prompt's embedding, once for the run, for sampling and for the replay."""
-        ref = encoder.encode_text.remote(self.config.rollout.negative_prompt)  # type: ignore[attr-defined]
+        ref = self.workers.encoder.encode_text.remote(self.config.rollout.negative_prompt)
         negative = ray.get(ref, timeout=self.config.resources.call_timeout_s)
         self.rollout.negative = ray.put(negative)
         self.learner.set_negative(negative)

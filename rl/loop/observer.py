@@ -95,14 +95,12 @@ class Observer:
             self.state.seconds += time.monotonic() - began
 
     def close_step(
-        self, stage: StageConfig, part: ScheduledPart, outcome: StepOutcome, policy: Policy, seconds: float
+        self, stage: StageConfig, part: ScheduledPart, outcome: StepOutcome, policy: Policy
     ) -> None:
         """Metrics, pictures, evaluation. The checkpoint comes last, so that what it promises is on disk."""
         config, progress = self.config, self.state.stages[-1]
-        if not outcome.stats:
-            log.warning("step %d: no group has spread in its rewards; nothing to learn", self.state.step + 1)
         metrics = self._metrics(outcome, policy)
-        self._account(outcome, metrics, seconds)
+        self._account(outcome, metrics)
         step = self.state.step
         self.journal.spans(self.rollout.spans)
         records = [group_record(result, step, stage.name) for result in outcome.results]
@@ -151,8 +149,8 @@ class Observer:
             "workers/redispatched_chunks": redispatched,
         }
 
-    def _account(self, outcome: StepOutcome, metrics: dict[str, Any], seconds: float) -> None:
-        state, progress = self.state, self.state.stages[-1]
+    def _account(self, outcome: StepOutcome, metrics: dict[str, Any]) -> None:
+        state, progress, seconds = self.state, self.state.stages[-1], metrics["time/step"]
         state.step += 1
         progress.steps += 1
         progress.seconds += seconds

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
+import ray
 import torch
 
 import recipes
 from core.prompts import Prompt, load_prompts
 from core.seeds import derive_seed
 from rl.learner.rehearsal import SampledPicture
+from rl.learner.worker import LearnerGroup
 from rl.recipe.schema import RunConfig
 from rl.recipe.stage_parts import rehearsed_parts
+from rl.record.state import RunState
 from rl.workers.collect import Collector
 from rl.workers.requests import batch_requests
 from rollout.sampler import SamplingSpec
@@ -29,6 +33,19 @@ def rehearsal_prompts(sets: Sequence[Sequence[Prompt]], count: int, seed: int) -
         wanted = (count - len(chosen)) // (len(sets) - i)
         chosen += [prompts[k] for k in torch.randperm(len(prompts), generator=generator)[:wanted].tolist()]
     return chosen
+
+
+def prepare_rehearsal(
+    learner: LearnerGroup, collector: Collector, config: RunConfig, state: RunState
+) -> None:
+    """Draw with a stage's first policy what its updates rehearse; a run resumed within it draws the same."""
+    began = time.monotonic()
+    adapter = learner.reference_adapter(state.version)
+    policy = Policy(adapter.version, adapter.sha256, (ray.put(adapter),))
+    rehearsal = config.stages[state.stage].rehearsal
+    assert rehearsal is not None
+    learner.rehearse(rehearsal, draw_pictures(collector, config, state.stage, policy, state.step))
+    state.seconds += time.monotonic() - began
 
 
 def draw_pictures(

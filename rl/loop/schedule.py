@@ -34,12 +34,12 @@ class StageSchedule:
     """The steps of a stage: its parts take one step each, in their order."""
 
     def __init__(self, stage: StageConfig, config: RunConfig) -> None:
-        self.stage, self._learner = stage, config.learner
+        self._steps = stage.steps
         self._parts = [_scheduled(part, config) for part in stage_parts(stage)]
 
     def remaining_steps(self, progress: StageProgress) -> Iterator[int]:
         """Steps from 0 that are not done yet."""
-        while progress.steps < self.stage.steps:
+        while progress.steps < self._steps:
             yield progress.steps
 
     def part(self, step: int) -> ScheduledPart:
@@ -52,10 +52,6 @@ class StageSchedule:
         own = part.sampler.groups(part.prompts, step // len(self._parts))
         first = step * part.sampler.prompts_per_rollout
         return [replace(group, id=first + slot, step=step) for slot, group in enumerate(own)]
-
-    def learning_rate(self, step: int) -> float:
-        """The rate of a step."""
-        return stage_learning_rate(self._learner, step, self.stage.steps)
 
 
 def stage_learning_rate(config: LearnerConfig, done: int, steps: int) -> float:

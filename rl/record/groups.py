@@ -6,15 +6,14 @@ of `rl/record/gallery.py`) shows the samples of the two groups at the ends, at t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.prompts import load_reference
-from core.records import append_records, open_records
 from rl.record.gallery import GallerySample
 from rl.workers.requests import RolloutRequest, RolloutResult
 
@@ -44,18 +43,6 @@ class GroupRecord:
         """Mean reward of the scored samples; None when there is none."""
         scored = [reward for reward in self.rewards if reward is not None]
         return sum(scored) / len(scored) if scored else None
-
-
-class GroupLog:
-    """The records of a run in `folder/groups.jsonl`; `resume_step` and errors as in `MetricsWriter`."""
-
-    def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
-        self.path = Path(folder) / GROUPS_FILE
-        open_records(self.path, resume_step)
-
-    def add(self, records: Iterable[GroupRecord]) -> None:
-        """Append the records of one step."""
-        append_records(self.path, (asdict(record) for record in records))
 
 
 def group_record(result: RolloutResult, step: int, stage: str) -> GroupRecord:

@@ -172,6 +172,6 @@ class Collector:
     def _note_sample(self, info: SampleInfo, policy: Policy, step: int) -> None:
         if info.policy_sha256 != policy.sha256:
             raise RuntimeError(
-                f"{info.worker} sampled with adapter {info.policy_sha256[:12]}, asked was {policy.sha256[:12]}"
+                f"{info.worker} sampled with adapter {info.policy_sha256[:12]}, asked for was {policy.sha256[:12]}"
             )
         self.spans.append(Span("rollout", info.worker, info.started, info.started + info.seconds, step))

@@ -1,4 +1,4 @@
-"""What is asked of the workers, and what came of it. Tensors are references here: they stay in the object store."""
+"""Requests to the workers, and their results. Tensors are references here: they stay in the object store."""
 
 from __future__ import annotations
 

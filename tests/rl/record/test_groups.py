@@ -9,9 +9,12 @@ import pytest
 from PIL import Image
 
 from core.prompts import Prompt
+from core.spans import Span, read_spans
 from rewards.scoring import GroupScore
-from rl.record.groups import GroupLog, GroupRecord, best_and_worst, group_record, group_samples
+from rl.record.groups import GroupRecord, best_and_worst, group_record, group_samples
+from rl.record.journal import Journal
 from rl.workers.requests import RolloutRequest, RolloutResult
+from tests.rl.report.report_runs import config
 
 
 def record(group, rewards, step=1):
@@ -35,18 +38,23 @@ def test_best_and_worst_by_mean_over_what_was_scored():
     assert best_and_worst(records[2:3]) == []
 
 
-def test_a_resumed_run_drops_the_steps_it_does_again(tmp_path):
-    log = GroupLog(tmp_path)
-    log.add([record(1, [0.1, None])])
-    log.add([record(2, [0.2, 0.3], step=2)])
-    GroupLog(tmp_path, resume_step=1).add([record(3, [0.4, 0.5], step=2)])
+def test_a_resumed_run_drops_the_groups_and_spans_of_steps_it_does_again(tmp_path):
+    def spans(step):
+        return [Span("rollout", "rollout-0", 10.0 * step, 10.0 * step + 2.5, step)]
+
+    journal = Journal(tmp_path, config("made"), resume_step=None)
+    for step, rewards in ((1, [0.1, None]), (2, [0.2, 0.3])):
+        journal.groups([record(step, rewards, step=step)])
+        journal.spans(spans(step))
+    Journal(tmp_path, config("made"), resume_step=1).groups([record(3, [0.4, 0.5], step=2)])
     lines = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
     assert [(line["step"], line["group"], line["rewards"]) for line in lines] == [
         (1, 1, [0.1, None]),
         (2, 3, [0.4, 0.5]),
     ]
+    assert read_spans(tmp_path / "spans.jsonl") == spans(1)
     with pytest.raises(FileExistsError):
-        GroupLog(tmp_path)
+        Journal(tmp_path, config("made"), resume_step=None)
 
 
 def test_the_first_sample_carries_the_reference_of_all():
