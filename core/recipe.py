@@ -207,11 +207,7 @@ def _defaults(schema: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return (
-        dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else value
-    )
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _escaped(node: Any) -> Any:
@@ -315,9 +311,7 @@ class _Reading:
                 continue
             readable = False
             said = (
-                "null is not allowed;"
-                if value is None
-                else f"Value '{value}' of type '{type(value).__name__}'"
+                "null is not allowed;" if value is None else f"Value '{value}' of type '{type(value).__name__}'"
             )
             self.problems.append(f"key '{name}': {said} must be {expectation(inner)}")
         return readable

@@ -24,7 +24,7 @@ PLACEMENT_TIMEOUT_S = 600.0
 MAX_RESTARTS = 3
 
 Keyed = tuple[int, Callable[[], tuple[Any, ...]]]
-"""A call's key, and what gives its arguments when it is about to start; it may raise DataFailure as the call itself may."""
+"""A call's key, and what gives its arguments when it is to start; that may raise DataFailure as the call itself may."""
 
 
 @dataclass(frozen=True)

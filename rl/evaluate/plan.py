@@ -142,7 +142,7 @@ def prompts_sha256(items: Sequence[Item]) -> str:
 
 
 def scoring_sha256(plan: Plan, scorers: Sequence[Scorer]) -> str:
-    """Over all that decides a picture's score, given the picture: the rewards and the prompts' metadata that they read."""
+    """Over all that decides a given picture's score: the rewards, and the prompts with the metadata that they read."""
     metadata = [[item.key, item.prompt.metadata] for item in plan.items]
     text = json.dumps([[asdict(scorer) for scorer in scorers], metadata], sort_keys=True, default=str)
     return hashlib.sha256(f"{text}\n{prompts_sha256(plan.items)}".encode()).hexdigest()

@@ -14,7 +14,8 @@ from rl.report.runs import Run, reward_name
 
 @dataclass(frozen=True)
 class Scores:
-    """Per-prompt scores (None: not scored) at one moment. `name` is a task, or `task/label` for an independent reward (weight 0)."""
+    """Per-prompt scores (None: not scored) of one evaluation, `moment`. `name` is a task, or `task/label` for an
+    independent reward (one of weight 0)."""
 
     name: str
     moment: str
