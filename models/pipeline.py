@@ -11,18 +11,9 @@ from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from models.components import (
-    PARTS,
-    TEXT_ENCODERS,
-    TOKENIZERS,
-    check_model_folder,
-    load_scheduler,
-    load_text_encoder,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
-)
+from models.components import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from models.drawing import DrawingOptions, DrawingPipeline, Generators, PromptRows
+from models.folders import PARTS, TEXT_ENCODERS, TOKENIZERS, check_model_folder, require
 from models.kontext import KontextTransformer
 from models.text import PromptEmbeds, SD3TextEncoder
 
@@ -85,9 +76,7 @@ class KontextPipeline(DrawingPipeline):
         if unknown:
             raise ValueError(f"unknown components {unknown}: a pipeline has {', '.join(PARTS)}")
         needed = [name for name in PARTS if name not in components]
-        problems = check_model_folder(folder, needed)
-        if problems:
-            raise FileNotFoundError("; ".join(problems))
+        require(check_model_folder(folder, needed))
         loaders = {
             "transformer": lambda: load_transformer(folder, dtype=torch_dtype, device=device),
             "vae": lambda: load_vae(folder, device=device),

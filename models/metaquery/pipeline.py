@@ -10,18 +10,11 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from models.components import (
-    METAQUERY_PARTS,
-    check_model_folder,
-    check_vlm_folder,
-    load_conditioner,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-)
+from models.components import load_scheduler, load_transformer, load_vae
 from models.drawing import DrawingOptions, DrawingPipeline, Generators, PromptRows
+from models.folders import METAQUERY_PARTS, check_model_folder, check_vlm_folder, require
 from models.kontext import KontextTransformer
-from models.metaquery.conditioner import MetaQueryConditioner
+from models.metaquery.conditioner import MetaQueryConditioner, load_conditioner
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import PositionMode, QueryReader
 from models.metaquery.vlm import load_vlm
@@ -88,9 +81,7 @@ class MetaQueryPipeline(DrawingPipeline):
             FileNotFoundError: every part of either folder that is missing.
             ValueError: as `__init__`, `MetaQueryConditioner.from_pretrained` and `models.metaquery.vlm.load_vlm`.
         """
-        problems = check_model_folder(folder, METAQUERY_PARTS) + check_vlm_folder(vlm_folder)
-        if problems:
-            raise FileNotFoundError("; ".join(problems))
+        require(check_model_folder(folder, METAQUERY_PARTS) + check_vlm_folder(vlm_folder))
         vlm, tokenizer, image_processor = load_vlm(vlm_folder, dtype=torch_dtype, device=device)
         return cls(
             transformer=load_transformer(folder, dtype=torch_dtype, device=device),

@@ -27,18 +27,12 @@ from torch import Tensor
 
 from core.seeds import numpy_generator
 from core.training.randomness import torch_generator
-from models.components import (
-    check_model_folder,
-    is_metaquery_folder,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-)
+from models.components import load_scheduler, load_transformer, load_vae
 from models.kontext import KontextTransformer
 from models.latents import decode_latents, encode_images
-from models.metaquery.config import check_metaquery
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import POSITION_MODES, PositionMode
+from models.preflight import model_problems
 from models.sampling import sample_latents
 from models.text import SD3TextEncoder
 from rewards.base import RewardOutput
@@ -270,24 +264,19 @@ def as_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def _problems(base: str, vlm: str | None, references: Sequence[str]) -> list[str]:
-    metaquery = is_metaquery_folder(base)
-    if metaquery != (vlm is not None):
-        return [
-            f"{base} has {'a' if metaquery else 'no'} conditioner/: {'give' if metaquery else 'leave out'} --vlm"
-        ]
-    if vlm is None:
-        hidden = ["--references: without a VLM the transformer alone can be shown the picture to edit"]
-        return check_model_folder(base) + ([] if "transformer" in references else hidden)
-    return check_metaquery(base, vlm)
+def _problems(base: Path, vlm: Path | None, references: Sequence[str]) -> list[str]:
+    problems = model_problems(base, vlm, model_key="BASE", vlm_key="--vlm")
+    if vlm is None and "transformer" not in references:
+        problems.append("--references: without a VLM the transformer alone can be shown the picture to edit")
+    return problems
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m worlds.shapes.training.evaluate", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("base", help="model folder in the released layout")
-    parser.add_argument("--vlm", help="folder of the Qwen2.5-VL of a MetaQuery base")
+    parser.add_argument("base", type=Path, metavar="BASE", help="model folder in the released layout")
+    parser.add_argument("--vlm", type=Path, help="folder of the Qwen2.5-VL of a MetaQuery base")
     parser.add_argument("--position-mode", choices=POSITION_MODES, default="flat", help="of the VLM")
     parser.add_argument(
         "--references", nargs="+", choices=READERS, default=READERS, help="who is shown the picture to edit"
