@@ -37,6 +37,14 @@ class PromptEmbeds:
         return self.prompt_embeds.nbytes + self.pooled_prompt_embeds.nbytes
 
 
+def stack_embeds(items: Sequence[PromptEmbeds]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of N prompts: prompt_embeds N L D and pooled N P."""
+    return (
+        torch.stack([item.prompt_embeds for item in items]),
+        torch.stack([item.pooled_prompt_embeds for item in items]),
+    )
+
+
 class EmbedsCache:
     """Embeddings by key, bounded in bytes; forgets the least recently used. Not thread-safe."""
 

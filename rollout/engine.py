@@ -26,6 +26,7 @@ from models.lora.attach import (
     load_adapter_state,
     use_adapter,
 )
+from models.sampling import sigma_table
 from rollout.sampler import (
     Conditioning,
     ConditioningBatch,
@@ -33,7 +34,6 @@ from rollout.sampler import (
     Trajectory,
     guided_velocity,
     sample_trajectories,
-    sigma_table,
 )
 
 log = logging.getLogger(__name__)
