@@ -126,8 +126,8 @@ class MetaQueryPipeline(DrawingPipeline):
         encoder = self._encoder()
         batch = ConditioningBatch(*stack_embeds(encoder.encode(prompts, images or None)))
         if guidance_scale > 1:
-            one = isinstance(negative_prompt, str)
-            negatives = [negative_prompt] * len(prompts) if one else list(negative_prompt)
+            given = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            negatives = list(given)
             if len(negatives) != len(prompts):
                 raise ValueError(f"{len(negatives)} negative_prompts do not fit {len(prompts)} prompts")
             embeds, pooled = stack_embeds(encoder.encode(negatives, images or None))

@@ -20,9 +20,9 @@ from models.lora.attach import LoraSettings
 from rewards.base import RewardSet
 from rewards.worker import RewardWorker
 from rl.evaluate.plan import Plan
-from rl.evaluate.workers import SizedEncodeWorker, SizedRolloutWorker
-from rollout.encoder import EncoderSpec
+from rollout.encoder import EncoderSpec, EncodeWorker
 from rollout.engine import ReplicaSpec
+from rollout.worker import RolloutWorker
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +102,10 @@ def _start_actors(
             worker = RewardWorker.options(**options, max_concurrency=resources.reward_concurrency)
             actors["reward"].append(worker.remote(reward_sets, threads=resources.threads))
         elif place.role == "encode":
-            worker = SizedEncodeWorker.options(**options, max_task_retries=resources.max_restarts)
-            actors["encode"].append(worker.remote(_encoder(plan)))
+            encoder = EncodeWorker.options(**options, max_task_retries=resources.max_restarts)
+            actors["encode"].append(encoder.remote(_encoder(plan)))
         elif adapter is not None:
-            actors["rollout"].append(SizedRolloutWorker.options(**options).remote(_replica(plan, adapter)))
+            actors["rollout"].append(RolloutWorker.options(**options).remote(_replica(plan, adapter)))
     started = time.monotonic()
     wait_ready(actors, resources.start_timeout_s)
     log.info("all workers answered after %.1f s", time.monotonic() - started)

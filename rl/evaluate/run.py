@@ -124,16 +124,16 @@ class EvaluationRun:
     def _generate(self, batch: Batch) -> None:
         encoder, prompts = self.cluster.encoder, [item.prompt for item in batch.items]
         if len(prompts) == 1:
-            found = [encoder.encode_one_sized.remote(batch.size, prompts[0])]
+            found = [encoder.encode_one.remote(prompts[0], batch.size)]
         else:
-            found = encoder.encode_sized.options(num_returns=len(prompts)).remote(batch.size, prompts)
+            found = encoder.encode.options(num_returns=len(prompts)).remote(prompts, batch.size)
         seeds = tuple(seed for item in batch.items for seed in self.plan.seeds(item))
         conditionings = [ref for ref in found for _ in range(self.plan.count)]
         sampling = self.plan.sampling
         spec = SamplingSpec(sampling.num_steps, 0.0, sampling.guidance_scale, variant="ode")
-        request = SampleRequest(batch.index, 0, seeds, ())
-        args = (batch.size, request, spec, self.policy, self._negative, *conditionings)
-        self.cluster.dispatcher.submit(Call("rollout", batch.index, "sample_sized", args, num_returns=3))
+        request = SampleRequest(batch.index, 0, seeds, (), size=batch.size)
+        args = (request, spec, self.policy, self._negative, *conditionings)
+        self.cluster.dispatcher.submit(Call("rollout", batch.index, "sample", args, num_returns=3))
 
     def _score(self, batch: Batch) -> None:
         """Hand over the pictures without a score; nothing when there are none."""
