@@ -12,7 +12,6 @@ from core.cluster.placement import ActorPlan, ResourcePlan, bundle_of
 from models.lora.attach import LoraSettings
 from rewards.base import RewardSet
 from rl.evaluate.plan import Plan
-from rl.evaluate.workers import SizedEncodeWorker, SizedRolloutWorker
 from rl.recipe.schema import LoraConfig, ModelConfig
 from rl.workers.start import Workers, encoder_spec, replica_spec, start_workers
 
@@ -70,8 +69,6 @@ def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSetting
         resources.placement_timeout_s,
         key="--resources placement_timeout_s",
     ) as placed:
-        workers = start_workers(
-            placed, replica, encoder, reward_sets, resources, kinds=(SizedRolloutWorker, SizedEncodeWorker)
-        )
+        workers = start_workers(placed, replica, encoder, reward_sets, resources)
         wait_ready(placed.by_role, resources.start_timeout_s)
         return workers

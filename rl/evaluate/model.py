@@ -1,37 +1,19 @@
-"""Which weights are evaluated: their hashes, and the adapter as rollout workers take it."""
+"""What keeps a model from making the pictures that are to be evaluated."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from core.files import folder_manifest
-from models.components import check_model_folder, is_metaquery_folder
 from models.lora.load import load_adapter
-from models.metaquery.config import check_metaquery
+from models.preflight import model_problems as folder_problems
 from models.sizes import geometry
-
-if TYPE_CHECKING:
-    pass
-
-
-def vlm_sha256(folder: Path) -> str:
-    """The same over all files of a VLM's folder."""
-    return hashlib.sha256(json.dumps(folder_manifest(folder), sort_keys=True).encode()).hexdigest()
 
 
 def model_problems(
     folder: Path, vlm: Path | None, adapter: Path | None, sizes: set[tuple[int, int]]
 ) -> list[str]:
     """What keeps the model (with VLM and adapter) from generating pictures of `sizes` (height, width in px)."""
-    if is_metaquery_folder(folder) and vlm is None:
-        return [f"--model: {folder} is a MetaQuery model (it has conditioner/): give its Qwen2.5-VL as --vlm"]
-    if vlm is not None and folder.is_dir() and not is_metaquery_folder(folder):
-        return [f"--vlm {vlm}: {folder} has no conditioner/ and reads prompts with its text encoders"]
-    checked = check_model_folder(folder) if vlm is None else check_metaquery(folder, vlm)
-    problems = [f"--model: {problem}" for problem in checked]
+    problems = folder_problems(folder, vlm, model_key="--model", vlm_key="--vlm")
     if problems:
         return problems
     try:

@@ -11,8 +11,8 @@ from typing import Any
 from core.files import atomic_write_json
 from core.logs import relative_path_problems
 from core.recipe import ConfigError, read_overrides
-from models.components import METAQUERY_PARTS, PARTS
-from models.lora.load import load_adapter, model_sha256
+from models.folders import METAQUERY_PARTS, PARTS, model_sha256, vlm_sha256
+from models.lora.load import load_adapter
 from models.sizes import geometry
 from rewards.base import RewardSet
 from rewards.benchmarks.items import DataError
@@ -20,7 +20,7 @@ from rewards.benchmarks.registry import Benchmark, Part, Request
 from rewards.checks import check_rewards
 from rewards.loading import load_reward
 from rl.evaluate.images import ImageStore
-from rl.evaluate.model import model_problems, vlm_sha256
+from rl.evaluate.model import model_problems
 from rl.evaluate.plan import (
     Plan,
     Sampling,

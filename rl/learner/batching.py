@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from core.seeds import derive_seed
-from rollout.sampler import Conditioning, Trajectory
+from models.conditioning import Conditioning
+from rollout.sampler import Trajectory
 
 
 @dataclass(frozen=True)

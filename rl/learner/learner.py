@@ -19,7 +19,9 @@ from torch import Tensor
 from core.training.ema import AdapterEma
 from models.compiling import compile_blocks
 from models.components import load_transformer, torch_dtype
+from models.conditioning import Conditioning, ConditioningBatch
 from models.lora.attach import adapter_state, attach_lora, load_adapter_state, use_adapter
+from models.sampling import guided_velocity
 from rl.learner.batching import TrainSample
 from rl.learner.gate import LogProbGate
 from rl.learner.grpo import gaussian_kl, grpo_loss
@@ -28,7 +30,7 @@ from rl.learner.stats import StatsAccumulator, UpdateStats
 from rl.recipe.schema import LearnerConfig
 from rollout.engine import ReplicaSpec, attach_rollout_adapter
 from rollout.flow_sde import FlowSDEStep
-from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec, guided_velocity, replay_step
+from rollout.sampler import SamplingSpec, replay_step
 
 log = logging.getLogger(__name__)
 POLICY, REFERENCE = "policy", "reference"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from core.seeds import derive_seed
+from models.conditioning import Conditioning, ConditioningBatch
 from rl.recipe.schema import RehearsalConfig
-from rollout.sampler import Conditioning, ConditioningBatch
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from core.cluster.process_group import free_port, join_process_group
 from core.cluster.ranks import RankLost, gather
+from models.conditioning import Conditioning
 from models.lora.attach import Adapter, hash_state
 from rl.learner.batching import RankShare, TrainBatch, TrainSample
 from rl.learner.learner import Learner
@@ -23,7 +24,7 @@ from rl.learner.rehearsal import Rehearsal, RehearsalPicture, SampledPicture, ra
 from rl.learner.stats import UpdateStats
 from rl.recipe.schema import LearnerConfig, RehearsalConfig
 from rollout.engine import AdapterReceipt, ReplicaSpec, SampleInfo, SampleRequest
-from rollout.sampler import Conditioning, SamplingSpec, Trajectory
+from rollout.sampler import SamplingSpec, Trajectory
 from rollout.worker import Policy, Replica, WorkerInfo
 
 

@@ -130,10 +130,7 @@ class Collector:
 
         One call per prompt: a reference image that cannot be read takes its own request alone with it.
         """
-        if request.size is None:
-            refs = [self.encoder.encode_one.remote(prompt) for prompt in request.prompts]
-        else:
-            refs = [self.encoder.encode_one_sized.remote(request.size, prompt) for prompt in request.prompts]
+        refs = [self.encoder.encode_one.remote(prompt, request.size) for prompt in request.prompts]
         return RolloutResult(request, tuple(refs))
 
     def sample_calls(
@@ -143,16 +140,12 @@ class Collector:
         request, calls = result.request, []
         for first in range(0, len(request.seeds), chunk_size or len(request.seeds)):
             seeds = request.seeds[first : first + (chunk_size or len(request.seeds))]
-            samples = SampleRequest(request.id, first, seeds, request.steps, request.trunk_seed)
+            samples = SampleRequest(request.id, first, seeds, request.steps, request.trunk_seed, request.size)
             own = result.conditionings
             if len(own) > 1:  # a single one serves all samples of the chunk
                 own = tuple(result.conditioning_of(first + k) for k in range(len(seeds)))
             args = (samples, spec, policy, self.negative, *own)
-            key = (request.id, first)
-            if request.size is None:
-                calls.append(Call("rollout", key, "sample", args, num_returns=3))
-            else:
-                calls.append(Call("rollout", key, "sample_sized", (request.size, *args), num_returns=3))
+            calls.append(Call("rollout", (request.id, first), "sample", args, num_returns=3))
         return calls
 
     def _add_chunk(

@@ -71,22 +71,24 @@ def start_workers(
     *,
     ranks: list[Any] | None = None,
     floor: int = 1,
-    kinds: tuple[Any, Any] = (RolloutWorker, EncodeWorker),
 ) -> Workers:
     """Start the workers that the plan has room for; they need not have answered yet.
 
     ranks: actors that sample in place of rollout workers. floor: how many that sample must be left.
-    kinds: actor classes of rollout and encode workers.
     """
     restarts = resources.max_restarts
-    sampling = placed.start("rollout", kinds[0], lambda kind, _: kind.remote(replica), restarts=restarts)
+    sampling = placed.start("rollout", RolloutWorker, lambda kind, _: kind.remote(replica), restarts=restarts)
     rewards = placed.start(
         "reward", RewardWorker, lambda kind, _: kind.remote(reward_sets, threads=resources.threads),
         restarts=restarts, max_concurrency=resources.reward_concurrency,
     )  # fmt: skip
     # Encoding is a function of its arguments alone, so Ray itself may restart the worker and repeat the call.
     encoders = placed.start(
-        "encode", kinds[1], lambda kind, _: kind.remote(encoder), restarts=restarts, max_task_retries=restarts
+        "encode",
+        EncodeWorker,
+        lambda kind, _: kind.remote(encoder),
+        restarts=restarts,
+        max_task_retries=restarts,
     )
     dispatcher = Dispatcher(
         call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s

@@ -44,7 +44,7 @@ class Wire:
 
 
 def collector(wire):
-    encoder = SimpleNamespace(encode_one=SimpleNamespace(remote=lambda prompt: f"c {prompt.index}"))
+    encoder = SimpleNamespace(encode_one=SimpleNamespace(remote=lambda prompt, size: f"c {prompt.index}"))
     return Collector(wire, encoder, Progress())
 
 
