@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from core.keys import ModelDtype, PositionMode
 from core.prompts import Prompt, load_reference
 from core.seeds import derive_seed
 from rewards.benchmarks.items import Item
@@ -28,7 +29,7 @@ class Sampling:
     guidance_scale: float
     negative_prompt: str
     max_sequence_length: int
-    dtype: str
+    dtype: ModelDtype
     seed: int
 
 
@@ -78,7 +79,7 @@ class Plan:
     workers: int
     gallery: int
     vlm: Path | None
-    position_mode: str
+    position_mode: PositionMode
 
     @property
     def items(self) -> list[Item]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import atomic_write_json
+from core.keys import PositionMode
 from core.logs import relative_path_problems
 from core.recipe import ConfigError, read_overrides
 from models.folders import METAQUERY_PARTS, PARTS, model_sha256, vlm_sha256
@@ -55,7 +56,7 @@ class Arguments:
     gallery: int
     resources: Sequence[str]
     vlm: Path | None
-    position_mode: str
+    position_mode: PositionMode
 
 
 @dataclass(frozen=True)

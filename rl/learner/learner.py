@@ -252,7 +252,7 @@ class Learner:
             return None
         with use_adapter(self.transformer, self.reference):
             reference = self._replay(x, prev, index, batch, trunks, grad=False)
-        return gaussian_kl(step.mean, reference.mean, step.diffusion, step.step_std, self.config.kl_form)  # type: ignore[arg-type]
+        return gaussian_kl(step.mean, reference.mean, step.diffusion, step.step_std, self.config.kl_form)
 
     def _rehearse(self, rehearsal: Rehearsal, group: int, statistics: StatsAccumulator) -> None:
         """Forward and backward of `beta |v - v_start|^2`; `group`, the update's first, names the states to draw."""
@@ -272,7 +272,7 @@ class Learner:
             batch.conditioning,
             self.negative,
             self.sampling.guidance_scale,
-            cfg_gradient=self.config.cfg_gradient,  # type: ignore[arg-type]
+            cfg_gradient=self.config.cfg_gradient,
         ).float()
 
     def _replay(
@@ -288,7 +288,7 @@ class Learner:
                 batch.conditioning,
                 self.negative,
                 self.sampling,
-                cfg_gradient=self.config.cfg_gradient,  # type: ignore[arg-type]
+                cfg_gradient=self.config.cfg_gradient,
                 trunks=trunks,
             )
 

@@ -32,7 +32,7 @@ def training_spec(config: RunConfig) -> SamplingSpec:
         r.num_steps,
         r.noise_level,
         r.guidance_scale,
-        r.variant,  # type: ignore[arg-type]
+        r.variant,
         r.window_size,
         r.window_first,
         r.window_last,

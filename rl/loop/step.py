@@ -44,7 +44,7 @@ def make_batch(results: Sequence[RolloutResult], config: RunConfig) -> tuple[Tra
     advantages = group_advantages(
         [score.rewards[k] for _, score, k in rows],
         [result.request.id for result, _, _ in rows],
-        std=learner.advantage_std,  # type: ignore[arg-type]
+        std=learner.advantage_std,
         eps=learner.advantage_eps,
         clip=learner.advantage_clip,
         mask=[score.mask[k] for _, score, k in rows],

@@ -50,7 +50,7 @@ class Evaluator:
 
     def __init__(self, config: EvaluationConfig, collector: Collector, run_dir: Path, gallery_prompts: int):
         self.config, self.collector, self.folder = config, collector, run_dir / "evaluations"
-        self.prompts = {task.task: load_task_prompts(task) for task in config.tasks}
+        self.prompts: dict[str, list[Prompt]] = {task.task: load_task_prompts(task) for task in config.tasks}
         self.gallery_prompts = gallery_prompts
         self.gallery: dict[str, dict[str, list[GallerySample]]] = {}
 
@@ -157,7 +157,7 @@ class Evaluator:
 
 def load_task_prompts(task: EvaluationTaskConfig) -> list[Prompt]:
     """The first `num_prompts` held-out prompts of a task."""
-    return load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]  # type: ignore[arg-type]
+    return load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]
 
 
 def _gallery_sample(prompt: Prompt, seed: int, image: Any, reward: float | None) -> GallerySample:

@@ -57,7 +57,7 @@ def encoder_spec(model: ModelConfig, resources: ResourcesConfig, negative_prompt
         cache_bytes=int(model.embedding_cache_gib * 2**30),
         threads=resources.threads,
         vlm_path=None if model.vlm is None else str(recipes.resolve(model.vlm)),
-        position_mode=model.position_mode,  # type: ignore[arg-type]
+        position_mode=model.position_mode,
         negative_prompt=negative_prompt,
     )
 
