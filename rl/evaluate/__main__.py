@@ -21,7 +21,7 @@ from core.recipe import ConfigError
 from rewards.base import RewardError
 from rewards.benchmarks.registry import BENCHMARKS, Benchmark, Request
 from rl.evaluate.plan import Sampling, scoring_sha256
-from rl.evaluate.preflight import Arguments, EvaluationJob, prepare, write_record
+from rl.evaluate.preflight import EvaluationJob, prepare, write_record
 
 log = logging.getLogger("rl.evaluate")
 
@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     start_logging()
     try:
-        job = prepare(_arguments(options, BENCHMARKS[options.benchmark]))
+        benchmark = BENCHMARKS[options.benchmark]
+        job = prepare(benchmark, _request(options), _sampling(options, benchmark), options)
     except ConfigError as error:
         sys.stderr.write(f"This evaluation cannot run:\n{error}\n")
         return 2
@@ -140,9 +141,9 @@ def describe(job: EvaluationJob) -> list[str]:
     return lines
 
 
-def _arguments(options: argparse.Namespace, benchmark: Benchmark) -> Arguments:
+def _request(options: argparse.Namespace) -> Request:
     """Raises ConfigError for a reward parameter that is not `key=value`."""
-    request = Request(
+    return Request(
         data=options.data,
         references=options.references,
         languages=tuple(options.languages),
@@ -154,25 +155,12 @@ def _arguments(options: argparse.Namespace, benchmark: Benchmark) -> Arguments:
         timeout_s=options.reward_timeout_s,
         scored=not options.generate_only,
     )
+
+
+def _sampling(options: argparse.Namespace, benchmark: Benchmark) -> Sampling:
     values = DEFAULTS | benchmark.defaults
     given = {name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None}
-    sampling = Sampling(**(values | given), negative_prompt=options.negative_prompt, seed=options.seed)
-    return Arguments(
-        benchmark,
-        request,
-        sampling,
-        options.output,
-        None if options.model is None else recipes.resolve(options.model),
-        options.adapter,
-        options.images,
-        options.num_images_per_prompt,
-        options.batch_size,
-        options.workers,
-        options.gallery,
-        options.resources,
-        None if options.vlm is None else recipes.resolve(options.vlm),
-        options.position_mode,
-    )
+    return Sampling(**(values | given), negative_prompt=options.negative_prompt, seed=options.seed)
 
 
 def _params(given: list[str]) -> dict[str, Any]:
@@ -196,8 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder of pictures, scores and results")
     parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
     what = parser.add_argument_group("what is evaluated")
-    what.add_argument("--model", type=Path, help="model folder in the released layout")
-    what.add_argument("--vlm", type=Path, help="folder of the Qwen2.5-VL of a MetaQuery model")
+    what.add_argument("--model", type=recipes.resolve, help="model folder in the released layout")
+    what.add_argument("--vlm", type=recipes.resolve, help="folder of the Qwen2.5-VL of a MetaQuery model")
     what.add_argument("--position-mode", choices=("flat", "mrope"), default="flat", help="of the VLM")
     what.add_argument("--adapter", type=Path, help="LoRA folder of a run, for example runs/NAME/adapter")
     what.add_argument("--images", type=Path, help="pictures in the benchmark's own layout, made by anybody")

@@ -8,12 +8,13 @@ gradient once, in `step()`; ZeRO-2 and 3 reduce it in every backward.
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.training.ema import AdapterEma
@@ -32,7 +33,6 @@ from rollout.engine import ReplicaSpec, attach_rollout_adapter
 from rollout.flow_sde import FlowSDEStep
 from rollout.sampler import SamplingSpec, replay_step
 
-log = logging.getLogger(__name__)
 POLICY, REFERENCE = "policy", "reference"
 
 
@@ -295,24 +295,30 @@ class Learner:
     # ---- checkpoint ---------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Optimizer and trainable weights of all ranks into `folder` (DeepSpeed layout, no frozen weights)."""
+        """Optimizer and trainable weights of all ranks (DeepSpeed layout, no frozen weights), the stage's reference and
+        the moving average; a collective."""
         self.engine.save_checkpoint(
             str(folder), tag="engine", exclude_frozen_parameters=True, save_latest=False
         )
+        reference = self.reference_state()
+        if torch.distributed.get_rank() == 0:
+            save_file(reference, folder / "reference.safetensors")
+            if self.ema is not None:
+                save_file(self.ema.average, folder / "ema.safetensors")
+                (folder / "ema.json").write_text(json.dumps({"updates": self.ema.updates}))
 
-    def load(
-        self, folder: Path, reference: dict[str, Tensor], ema: dict[str, Tensor] | None, ema_updates: int
-    ) -> None:
-        """Restore what `save` wrote, with the stage's reference and moving average."""
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote; the caller has verified the folder's hashes."""
         loaded, _ = self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-        self._set_reference(reference)
+        self._set_reference(load_file(folder / "reference.safetensors"))
         if self.ema is not None:
-            if ema is None:
+            if not (folder / "ema.json").is_file():
                 raise RuntimeError(f"{folder}: no moving average was saved, but learner.ema.enabled is true")
-            self.ema.average = {name: tensor.float() for name, tensor in ema.items()}
-            self.ema.updates = ema_updates
+            average = load_file(folder / "ema.safetensors")
+            self.ema.average = {name: tensor.float() for name, tensor in average.items()}
+            self.ema.updates = json.loads((folder / "ema.json").read_text())["updates"]
 
     def reference_state(self) -> dict[str, Tensor]:
         """The stage-start adapter, for the checkpoint (the untrained one while it serves as the base)."""

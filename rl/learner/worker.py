@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any
 
 import ray
 import torch
-from safetensors.torch import load_file, save_file
 
 from core.cluster.process_group import free_port, join_process_group
 from core.cluster.ranks import RankLost, gather
@@ -139,24 +137,12 @@ class LearnerRank:
         return make_adapter(version, reference) if self.rank == 0 else None
 
     def save(self, folder: str) -> None:
-        """Write the engine's state, the stage's reference and the moving average into `folder`."""
-        learner, path = self._learner(), Path(folder)
-        learner.save(path)
-        reference = learner.reference_state()
-        if self.rank == 0:
-            save_file(reference, path / "reference.safetensors")
-            if learner.ema is not None:
-                save_file(learner.ema.average, path / "ema.safetensors")
-                (path / "ema.json").write_text(json.dumps({"updates": learner.ema.updates}))
+        """See `Learner.save`."""
+        self._learner().save(Path(folder))
 
     def load(self, folder: str) -> None:
-        """Restore what `save` wrote; the caller has verified the folder's hashes."""
-        path, learner = Path(folder), self._learner()
-        ema, updates = None, 0
-        if (path / "ema.json").is_file():
-            ema = load_file(path / "ema.safetensors")
-            updates = json.loads((path / "ema.json").read_text())["updates"]
-        learner.load(path, load_file(path / "reference.safetensors"), ema, updates)
+        """See `Learner.load`."""
+        self._learner().load(Path(folder))
 
     def load_adapter(self, adapter: Adapter) -> AdapterReceipt:
         """In-process placement: what a rollout worker would do."""
