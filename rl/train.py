@@ -67,10 +67,10 @@ def dry_run(config: RunConfig) -> int:
 
 def train(config: RunConfig, *, resume: str | None = None) -> int:
     """Check everything, then run (or continue) the recipe on the Ray cluster."""
-    from rl.loop.state import RunState
     from rl.recipe.blind_spots import blind_spots
     from rl.recipe.preflight import preflight
     from rl.recipe.reward_plan import reward_lines
+    from rl.record.state import RunState
 
     checked = preflight(config)
     if checked.problems:
@@ -104,7 +104,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
     try:
         Controller(config, cluster, run_dir, state, checkpoint, fresh=resume is None).run()
     finally:
-        cluster.close()
+        cluster.workers.close()
     return 0
 
 

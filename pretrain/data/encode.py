@@ -15,8 +15,9 @@ from torch import Tensor
 
 import recipes
 from core.shards.errors import SampleError
-from models.components import load_conditioner, load_vae
+from models.components import load_vae
 from models.latents import encode_images
+from models.metaquery.conditioner import load_conditioner
 from models.metaquery.reading import QueryReader
 from models.text import SD3TextEncoder
 from pretrain.data.buckets import bucket_size, nearest_buckets

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import recipes
-from models.components import TEXT_PARTS, save_component
+from models.components import save_component
+from models.folders import TEXT_PARTS
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.model import FlowModel, load_model, set_trained, trained
 

@@ -85,26 +85,11 @@ def _check_prompts(part: StagePart | EvaluationTaskConfig) -> tuple[list[str], l
 
 
 def _check_model(config: RunConfig) -> list[str]:
-    from models.components import METAQUERY_PARTS, PARTS, check_model_folder, is_metaquery_folder
-    from models.metaquery.config import check_metaquery
+    from models.preflight import model_problems
 
     folder, vlm = recipes.resolve(config.model.path), config.model.vlm
-    metaquery = is_metaquery_folder(folder)
-    problems = check_model_folder(folder, METAQUERY_PARTS if metaquery else PARTS)
-    problems = [f"model.path: {problem}" for problem in problems]
-    if metaquery and vlm is None:
-        problems.append(
-            f"model.vlm is not set, and model.path={config.model.path} is a MetaQuery model (it has conditioner/): "
-            "give the folder of its Qwen2.5-VL"
-        )
-    elif vlm is not None and not metaquery and folder.is_dir():
-        problems.append(
-            f"model.vlm={vlm}: model.path={config.model.path} has no conditioner/ and reads prompts with its text "
-            "encoders; leave model.vlm out, or give the folder of a MetaQuery model"
-        )
-    elif vlm is not None:
-        found = check_metaquery(folder, recipes.resolve(vlm))
-        problems += [f"model.vlm: {p}" for p in found if f"model.path: {p}" not in problems]
+    vlm_folder = None if vlm is None else recipes.resolve(vlm)
+    problems = model_problems(folder, vlm_folder, model_key="model.path", vlm_key="model.vlm")
     return problems or _check_shapes(config, folder)
 
 
@@ -112,20 +97,14 @@ def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
     """LoRA targets and image size against the real modules, built without memory on the meta device."""
     import json
 
-    import torch
-
-    from models.kontext import KontextTransformer
+    from models.components import transformer_shell
     from models.latents import latent_shape
     from models.lora.attach import attach_lora
 
     problems = []
     try:
-        with torch.device("meta"):
-            transformer = KontextTransformer.from_config(
-                KontextTransformer.load_config(folder / "transformer")
-            )
         lora = config.model.lora
-        attach_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        attach_lora(transformer_shell(folder), rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     except (ValueError, RuntimeError) as error:
         problems.append(f"model.lora: {error}")
     try:

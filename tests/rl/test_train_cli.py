@@ -9,8 +9,8 @@ import pytest
 
 from core.recipe import to_yaml
 from rl.loop.checkpoint import save_checkpoint
-from rl.loop.state import RunState
 from rl.recipe.schema import load_config
+from rl.record.state import RunState
 from rl.train import main
 from tests.fakes.tiny_run import tiny_recipe
 

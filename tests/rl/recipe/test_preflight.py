@@ -82,8 +82,8 @@ def test_metaquery_needs_its_vlm_and_kontext_has_none(recipe, tmp_path):
     assert problem.startswith("model.vlm: /absent: no such folder")
     make_tiny_conditioner(llm_hidden_size=32, joint_attention_dim=20).save_pretrained(folder / "conditioner")
     problems = problems_of(recipe, f"model.path={folder}", f"model.vlm={vlm}", "model.position_mode=rope")
-    for part in ("model.position_mode='rope' is not one of", "llm_hidden_size=32, but hidden_size of",
-                 "joint_attention_dim=20, but joint_attention_dim of"):  # fmt: skip
+    for part in ("model.position_mode='rope' is not one of", "its llm_hidden_size is 32, model.vlm has",
+                 "its joint_attention_dim is 20, model.path has"):  # fmt: skip
         assert sum(part in problem for problem in problems) == 1, problems
     assert len(problems) == 3
 

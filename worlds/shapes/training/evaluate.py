@@ -27,20 +27,15 @@ from torch import Tensor
 
 from core.seeds import numpy_generator
 from core.training.randomness import torch_generator
-from models.components import (
-    check_model_folder,
-    is_metaquery_folder,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-)
+from models.components import load_scheduler, load_transformer, load_vae
+from models.conditioning import ConditioningBatch
 from models.kontext import KontextTransformer
 from models.latents import decode_latents, encode_images
-from models.metaquery.config import check_metaquery
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import POSITION_MODES, PositionMode
-from models.sampling import sample_latents
-from models.text import SD3TextEncoder
+from models.preflight import model_problems
+from models.sampling import sample_latents, sigma_table
+from models.text import SD3TextEncoder, stack_embeds
 from rewards.base import RewardOutput
 from worlds.shapes.scenes.captions import sample_t2i
 from worlds.shapes.scenes.edits import sample_edit
@@ -151,17 +146,13 @@ class Base:
         if isinstance(self.encoder, MetaQueryEncoder):
             shown = sources and "vlm" in self.references
             pictures = [Image.fromarray(picture) for picture in render_batch(sources)] if shown else None
-            items = self.encoder.encode(prompts, pictures)
-        else:
-            items = self.encoder.encode(prompts)
-        return (
-            torch.stack([item.prompt_embeds for item in items]),
-            torch.stack([item.pooled_prompt_embeds for item in items]),
-        )
+            return stack_embeds(self.encoder.encode(prompts, pictures))
+        return stack_embeds(self.encoder.encode(prompts))
 
     def draw(self, questions: list[Question], guidance: float, steps: int, seed: int = 0) -> np.ndarray:
         """uint8 pictures [N, H, W, 3]; the noise of a question depends on the seed and its place alone."""
         pictures = []
+        sigmas = sigma_table(self.scheduler, steps)
         side = self.transformer.config["sample_size"]
         for start in range(0, len(questions), _BATCH):
             batch = questions[start : start + _BATCH]
@@ -177,17 +168,12 @@ class Base:
             sources = [question.source for question in batch if question.source is not None]
             shown = sources and "transformer" in self.references
             references = encode_images(self.vae, to_tensor(sources)) if shown else None
-            prompt = self.embed([question.prompt for question in batch], sources)
-            latents = sample_latents(
-                self.transformer,
-                self.scheduler,
-                noise,
-                prompt,
-                self.embed([""] * len(batch), sources) if guidance != 1 else prompt,
+            prompts = ConditioningBatch(
+                *self.embed([question.prompt for question in batch], sources),
                 references,
-                guidance=guidance,
-                steps=steps,
+                *(self.embed([""] * len(batch), sources) if guidance != 1 else ()),
             )
+            latents = sample_latents(self.transformer, sigmas, noise, prompts, guidance)
             pictures.append(decode_latents(self.vae, latents).numpy())
         return np.concatenate(pictures)
 
@@ -270,24 +256,19 @@ def as_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def _problems(base: str, vlm: str | None, references: Sequence[str]) -> list[str]:
-    metaquery = is_metaquery_folder(base)
-    if metaquery != (vlm is not None):
-        return [
-            f"{base} has {'a' if metaquery else 'no'} conditioner/: {'give' if metaquery else 'leave out'} --vlm"
-        ]
-    if vlm is None:
-        hidden = ["--references: without a VLM the transformer alone can be shown the picture to edit"]
-        return check_model_folder(base) + ([] if "transformer" in references else hidden)
-    return check_metaquery(base, vlm)
+def _problems(base: Path, vlm: Path | None, references: Sequence[str]) -> list[str]:
+    problems = model_problems(base, vlm, model_key="BASE", vlm_key="--vlm")
+    if vlm is None and "transformer" not in references:
+        problems.append("--references: without a VLM the transformer alone can be shown the picture to edit")
+    return problems
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m worlds.shapes.training.evaluate", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("base", help="model folder in the released layout")
-    parser.add_argument("--vlm", help="folder of the Qwen2.5-VL of a MetaQuery base")
+    parser.add_argument("base", type=Path, metavar="BASE", help="model folder in the released layout")
+    parser.add_argument("--vlm", type=Path, help="folder of the Qwen2.5-VL of a MetaQuery base")
     parser.add_argument("--position-mode", choices=POSITION_MODES, default="flat", help="of the VLM")
     parser.add_argument(
         "--references", nargs="+", choices=READERS, default=READERS, help="who is shown the picture to edit"

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from core.pictures import contact_sheet
 from core.training.randomness import torch_generator
 from models.components import load_vae
+from models.conditioning import ConditioningBatch
 from models.kontext import KontextTransformer
 from models.latents import decode_latents
-from models.sampling import sample_latents
+from models.sampling import sample_latents, sigma_table
 from pretrain.flow.loss import add_noise, draw_sigmas, prompt_dropout_mask, velocity_error
 from worlds.shapes.training.config import KontextRecipe
 from worlds.shapes.training.pool import TEXT_PARTS, Pool, load_pool
@@ -89,16 +90,9 @@ class KontextStage:
     def _sample(self, text: Tensor, references: Tensor | None) -> np.ndarray:
         shape = (len(text), *self.pool.t2i_latents.shape[1:])
         noise = torch.randn(shape, generator=torch_generator(self.recipe.seed, _PREVIEW_STEP))
-        latents = sample_latents(
-            self.transformer,
-            self.scheduler,
-            noise,
-            self._prompt(text),
-            self._prompt(torch.zeros_like(text)),
-            references,
-            steps=self.recipe.preview_steps,
-        )
-        return self._decode(latents)
+        prompts = ConditioningBatch(*self._prompt(text), references)
+        sigmas = sigma_table(self.scheduler, self.recipe.preview_steps)
+        return self._decode(sample_latents(self.transformer, sigmas, noise, prompts, 1.0))
 
     def _decode(self, latents: Tensor) -> np.ndarray:
         return decode_latents(self.vae, latents).numpy()
