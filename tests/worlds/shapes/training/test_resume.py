@@ -10,8 +10,8 @@ import torch
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from worlds.shapes.training.config import RecipeError, load_recipe
 from worlds.shapes.training.evaluate import Base, heldout_questions, score
+from worlds.shapes.training.kontext import ScoreTargets, edit_share
 from worlds.shapes.training.loop import Look, TrainingLoop
-from worlds.shapes.training.targets import ScoreTargets, edit_share
 from worlds.shapes.training.train import build_stage, main
 
 SHAPES = Path(__file__).parents[4] / "recipes" / "shapes"
