@@ -1,4 +1,4 @@
-"""The training loop shared by all stages: step, average, log, save, resume."""
+"""What a stage of training offers, and the loop that all stages share: step, average, log, save, resume."""
 
 import dataclasses
 import json
@@ -6,12 +6,13 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from core.recipe import ConfigError
@@ -19,21 +20,43 @@ from core.training.optimization import WeightAverage, build_optimizers
 from core.training.schedule import lr_factor
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from worlds.shapes.training.config import Recipe
-from worlds.shapes.training.stage import Stage
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Keys that may differ between a run and its resumption: they leave the numbers alone.
-_FREE_KEYS = {
-    "output_dir",
-    "stop_step",
-    "threads",
-    "log_every",
-    "sample_every",
-    "save_every",
-    "keep_checkpoints",
-}
+_FREE_KEYS = set(
+    ["output_dir", "stop_step", "threads", "log_every", "sample_every", "save_every", "keep_checkpoints"]
+)
+
+
+@dataclass(frozen=True)
+class StageLoss:
+    """Loss of one batch, and named figures of it for the log."""
+
+    loss: Tensor
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Stage:
+    """One kind of training. Data must be a function of (seed, step) alone.
+
+    `modules`: what is trained, in a fixed order, which average and optimizers follow.
+    """
+
+    modules: list[nn.Module]
+
+    def loss(self, step: int) -> StageLoss:
+        """Of the batch of a step."""
+        raise NotImplementedError
+
+    def sample_grid(self) -> Image.Image | None:
+        """A picture that shows how far the modules are; None where there is nothing to see."""
+        return None
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write the parts this stage owns in the released layout; returns figures measured on the way."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

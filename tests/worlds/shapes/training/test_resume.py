@@ -11,8 +11,8 @@ from core.recipe import ConfigError
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from worlds.shapes.training.config import load_recipe
 from worlds.shapes.training.evaluate import Base, heldout_questions, score
+from worlds.shapes.training.kontext import ScoreTargets, edit_share
 from worlds.shapes.training.loop import Look, TrainingLoop
-from worlds.shapes.training.targets import ScoreTargets, edit_share
 from worlds.shapes.training.train import build_stage, main
 
 SHAPES = Path(__file__).parents[4] / "recipes" / "shapes"
