@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass
@@ -22,7 +23,14 @@ class Optimization:
     ema_decay: float = 0.999
 
 
-def lr_factor(step: int, steps: int, settings: Optimization) -> float:
+class Schedule(Protocol):
+    """What a recipe says of the course of the learning rate."""
+
+    warmup_fraction: float
+    final_lr_fraction: float
+
+
+def lr_factor(step: int, steps: int, settings: Schedule) -> float:
     """Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine."""
     warmup = max(1, round(settings.warmup_fraction * steps))
     if step < warmup:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from core.recipe import range_problems, value_of
+from core.training.estimates import PEAK_TFLOPS
 from pretrain.data.config import data_problems
 from pretrain.flow.config import STAGES, FlowRecipe
-from pretrain.flow.peaks import PEAK_TFLOPS
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "stage": STAGES,

@@ -22,7 +22,7 @@ from rewards.editreward.model import build_model, load_model
 from rewards.editreward.processing import classify_request, read_chat_template
 from rewards.editreward.settings import FILE, RUBRIC, EditRewardSettings, load_settings
 from rewards.editreward.train.export import ARCHITECTURE, export_checkpoint, export_problems, write_export
-from rewards.editreward.train.plan import qwen25_vl_7b
+from models.qwen25_vl import qwen25_vl_7b
 from tests.fakes.vllm_server import vllm_server
 from tests.rewards.editreward.editreward_data import make_base
 
