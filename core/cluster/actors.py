@@ -20,17 +20,18 @@ class ClusterError(RuntimeError):
     """The cluster cannot hold the plan, or an actor did not start in time."""
 
 
-def connect() -> None:
+def connect(*, worker_logs: bool = True) -> None:
     """Join the cluster that RAY_ADDRESS names (set under `ray job submit`; `auto` for one on this machine), else start
-    Ray on this machine alone. Never joined by guess: the address file of a cluster that died stalls for minutes."""
+    Ray on this machine alone. Never joined by guess: the address file of a cluster that died stalls for minutes.
+    `worker_logs`: whether this process prints what workers print."""
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=True)
+        ray.init(address=address, log_to_driver=worker_logs)
     else:
         log.info("RAY_ADDRESS is not set: starting Ray on this machine alone")
-        ray.init(address="local", include_dashboard=False, log_to_driver=True)
+        ray.init(address="local", include_dashboard=False, log_to_driver=worker_logs)
 
 
 def reserve(plan: ResourcePlan, what: str, way_out: str, timeout_s: float) -> Any:
@@ -53,9 +54,10 @@ def reserve(plan: ResourcePlan, what: str, way_out: str, timeout_s: float) -> An
     group = placement_group(list(plan.bundles), strategy="PACK")
     if not group.wait(timeout_seconds=timeout_s):
         remove_placement_group(group)
+        free = ray.available_resources()
         raise ClusterError(
-            f"{what} found no room in {timeout_s:g} s: the cluster is large enough but busy "
-            f"({ray.available_resources()} free); see `ray status`"
+            f"{what} found no room in {timeout_s:g} s: {free.get('GPU', 0.0):g} GPUs and {free.get('CPU', 0.0):g} CPUs "
+            "are free, or no node has enough for one bundle; see `ray status`"
         )
     return group
 

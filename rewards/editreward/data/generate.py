@@ -15,14 +15,14 @@ import dataclasses
 import hashlib
 import json
 import logging
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import recipes
+from core.command_line import add_recipe_arguments, refuse
 from core.files import file_sha256, folder_manifest
-from core.logs import start_logging
+from core.logs import start_logging, submitted_job
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError
 from rewards.editreward.data.generate_config import (
@@ -43,12 +43,9 @@ SHAPING = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Recipe, overrides, and the dry run."""
-    parser.add_argument(
-        "recipe", help="YAML file with a section `generate`, e.g. recipes/editreward_generate.yaml"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument("--dry-run", action="store_true", help="check and print the plan; no Ray, no GPU")
+    """A recipe with a section `generate`, overrides, and the dry run."""
+    dry_run = "check and print the plan; no Ray, no GPU"
+    add_recipe_arguments(parser, "recipes/editreward_generate.yaml", dry_run=dry_run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,14 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.dry_run:
             generate(header, section, prompts)
     except ConfigError as error:
-        sys.stderr.write(f"Cannot generate:\n{error}\n")
-        return 2
+        return refuse("Cannot generate", error)
     return 0
 
 
 def check(header: Header, section: GenerateSection) -> list[Prompt]:
     """The prompts to edit, in order. Raises ConfigError with everything that keeps the run from starting."""
-    from core.logs import submitted_job
     from models.components import check_model_folder
 
     problems = section_problems(section)
@@ -119,7 +114,7 @@ def describe(header: Header, section: GenerateSection, prompts: list[Prompt]) ->
 def generate(header: Header, section: GenerateSection, prompts: list[Prompt]) -> None:
     """Make every shard that is not there. Raises ConfigError before anything is sampled."""
     from core.cluster.actors import ClusterError
-    from rewards.editreward.data.generate_cluster import load_adapters, start_studio
+    from rewards.editreward.data.generate_cluster import Studio, load_adapters
     from rewards.editreward.data.generate_plan import count_shards
     from rewards.editreward.data.generate_run import Generation, shard_path
 
@@ -134,7 +129,7 @@ def generate(header: Header, section: GenerateSection, prompts: list[Prompt]) ->
         log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
         if missing:
             try:
-                studio = start_studio(section, adapters)
+                studio = Studio(section, adapters)
             except ClusterError as error:
                 raise ConfigError([str(error)]) from error
             try:
