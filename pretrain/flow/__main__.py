@@ -12,7 +12,7 @@ from functools import partial
 
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
-from core.shards.errors import DataError
+from core.failures import DataError
 from pretrain.flow.config import FlowRecipe, load_recipe
 
 log = logging.getLogger("pretrain.flow")
