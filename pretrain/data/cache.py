@@ -20,10 +20,10 @@ import torch
 from omegaconf import DictConfig
 
 import recipes
+from core.failures import DataError
 from core.logs import start_logging
 from core.progress import Progress
 from core.recipe import ConfigError, read_over_bases, read_recipe
-from core.shards.errors import DataError
 from pretrain.data.config import DataConfig, data_problems
 from pretrain.data.encode import Broken, Job, ShardEncoder
 

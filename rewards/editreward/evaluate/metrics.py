@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from core.shards.errors import DataError
+from core.failures import DataError
 from core.statistics import CONFIDENCE, Difference, Estimate, bootstrap_mean, paired_bootstrap
 from rewards.editreward.data.index import Entry
 

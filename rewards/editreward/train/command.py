@@ -10,9 +10,9 @@ from pathlib import Path
 
 import recipes
 from core.command_line import add_recipe_arguments, refuse, report_dry_run
+from core.failures import DataError
 from core.logs import start_logging, submitted_job
 from core.recipe import ConfigError
-from core.shards.errors import DataError
 from rewards.editreward.config import Recipe, load_recipe
 from rewards.editreward.settings import FILE, SettingsError
 
