@@ -10,14 +10,9 @@ import sys
 from functools import partial
 
 from core.command_line import add_recipe_arguments, refuse, report_dry_run
+from core.failures import DataError
 from core.logs import start_logging
-<<<<<<< HEAD
 from core.recipe import ConfigError
-from core.failures import DataError
-=======
-from core.recipe import ConfigError, to_yaml
-from core.failures import DataError
->>>>>>> 59fd9bc
 from pretrain.flow.config import FlowRecipe, load_recipe
 
 
