@@ -41,6 +41,11 @@ class MovingAverage:
             torch._foreach_mul_(averages, self.decay)
             torch._foreach_add_(averages, live, alpha=1 - self.decay)
 
+    def step(self, state: Mapping[str, Tensor]) -> None:
+        """Count one optimizer update, and take in the live weights where it is due."""
+        if self.due():
+            self.update(state)
+
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """A copy of the average in the dtype that replicas hold."""
         return {name: tensor.to(dtype, copy=True) for name, tensor in self.average.items()}
@@ -85,12 +90,7 @@ class ShardedAverage(MovingAverage):
 
     def __init__(self, engine: Any, decay: float):
         self._optimizer = engine.optimizer
-        super().__init__(self._masters(), decay=decay, ramp=True)
-
-    def step(self) -> None:
-        """Take in the weights after an optimizer step."""
-        if self.due():
-            self.update(self._masters())
+        super().__init__(self.live(), decay=decay, ramp=True)
 
     def whole(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
         """The average of every trained parameter by name, float32 on the CPU; a collective.
@@ -100,14 +100,14 @@ class ShardedAverage(MovingAverage):
         from deepspeed.utils import safe_get_full_fp32_param
 
         found: dict[str, Tensor] = {}
-        with self.in_place_of(self._masters()):
+        with self.in_place_of(self.live()):
             for name, parameter in trained_parameters(model):
                 full = safe_get_full_fp32_param(parameter)
                 if keep:
                     found[name] = full.detach().to("cpu", torch.float32, copy=True)
         return found
 
-    def _masters(self) -> dict[str, Tensor]:
+    def live(self) -> dict[str, Tensor]:
         """This rank's flat float32 parts of the trained weights, under ZeRO-1, 2 or 3."""
         names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
         for name in names:

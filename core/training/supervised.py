@@ -175,7 +175,7 @@ class SupervisedRank(ABC):
             parts.append(part)
         self.engine.step()
         if self.average is not None:
-            self.average.step()
+            self.average.step(self.average.live())
         self.step += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         return self.figures(parts, norm, settings.optimization.lr * factor)
