@@ -22,3 +22,7 @@ class DataError(ValueError):
 
 class SampleError(ValueError):
     """One sample that cannot be used; says why. It is left out and counted."""
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot hold the plan, or an actor did not start in time."""

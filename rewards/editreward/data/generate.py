@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from core.command_line import add_recipe_arguments, refuse
+from core.command_line import add_recipe_arguments
+from core.failures import ClusterError
 from core.files import file_sha256, folder_manifest
-from core.logs import start_logging, submitted_job
+from core.logs import submitted_job
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError
 from rewards.editreward.data.generate_config import (
@@ -35,6 +36,7 @@ from rewards.editreward.data.generate_config import (
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
 
 log = logging.getLogger("rewards.editreward.data.generate")
+REFUSALS = (ConfigError, ClusterError)
 SHAPING = (
     "edits_per_prompt", "num_steps", "guidance_scale", "noise_level", "negative_prompt", "edit_type_key", "dtype",
     "height", "width", "max_sequence_length", "chunk_size", "prompts_per_shard",
@@ -49,17 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: every edit is there (or the dry run found nothing missing). 2: it cannot run as asked."""
-    start_logging()
-    try:
-        header, section = load_section(arguments.recipe, arguments.overrides, "generate", GenerateSection)
-        prompts = check(header, section)
-        for line in describe(header, section, prompts):
-            log.info(line)
-        if not arguments.dry_run:
-            generate(header, section, prompts)
-    except ConfigError as error:
-        return refuse("Cannot generate", error)
+    """0: every edit is there (or the dry run found nothing missing)."""
+    header, section = load_section(arguments.recipe, arguments.overrides, "generate", GenerateSection)
+    prompts = check(header, section)
+    for line in describe(header, section, prompts):
+        log.info(line)
+    if not arguments.dry_run:
+        generate(header, section, prompts)
     return 0
 
 
@@ -113,7 +111,6 @@ def describe(header: Header, section: GenerateSection, prompts: list[Prompt]) ->
 
 def generate(header: Header, section: GenerateSection, prompts: list[Prompt]) -> None:
     """Make every shard that is not there. Raises ConfigError before anything is sampled."""
-    from core.cluster.actors import ClusterError
     from rewards.editreward.data.generate_cluster import Studio, load_adapters
     from rewards.editreward.data.generate_plan import count_shards
     from rewards.editreward.data.generate_run import Generation, shard_path
@@ -128,10 +125,7 @@ def generate(header: Header, section: GenerateSection, prompts: list[Prompt]) ->
         missing = [shard for shard in shards if not shard_path(folder, shard).is_file()]
         log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
         if missing:
-            try:
-                studio = Studio(section, adapters)
-            except ClusterError as error:
-                raise ConfigError([str(error)]) from error
+            studio = Studio(section, adapters)
             try:
                 Generation(header, section, prompts, record, studio, folder).run(missing)
             finally:

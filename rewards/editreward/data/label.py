@@ -21,9 +21,8 @@ from typing import Any
 from PIL import Image
 
 import recipes
-from core.command_line import add_recipe_arguments, refuse
+from core.command_line import add_recipe_arguments
 from core.files import atomic_write_json
-from core.logs import start_logging
 from core.recipe import ConfigError
 from rewards.editreward.data.generate_config import Header, load_section
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
@@ -51,6 +50,7 @@ from rewards.judge.protocols import Sample
 from rewards.judge.template_files import Template, TemplateError
 
 log = logging.getLogger("rewards.editreward.data.label")
+REFUSALS = (ConfigError, DataError, LabelStopped)
 REPORT = "labels.json"
 NAMED = 10
 
@@ -62,14 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: every edit has its outcome (or the dry run found nothing missing). 2: it cannot run, or had to stop."""
-    start_logging()
-    try:
-        header, section = load_section(arguments.recipe, arguments.overrides, "label", LabelSection)
-        template, jobs = check(header, section)
-        label(header, section, template, jobs, dry_run=arguments.dry_run)
-    except (ConfigError, DataError, LabelStopped) as error:
-        return refuse("Cannot label", error)
+    """0: every edit has its outcome (or the dry run found nothing missing)."""
+    header, section = load_section(arguments.recipe, arguments.overrides, "label", LabelSection)
+    template, jobs = check(header, section)
+    label(header, section, template, jobs, dry_run=arguments.dry_run)
     return 0
 
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.command_line import add_recipe_arguments, refuse
-from core.logs import start_logging
+from core.command_line import add_recipe_arguments
 from core.progress import Progress
 from core.statistics import Estimate
 from rewards.editreward.config import Recipe, load_recipe
@@ -46,6 +45,9 @@ from rewards.editreward.settings import EditRewardSettings, SettingsError
 if TYPE_CHECKING:
     from rewards.editreward.client_local import LocalModel
 
+REFUSALS = (ValueError,)
+"""ConfigError, DataError, SettingsError and ModelFolderError are its kinds."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe that trained, the model, and what to compare it with."""
@@ -57,15 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: measured, every probe passed. 1: a probe failed. 2: recipe, data or model cannot be used."""
-    start_logging()
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        model = arguments.model or recipe.run_dir / MODEL
-        out = arguments.out or model.parent / f"evaluation-{recipe.evaluate.split}"
-        report = evaluate(recipe, model, out, against=arguments.against)
-    except ValueError as error:  # ConfigError, DataError, SettingsError and ModelFolderError are its kinds
-        return refuse("Cannot evaluate", error)
+    """0: measured, every probe passed. 1: a probe failed."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    model = arguments.model or recipe.run_dir / MODEL
+    out = arguments.out or model.parent / f"evaluation-{recipe.evaluate.split}"
+    report = evaluate(recipe, model, out, against=arguments.against)
     sys.stdout.write("\n".join(table(report)) + "\n")
     return 1 if report.failed_probes else 0
 

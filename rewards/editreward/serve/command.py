@@ -18,9 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.command_line import refuse
+from core.failures import ClusterError
 from core.files import atomic_write_json
-from core.logs import start_logging
 from rewards.editreward.model_folder import ModelCard, ModelFolderError
 from rewards.editreward.serve.checks import DTYPES, EngineFacts, check_model, engine_problems
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from rewards.editreward.serve.replicas import ReplicaPlan, ReplicaStatus
 
 log = logging.getLogger("rewards.editreward.serve.command")
+REFUSALS = (ModelFolderError, ClusterError)
 
 CPU_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -60,15 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 after SIGTERM or SIGINT, 2 when the model cannot be served as asked, 1 when every replica is lost."""
-    start_logging()
-    try:
-        card, facts = check_model(arguments.model)
-        problems = engine_problems(card, facts, tensor_parallel=arguments.tensor_parallel)
-        if problems:
-            raise ModelFolderError(problems)
-    except ModelFolderError as error:
-        return refuse("Cannot serve", error)
+    """0: ended by SIGTERM or SIGINT. 1: every replica is lost."""
+    card, facts = check_model(arguments.model)
+    problems = engine_problems(card, facts, tensor_parallel=arguments.tensor_parallel)
+    if problems:
+        raise ModelFolderError(problems)
     return _serve(card, facts, arguments)
 
 
@@ -124,7 +120,6 @@ def vllm_command(
 def _serve(card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace) -> int:
     import ray
 
-    from core.cluster.actors import ClusterError
     from rewards.editreward.serve.fleet import Room, check_host, cluster_has_gpus, place
 
     leaving = _leave_on_signals()
@@ -142,8 +137,6 @@ def _serve(card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace) -
         finally:
             _forget(arguments.ready_file)
             fleet.close()
-    except ClusterError as error:
-        return refuse("Cannot serve", error)
     finally:
         ray.shutdown()
 

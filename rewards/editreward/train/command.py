@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import recipes
-from core.command_line import add_recipe_arguments, refuse, report_dry_run
+from core.command_line import add_recipe_arguments, report_dry_run
 from core.failures import DataError
-from core.logs import start_logging, submitted_job
+from core.logs import submitted_job
 from core.recipe import ConfigError
 from rewards.editreward.config import Recipe, load_recipe
 from rewards.editreward.settings import FILE, SettingsError
 
 log = logging.getLogger("rewards.editreward.train.command")
+REFUSALS = (ConfigError, DataError, SettingsError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: trained (or the dry run found nothing missing). 2: the recipe, its data or its model cannot be used."""
-    start_logging()
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        return dry_run(recipe) if arguments.dry_run else train(recipe, resume=arguments.resume)
-    except (ConfigError, DataError, SettingsError) as error:
-        return refuse("This recipe cannot run", error)
+    """0: trained, or the dry run found nothing missing (2: it did)."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    return dry_run(recipe) if arguments.dry_run else train(recipe, resume=arguments.resume)
 
 
 def dry_run(recipe: Recipe) -> int:

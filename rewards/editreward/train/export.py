@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import recipes
-from core.command_line import add_recipe_arguments, refuse
+from core.command_line import add_recipe_arguments
 from core.files import atomic_write_json, atomic_write_text, publish_folder, verify_folder
-from core.logs import start_logging
+from rewards.editreward.config import load_recipe
 from rewards.editreward.model_folder import ARCHITECTURE, MODEL
-from rewards.editreward.settings import FILE, EditRewardSettings, SettingsError, load_settings
+from rewards.editreward.settings import FILE, EditRewardSettings, load_settings
 
 if TYPE_CHECKING:
     from rewards.editreward.model import EditRewardModel
 
 log = logging.getLogger(__name__)
+REFUSALS = (ValueError, FileExistsError, FileNotFoundError)
 SHARD_SIZE = "5GB"
 
 
@@ -39,18 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: exported. 2: there is nothing sound to export, or something else is in the way."""
-    from core.recipe import ConfigError
-    from rewards.editreward.config import load_recipe
-
-    start_logging()
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        checkpoint = arguments.checkpoint or newest_best(recipe.run_dir)
-        folder = arguments.out or recipe.run_dir / MODEL
-        export_checkpoint(checkpoint, recipes.resolve(recipe.model.path), folder)
-    except (ConfigError, SettingsError, FileExistsError, FileNotFoundError, ValueError) as error:
-        return refuse("Cannot export", error)
+    """Export and print the folder."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    checkpoint = arguments.checkpoint or newest_best(recipe.run_dir)
+    folder = arguments.out or recipe.run_dir / MODEL
+    export_checkpoint(checkpoint, recipes.resolve(recipe.model.path), folder)
     sys.stdout.write(f"{folder}\n")
     return 0
 
@@ -71,7 +65,6 @@ def export_checkpoint(checkpoint: Path, base: Path, folder: Path) -> None:
     from safetensors.torch import load_file
 
     from core.training.optimization import trained_parameters
-    from rewards.editreward.config import load_recipe
     from rewards.editreward.model import merge_lora
     from rewards.editreward.train.rank import TRAINABLE_FILE, make_trainable_model
 
