@@ -1,4 +1,4 @@
-"""Names of the built-in rewards and where each is found. The module behind a name loads when it is used."""
+"""Where the built-in rewards and the client of a served one are found. Each module loads when it is used."""
 
 BUILTIN_REWARDS: dict[str, str] = {
     "geneval": "rewards.geneval.rewards:GenEval",
@@ -11,3 +11,5 @@ BUILTIN_REWARDS: dict[str, str] = {
     "geneval_shapes_template": "worlds.shapes.scoring.template:TemplateGenEval",
     "edit_shapes_template": "worlds.shapes.scoring.template:TemplateEdit",
 }
+
+SERVED_REWARD = "rewards.service.client:ServedReward"

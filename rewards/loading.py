@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from rewards.base import RewardLoadError, RewardSpec, reward_label, spec_problems
-from rewards.builtin import BUILTIN_REWARDS
+from rewards.builtin import BUILTIN_REWARDS, SERVED_REWARD
 from rewards.thread import RewardThread
 
 logger = logging.getLogger(__name__)
@@ -91,9 +91,8 @@ def set_problems(specs: Sequence[RewardSpec]) -> list[str]:
 
 
 def _load_served(spec: RewardSpec) -> LoadedReward:
-    from rewards.service.client import ServedReward  # httpx takes a while to import and few runs need it
-
-    owner = ServedReward(spec)
+    client, _ = _resolve(SERVED_REWARD)
+    owner = client(spec)
     logger.info(
         "reward %s: %s is served over HTTP, service.urls: %d", owner.label, spec.name, len(owner.urls)
     )
@@ -129,9 +128,9 @@ def _import_module(name: str, module: str) -> ModuleType:
         return importlib.import_module(module)
     except Exception as error:  # the module's own code may raise anything
         missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        way_out = "; is the package installed, or the working directory its parent?" if missing else ""
+        hint = "; is the package installed, or the working directory its parent?" if missing else ""
         raise RewardLoadError(
-            f"reward {name!r}: cannot import {module}: {describe_error(error)}{way_out}"
+            f"reward {name!r}: cannot import {module}: {describe_error(error)}{hint}"
         ) from error
 
 

@@ -13,12 +13,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from core.cluster.placement import ActorPlan, ResourcePlan, shortage
+from core.failures import ClusterError
 
 log = logging.getLogger(__name__)
-
-
-class ClusterError(RuntimeError):
-    """The cluster cannot hold the plan, or an actor did not start in time."""
 
 
 def connect(*, worker_logs: bool = True) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from core.keys import Decay, NonNegative, Positive
 
@@ -30,7 +31,14 @@ class Optimization:
     """What remains of the averaged weights at each step."""
 
 
-def lr_factor(step: int, steps: int, settings: Optimization) -> float:
+class Schedule(Protocol):
+    """What a recipe says of the course of the learning rate."""
+
+    warmup_fraction: float
+    final_lr_fraction: float
+
+
+def lr_factor(step: int, steps: int, settings: Schedule) -> float:
     """Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine."""
     warmup = max(1, round(settings.warmup_fraction * steps))
     if step < warmup:

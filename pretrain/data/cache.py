@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from core.failures import DataError
 from core.logs import start_logging
 from core.progress import Progress
 from core.recipe import ConfigError, read_recipe
-from core.shards.errors import DataError
 from pretrain.data.config import DataConfig, DataRecipe, broken_data_rules
 from pretrain.data.encode import Broken, Job, ShardEncoder
 

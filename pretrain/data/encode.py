@@ -14,17 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import recipes
-from core.shards.errors import SampleError
+from core.failures import SampleError
 from models.components import load_vae
 from models.latents import encode_images
 from models.metaquery.conditioner import load_conditioner
 from models.metaquery.reading import QueryReader
 from models.text import SD3TextEncoder
+from pretrain.data.batch import fitted_pictures, readable_texts, to_pixels
 from pretrain.data.buckets import bucket_size, nearest_buckets
 from pretrain.data.config import DataConfig
 from pretrain.data.encoded import EncodedLatents, EncodedQueries, EncodedTexts, Shards, stack
-from pretrain.data.pixels import fitted_pictures, to_pixels
-from pretrain.data.readable import readable_texts
 from pretrain.data.sources import Source, check_corrupt, open_sources
 
 

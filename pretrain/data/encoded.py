@@ -25,8 +25,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import recipes
+from core.failures import DataError, SampleError
 from core.files import atomic_write_json, file_sha256
-from core.shards.errors import DataError, SampleError
 from models.folders import TEXT_PARTS
 from pretrain.data.buckets import areas
 from pretrain.data.config import DataConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -102,11 +102,6 @@ def set_trained(model: FlowModel, recipe: FlowRecipe) -> None:
     """Give gradients to the parts that the recipe trains, and to no other."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(recipe.trains(part_of(name)))
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that are trained, in a fixed order."""
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def prepare_blocks(model: FlowModel, recipe: FlowRecipe) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import recipes
+from core.failures import DataError
 from core.logs import submitted_job
-from core.shards.errors import DataError
 from models.folders import METAQUERY_PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
 from models.preflight import conditioner_problems
 from models.sizes import geometry

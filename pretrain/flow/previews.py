@@ -18,8 +18,8 @@ from pretrain.data.batch import PretrainBatch
 from pretrain.data.stream import BatchStream
 from pretrain.flow.conditions import Encoders, rows_of
 from pretrain.flow.config import FlowRecipe
-from pretrain.flow.draws import draw_noise
 from pretrain.flow.export import averaged_model
+from pretrain.flow.loss import draw_noise
 
 _SEARCHED = 64
 _MIN_SIDE = 96

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.training.ema import AdapterEma
+from core.training.ema import MovingAverage
 from models.compiling import compile_blocks
 from models.components import load_transformer, torch_dtype
 from models.conditioning import Conditioning, ConditioningBatch
@@ -86,7 +86,7 @@ class Learner:
         self.reference: str | None = None
         self.negative: Conditioning | None = None
         self.rehearsal: Rehearsal | None = None
-        self.ema: AdapterEma | None = None
+        self.ema: MovingAverage | None = None
         self.begin_stage()
 
     def _deepspeed_config(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Learner:
         self.rehearsal = None
         self.engine.optimizer.optimizer.state.clear()
         ema = self.config.ema
-        self.ema = AdapterEma(state, decay=ema.decay, every=ema.every) if ema.enabled else None
+        self.ema = MovingAverage(state, decay=ema.decay, every=ema.every) if ema.enabled else None
 
     def _set_reference(self, state: dict[str, Tensor]) -> None:
         """An adapter whose B matrices are all zero is the base model: then the disabled adapter serves."""

@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from core.failures import DataError
 from core.recipe import ConfigError
-from core.shards.errors import DataError
 from models.components import load_vae
 from models.latents import encode_images
 from models.text import SD3TextEncoder

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from core.recipe import ConfigError
+from core.training.estimates import PEAK_TFLOPS
 from pretrain.data.cache import fill_cache
 from pretrain.flow.__main__ import main
-from pretrain.flow.peaks import PEAK_TFLOPS
 from pretrain.flow.plan import describe, state_bytes
 from pretrain.flow.preflight import preflight
 from pretrain.flow.sizes import measure

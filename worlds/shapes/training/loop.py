@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from core.recipe import ConfigError
-from core.training.optimization import WeightAverage, build_optimizers
+from core.records import append_records, keep_up_to
+from core.training.ema import MovingAverage
+from core.training.optimization import build_optimizers, trained_parameters
 from core.training.schedule import lr_factor
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from worlds.shapes.training.config import Recipe
@@ -92,7 +94,7 @@ class TrainingLoop:
         self.step = 0
         self.optimizers = build_optimizers(stage.modules, recipe.optimization)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.average = WeightAverage(stage.modules, recipe.optimization.ema_decay)
+        self.average = MovingAverage(self._trained(), decay=recipe.optimization.ema_decay, ramp=True)
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
 
     def resume(self, path: str) -> None:
@@ -118,11 +120,10 @@ class TrainingLoop:
             module.load_state_dict(weights)
         for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
-        for average, stored in zip(self.average.tensors, state["average"], strict=True):
-            average.copy_(stored)
-        self.average.updates = state["average_updates"]
+        stored = dict(zip(self.average.average, state["average"], strict=True))
+        self.average.load(stored, state["average_updates"])
         self.step = state["step"]
-        _drop_lines_after(self.folder / "metrics.jsonl", self.step)
+        keep_up_to(self.folder / "metrics.jsonl", self.step)
         log.info("resumed %s at step %d", path, self.step)
 
     def run(self) -> None:
@@ -168,7 +169,7 @@ class TrainingLoop:
             "step": self.step,
             "modules": [module.state_dict() for module in self.stage.modules],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "average": self.average.tensors,
+            "average": list(self.average.average.values()),
             "average_updates": self.average.updates,
         }
         made_by = dataclasses.asdict(self.recipe)
@@ -189,11 +190,10 @@ class TrainingLoop:
                 f"loss is {result.loss.item()} at step {self.step}: lower optimization.lr or muon_lr"
             )
         result.loss.backward()
-        parameters = [p for module in self.stage.modules for p in module.parameters() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(list(self._trained().values()), settings.gradient_clip)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.average.update()
+        self.average.step(self._trained())
         return {"loss": result.loss.item(), "gradient_norm": norm.item(), **result.figures}
 
     def _good_enough(self) -> bool:
@@ -213,8 +213,8 @@ class TrainingLoop:
         line["lr_factor"] = lr_factor(self.step - 1, self.recipe.steps, self.recipe.optimization)
         line["samples_per_second"] = count * self.recipe.batch_size / seconds
         self._sums.clear()
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **{k: round(v, 6) for k, v in line.items()}}) + "\n")
+        record = {"step": self.step, **{k: round(v, 6) for k, v in line.items()}}
+        append_records(self.folder / "metrics.jsonl", [record])
 
     def _write_samples(self) -> None:
         grid = self._with_average(self.stage.sample_grid)
@@ -226,20 +226,15 @@ class TrainingLoop:
 
     def _with_average(self, action: Callable[[], T]) -> T:
         """Run `action` on the averaged weights in eval mode."""
-        self.average.swap()
-        for module in self.stage.modules:
-            module.eval()
-        try:
-            with torch.no_grad():
-                return action()
-        finally:
-            self.average.swap()
+        with self.average.in_place_of(self._trained()), torch.no_grad():
             for module in self.stage.modules:
-                module.train()
+                module.eval()
+            try:
+                return action()
+            finally:
+                for module in self.stage.modules:
+                    module.train()
 
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their old lines go."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by module number and name."""
+        return {f"{i}.{n}": p for i, m in enumerate(self.stage.modules) for n, p in trained_parameters(m)}

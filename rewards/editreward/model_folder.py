@@ -1,4 +1,4 @@
-"""What a client knows of a served model: its constants, and the name that stands for exactly these bytes.
+"""An exported model folder: its constants, whether stock vLLM can serve it, and the name of exactly these bytes.
 
 A served EditReward is named after its export: `editreward-` and the start of a hash over the manifest, which holds
 the hash of every file. `serve` gives vLLM that name, the client computes it from its own copy and puts it into every
@@ -14,8 +14,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from core.files import COMPLETE, file_sha256
 from rewards.editreward.settings import FILE, EditRewardSettings, SettingsError, load_settings
+
+ARCHITECTURE = "Qwen2_5_VLForSequenceClassification"
+MODEL = "model"
+"""Where in a run's folder `export` writes, unless told otherwise."""
 
 
 class ModelFolderError(ValueError):
@@ -61,3 +67,40 @@ def read_card(folder: str | Path) -> ModelCard:
             ]
         )
     return ModelCard(folder, settings, f"editreward-{hashlib.sha256(manifest).hexdigest()[:16]}")
+
+
+def folder_problems(folder: str | Path) -> list[str]:
+    """Why stock vLLM could not serve this folder as an EditReward; empty when it can. Reads no weights."""
+    folder = Path(folder)
+    try:
+        settings = load_settings(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (SettingsError, OSError, ValueError) as error:
+        return [str(error)]
+    problems = []
+    if not (folder / COMPLETE).is_file():
+        problems.append(f"{folder}: no {COMPLETE} file, so its export or its copy never finished")
+    if config.get("architectures") != [ARCHITECTURE]:
+        problems.append(
+            f"{folder}/config.json: architectures is {config.get('architectures')}, not [{ARCHITECTURE!r}]"
+        )
+    k = len(settings.dimensions)
+    if config.get("num_labels") != k or len(config.get("id2label", {})) != k:
+        problems.append(
+            f"{folder}/config.json: num_labels is {config.get('num_labels')}, {FILE} names {k} dimensions"
+        )
+    try:
+        shape = _head_shape(folder)
+    except SafetensorError as error:
+        return [f"{folder}: a weight file is not whole ({error}); copy *.safetensors again"]
+    if shape is None or shape[0] != k:
+        problems.append(f"{folder}: language_model.score.weight has shape {shape}, expected {k} rows")
+    return [f"{problem}; export the model again" for problem in problems]
+
+
+def _head_shape(folder: Path) -> list[int] | None:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            if "language_model.score.weight" in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                return file.get_slice("language_model.score.weight").get_shape()
+    return None
