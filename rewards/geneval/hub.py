@@ -18,18 +18,17 @@ import transformers
 from PIL import Image
 
 from rewards.base import FatalRewardError
-from rewards.geneval.backend import Detections
-from rewards.geneval.batches import same_shape_batches
-from rewards.geneval.checkpoint import SHOWN_KEYS, weights_sha256
-from rewards.geneval.detection import Detection
+from rewards.geneval.checkpoint import shown_keys, weights_sha256
+from rewards.geneval.detection import Detections
 from rewards.geneval.instances import (
     PAD_DIVISOR,
-    Instances,
+    detections,
     instances,
     mask_logits_at_image_size,
     network_input,
     pad_batch,
     resized_shape,
+    same_shape_batches,
 )
 from rewards.geneval.names import CLASS_NAMES, class_order_problems
 from rewards.geneval.settings import DetectorSettings
@@ -81,7 +80,7 @@ class HubMask2Former:
                         shapes[k],
                         (images[k].height, images[k].width),
                     )
-                    found[k] = _detections(instances(outputs.class_queries_logits[row], masks))
+                    found[k] = detections(instances(outputs.class_queries_logits[row], masks))
         return [found[k] for k in range(len(images))]
 
     def network_input(self, image: Image.Image) -> torch.Tensor:
@@ -124,24 +123,9 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
         )
     except Exception as error:  # the library raises many kinds for a bad folder
         raise FatalRewardError(f"{folder}: not a {kind.__name__}: {type(error).__name__}: {error}") from error
-    unset = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+    unset = set(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
     if unset:
         raise FatalRewardError(
-            f"{folder} does not fit {kind.__name__}: {len(unset)} keys missing or of another shape: "
-            f"{', '.join(unset[:SHOWN_KEYS])}{' ...' if len(unset) > SHOWN_KEYS else ''}"
+            f"{folder} does not fit {kind.__name__}: {shown_keys(unset, 'missing or of another shape')}"
         )
     return model.eval()
-
-
-def _detections(found: Instances) -> Detections:
-    result: Detections = {}
-    rows = zip(
-        found.labels.tolist(),
-        found.boxes.tolist(),
-        found.scores.tolist(),
-        found.masks.cpu().numpy(),
-        strict=True,
-    )
-    for label, box, score, mask in rows:
-        result.setdefault(CLASS_NAMES[label], []).append(Detection(tuple(box), min(score, 1.0), mask))
-    return result

@@ -9,7 +9,7 @@ from PIL import Image
 
 from rewards.base import RewardOutput
 from rewards.geneval import evaluate
-from rewards.geneval.credits import check_credit, geneval_output
+from rewards.geneval.rewards import check_credit, geneval_output
 from worlds.shapes.scenes.edits import Edit
 from worlds.shapes.scenes.pictures import stack
 from worlds.shapes.scoring.components import analyse

@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from rewards.base import RewardOutput
 from rewards.geneval import Detection, evaluate
-from rewards.geneval.credits import check_credit, geneval_output
+from rewards.geneval.rewards import check_credit, geneval_output
 from worlds.shapes.scenes.edits import Edit
 from worlds.shapes.scenes.pictures import stack
 from worlds.shapes.scenes.render import HALF_EXTENT, SPRITE_RADIUS, sprite
