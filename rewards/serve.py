@@ -20,7 +20,7 @@ from core.logs import start_logging
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError
 from rewards.base import RewardError, RewardSet, reward_label
-from rewards.service.token import read_token
+from rewards.service.wire import read_token
 from rl.recipe.preflight import part_reward_set, scored_parts
 from rl.recipe.schema import RunConfig, load_config
 

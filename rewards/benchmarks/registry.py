@@ -13,7 +13,7 @@ from rewards.base import RewardSpec
 from rewards.benchmarks import dpg, gedit, geneval, imgedit, rewarded
 from rewards.benchmarks.figures import Figure
 from rewards.benchmarks.items import DataError, Item, subset
-from rewards.benchmarks.layouts import GRID, Grid, Keyed, Layout, Numbered
+from rewards.benchmarks.layouts import GRID, Keyed, Layout, Numbered
 
 SHAPES_PROMPTS = {task: f"recipes/shapes/prompts/{task}_heldout.jsonl" for task in ("t2i", "edit")}
 SCORER = "scorer"
@@ -162,7 +162,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             get_data=geneval.GET_DATA, images=4, counts=None, decimals=4,
         ),
         Benchmark(
-            "dpg", _dpg, Grid(), dpg.figures, frozenset({"data", "reward"}),
+            "dpg", _dpg, Keyed(), dpg.figures, frozenset({"data", "reward"}),
             get_data=dpg.GET_DATA, images=GRID, counts=(1, GRID), decimals=2,
         ),
         Benchmark(

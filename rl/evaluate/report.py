@@ -16,8 +16,7 @@ from core import __version__
 from core.files import atomic_write_json, atomic_write_text
 from core.prompts import load_reference
 from rewards.benchmarks.figures import Figure
-from rewards.benchmarks.items import ScoredItem
-from rewards.benchmarks.provenance import detectors, snapshots
+from rewards.benchmarks.items import ScoredItem, detectors, snapshots
 from rl.evaluate.images import ImageStore
 from rl.evaluate.intervals import bootstrap_figure
 from rl.evaluate.plan import Plan, Scorer

@@ -160,7 +160,7 @@ def test_unfit_folders_are_refused(tiny_hub, tmp_path):
     with pytest.raises(FatalRewardError, match="133 classes"):
         load(DetectorSettings("transformers", str(other)), CPU)
 
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((tiny_hub / "config.json").read_text())
     broken = save_tiny_hub(tmp_path / "broken")
     (broken / "config.json").write_text(json.dumps(config | {"decoder_layers": 4}))
     with pytest.raises(FatalRewardError, match="keys missing or of another shape: model.transformer_module"):

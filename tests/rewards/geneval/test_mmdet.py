@@ -133,7 +133,7 @@ def test_the_network_sees_red_first(detector):
 
 def test_the_label_says_what_scored(detector, swin_s):
     assert detector.scoring == "mmdet-160x128"
-    assert hashlib.sha256(checkpoint.read_bytes()).hexdigest() in detector.label
+    assert hashlib.sha256(swin_s.read_bytes()).hexdigest() in detector.label
     assert "(not the published ones)" in detector.label
     assert "(the published ones)" in describe(DetectorSettings(), CPU, "pytorch", "c9d0c4f2" + 56 * "0")
     assert "mmdet 3.3.0" in detector.label and "swin-s" in detector.label

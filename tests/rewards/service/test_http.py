@@ -14,7 +14,7 @@ from rewards.base import FatalRewardError, RewardContractError, RewardSpec
 from rewards.calling import RewardBatch, call_reward
 from rewards.loading import load_reward
 from rewards.scoring import score_group
-from rewards.service.wire import MEDIA_TYPE, Asked, encode_request, fingerprint
+from rewards.service.wire import MEDIA_TYPE, Call, encode_request, fingerprint
 from tests.fakes.service_process import Service, served, write_recipe
 from worlds.shapes.scenes.captions import sample_t2i
 from worlds.shapes.scenes.edits import sample_edit
@@ -159,7 +159,7 @@ def test_a_fatal_error_is_fatal_through_http(service, odd_name, what, kind, text
 def body_for(name, what="fine", *, timeout_s=20.0, size=8):
     batch = odd_batch(what)
     images = [image.resize((size, size)) for image in batch.images]
-    asked = Asked(fingerprint(name, {}), timeout_s)
+    asked = Call(fingerprint(name, {}), timeout_s)
     given = {"prompts": batch.prompts, "references": batch.references, "metadata": batch.metadata}
     return encode_request(asked, images=images, **given, codec="raw")
 
@@ -219,7 +219,7 @@ def test_a_small_png_of_a_large_picture_is_refused(http, odd_name):
         "references": [None],
         "metadata": [{}],
     }
-    body = encode_request(Asked(fingerprint(odd_name, {}), 20.0), **batch, codec="png")
+    body = encode_request(Call(fingerprint(odd_name, {}), 20.0), **batch, codec="png")
     assert len(body) < 2**14
     response = post(http, "odd", body)
     assert response.status_code == 422 and "once decoded" in response.json()["error"]["message"]

@@ -15,7 +15,7 @@ from rewards.service.request import LARGEST_SIDE, decode_request
 from rewards.service.wire import (
     MAGIC,
     PREFIX,
-    Asked,
+    Call,
     WireError,
     decode_scores,
     encode_request,
@@ -23,7 +23,7 @@ from rewards.service.wire import (
     fingerprint,
 )
 
-ASKED = Asked("f" * 64, 2.5)
+CALL = Call("f" * 64, 2.5)
 LIMIT = 2**20
 
 
@@ -39,7 +39,7 @@ def frame(codec="raw", count=3, **changes):
         "references": [None] * count,
         "metadata": [{"tag": "colors", "share": 0.1, "parts": [1, {"a": None}]}] * count,
     }
-    return encode_request(ASKED, **{**given, **changes}, codec=codec)
+    return encode_request(CALL, **{**given, **changes}, codec=codec)
 
 
 def header_of(body):
@@ -59,8 +59,8 @@ def with_header(body, **changes):
 def test_a_batch_comes_through_bit_for_bit(codec):
     images = [noise(1), noise(2, 7, 2), noise(3, 1, 1)]
     references = [noise(4), None, noise(5, 64, 48)]
-    asked, batch = decode_request(frame(codec, images=images, references=references), LIMIT)
-    assert asked == ASKED
+    call, batch = decode_request(frame(codec, images=images, references=references), LIMIT)
+    assert call == CALL
     assert [image.tobytes() for image in batch.images] == [image.tobytes() for image in images]
     assert [image.size for image in batch.images] == [(5, 3), (7, 2), (1, 1)]
     assert [r and r.tobytes() for r in batch.references] == [r and r.tobytes() for r in references]
