@@ -110,7 +110,8 @@ def error_of(answer: Any, status: int, url: str) -> Exception:
     if cause == Cause.UNAVAILABLE:
         return Away(str(error.get("message")))
     if cause == Cause.INFRASTRUCTURE:
-        return RetryableRewardError(message, float(error.get("retry_after_s") or 0.0))
+        seconds = error.get("retry_after_s")
+        return RetryableRewardError(message, seconds if isinstance(seconds, int | float) else 0.0)
     if cause == Cause.TIMEOUT:
         return TimeoutError(message)
     if cause == Cause.EXCEPTION:

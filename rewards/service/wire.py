@@ -169,7 +169,10 @@ def _decode_score(value: Any) -> float | None:
         return _NAMED[value]
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise WireError([f"a score is a number, null, nan, inf or -inf, got {str(value)[:40]!r}"])
-    return None if value is None else float(value)
+    try:
+        return None if value is None else float(value)
+    except OverflowError as error:
+        raise WireError(["a score is a whole number that no float can hold"]) from error
 
 
 def read_token(variable: str) -> str:
