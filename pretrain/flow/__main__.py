@@ -10,9 +10,9 @@ import logging
 import sys
 from functools import partial
 
+from core.failures import DataError
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
-from core.failures import DataError
 from pretrain.flow.config import FlowRecipe, load_recipe
 
 log = logging.getLogger("pretrain.flow")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import recipes
-from core.logs import submitted_job
 from core.failures import DataError
+from core.logs import submitted_job
 from models.components import METAQUERY_PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
 from models.metaquery.config import MetaQueryConfig
 from models.sizes import geometry

@@ -7,7 +7,7 @@ last step, which images share a batch and detections from instances, serve mmdet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,7 +118,18 @@ def same_shape_batches(shapes: Sequence[tuple[int, int]], divisor: int, batch_si
     ]
 
 
-def detections(found: Instances) -> Detections:
+def detect_in_batches(
+    forward: Callable[[list[int]], Iterable[Instances]], batches: list[list[int]]
+) -> list[Detections]:
+    """What `forward` finds in each image of a batch of indices, in the order of the indices."""
+    found: dict[int, Detections] = {}
+    with torch.inference_mode():
+        for batch in batches:
+            found |= zip(batch, map(_detections, forward(batch)), strict=True)
+    return [found[k] for k in sorted(found)]
+
+
+def _detections(found: Instances) -> Detections:
     """The instances by GenEval's class names; masks leave the device only where the score can count."""
     scores = found.scores.tolist()
     sure = [k for k, score in enumerate(scores) if score > SCORE_THRESHOLD]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from rewards.base import FatalRewardError
 from rewards.geneval.checkpoint import load_strictly, read_checkpoint, weights_sha256
 from rewards.geneval.detection import Detections
-from rewards.geneval.instances import Instances, detections, same_shape_batches
+from rewards.geneval.instances import Instances, detect_in_batches, same_shape_batches
 from rewards.geneval.mmcv_ops import prepare_ops
 from rewards.geneval.names import CLASS_NAMES, class_order_problems
 from rewards.geneval.settings import DetectorSettings
@@ -56,14 +56,14 @@ class Mask2Former:
         """See `Detector.detect`. Only images of one padded size share a forward pass."""
         inputs = [self._pipeline({"img": _bgr(image)}) for image in images]
         shapes = [tuple(item["inputs"].shape[-2:]) for item in inputs]
-        found: dict[int, Detections] = {}
-        with self._lock, torch.inference_mode():
-            for batch in same_shape_batches(shapes, self._divisor, self._batch_size):
-                samples = self._model.test_step(_collate([inputs[k] for k in batch]))
-                for k, sample in zip(batch, samples, strict=True):
-                    seen = sample.pred_instances
-                    found[k] = detections(Instances(seen.scores, seen.labels, seen.bboxes, seen.masks))
-        return [found[k] for k in range(len(images))]
+
+        def forward(batch: list[int]) -> Iterator[Instances]:
+            for sample in self._model.test_step(_collate([inputs[k] for k in batch])):
+                seen = sample.pred_instances
+                yield Instances(seen.scores, seen.labels, seen.bboxes, seen.masks)
+
+        with self._lock:
+            return detect_in_batches(forward, same_shape_batches(shapes, self._divisor, self._batch_size))
 
     def network_input(self, image: Image.Image) -> torch.Tensor:
         """What the network sees of an image, [3, h, w]: red first, resized, normalised and padded."""
