@@ -40,9 +40,7 @@ class ServedReward:
         self._spec, self._service = spec, spec.service
         self._endpoints = Endpoints(self.urls)
         self._clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
-        self._source: tuple[str, str | None] | None = (
-            None  # the first URL to answer, sha256 of the reward's file
-        )
+        self._source: tuple[str, str | None] | None = None  # first URL to answer, sha256 of the reward's file
 
     def check(self) -> list[str]:
         """Problems of the `service` block; nothing is sent."""
