@@ -23,7 +23,7 @@ from rewards.base import FatalRewardError, RetryableRewardError, RewardOutput
 from rewards.benchmarks.dpg import answer_name, image_score
 from rewards.benchmarks.dpg_questions import questions_of
 from rewards.benchmarks.imgedit import GRADES, TYPES
-from rewards.benchmarks.provenance import ANSWERED_BY
+from rewards.benchmarks.items import ANSWERED_BY
 from rewards.judge.client import JudgeClient
 from rewards.judge.cost import cost_lines
 from rewards.judge.judge import INFRASTRUCTURE
