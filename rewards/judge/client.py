@@ -9,38 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from rewards.judge.asking import Asker, Errand
+from core.logs import submitted_job
+from rewards.judge.asking import InFlight, MissingKeyError, Sender, read_key
 from rewards.judge.budget import Budget
-from rewards.judge.cache import Answers, FileAnswers, MemoryAnswers, Question, as_cached, identify, is_answer
-from rewards.judge.endpoint import MissingKeyError, read_key
-from rewards.judge.estimate import NANO
+from rewards.judge.cache import FileAnswers, Fingerprint, MemoryAnswers, as_cached, identify
 from rewards.judge.limits import Clock, RateWindow
-from rewards.judge.messages import JudgeReply, JudgeRequest, Outcome
+from rewards.judge.messages import Asker, JudgeReply, JudgeRequest, Outcome
+from rewards.judge.pricing import NANO, price_problems
 from rewards.judge.settings import JudgeSettings
 from rewards.judge.store import StoreBusyError, StoreError
 from rewards.judge.wire import Attempt
-
-
-@dataclass
-class _Flight:
-    """A question on its way."""
-
-    errand: Errand
-    task: asyncio.Task[JudgeReply]
-
-
-@dataclass
-class _Session:
-    """What belongs to one event loop. asker: None in replay, which has nobody to ask."""
-
-    loop: asyncio.AbstractEventLoop
-    asker: Asker | None
-    flights: dict[str, _Flight] = field(default_factory=dict)
 
 
 class JudgeClient:
@@ -57,11 +39,18 @@ class JudgeClient:
     def __init__(self, settings: JudgeSettings, *, clock: Clock | None = None) -> None:
         self._settings = settings
         self._clock = clock or Clock()
-        self._wrong = settings.problems() or _place_problems(settings)
-        self._answers = _answers(settings)
+        self._wrong = settings.problems() or [*price_problems(settings), *_place_problems(settings)]
+        self._answers = (
+            FileAnswers(settings.cache, read_only=settings.mode == "replay")
+            if settings.cache
+            else MemoryAnswers()
+        )
         self._budget = None if self._wrong else _budget(settings)
         self._window = RateWindow(settings.requests_per_minute, settings.tokens_per_minute, self._clock)
-        self._session: _Session | None = None
+        # What belongs to one event loop.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sender: Sender | None = None
+        self._flights: dict[str, tuple[InFlight, asyncio.Task[JudgeReply]]] = {}
 
     def problems(self) -> list[str]:
         """What is known without network: bad settings, a missing key or package, unusable files. Blocks."""
@@ -76,97 +65,128 @@ class JudgeClient:
         """Ends within `settings.longest_ask_s`."""
         if self._wrong:
             return JudgeReply(Outcome.FATAL, detail="; ".join(self._wrong))
-        session = self._current_session()
-        question = await asyncio.to_thread(identify, self._settings, request)
-        flight = session.flights.get(question.key)
-        joined = flight is not None
-        if flight is None:
-            errand = Errand()
-            task = asyncio.create_task(self._fly(session, errand, question, request))
-            flight = session.flights[question.key] = _Flight(errand, task)
-            task.add_done_callback(lambda _: _land(session, question, flight))
-        flight.errand.waiters += 1
+        sender, flights = self._of_this_loop()
+        asked = await asyncio.to_thread(identify, self._settings, request)
+        joined = asked.key in flights
+        if not joined:
+            flight = InFlight()
+            task = asyncio.create_task(self._fly(sender, flight, asked, request))
+            flights[asked.key] = flight, task
+        flight, task = entry = flights[asked.key]
+
+        def forget(_: object = None) -> None:
+            if flights.get(asked.key) is entry:
+                del flights[asked.key]
+
+        task.add_done_callback(forget)
+        flight.waiters += 1
         try:
-            reply = await asyncio.shield(flight.task)
+            reply = await asyncio.shield(task)
         finally:
-            flight.errand.waiters -= 1
-            if not flight.errand.waiters and not flight.errand.sending:
-                flight.task.cancel()
-                _land(session, question, flight)
+            flight.waiters -= 1
+            if not flight.waiters and not flight.sending:
+                task.cancel()
+                forget()
         return as_cached(reply) if joined else reply
 
     async def close(self) -> None:
         """Drop what is in flight; close this event loop's connections, and the files. `ask` opens them again."""
-        session, self._session = self._session, None
-        if session is not None and session.loop is asyncio.get_running_loop():
-            tasks = [flight.task for flight in session.flights.values()]
+        loop, self._loop = self._loop, None
+        if self._sender is not None and loop is asyncio.get_running_loop():
+            tasks = [task for _, task in self._flights.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if session.asker is not None:
-                await session.asker.close()
+            await self._sender.close()
         await asyncio.to_thread(self._answers.close)
         if self._budget is not None:
             await asyncio.to_thread(self._budget.close)
 
-    def _current_session(self) -> _Session:
+    def _of_this_loop(self) -> tuple[Sender, dict[str, tuple[InFlight, asyncio.Task[JudgeReply]]]]:
         loop = asyncio.get_running_loop()
-        if self._session is None or self._session.loop is not loop:
-            replay = self._settings.mode == "replay"
-            asker = (
-                None
-                if replay
-                else Asker(self._settings, window=self._window, budget=self._budget, clock=self._clock)
-            )
-            self._session = _Session(loop, asker)
-        return self._session
+        if self._sender is None or self._loop is not loop:
+            self._loop, self._flights = loop, {}
+            self._sender = Sender(self._settings, window=self._window, budget=self._budget, clock=self._clock)
+        return self._sender, self._flights
 
     async def _fly(
-        self, session: _Session, errand: Errand, question: Question, request: JudgeRequest
+        self, sender: Sender, flight: InFlight, asked: Fingerprint, request: JudgeRequest
     ) -> JudgeReply:
         """One question to its end, whatever that is."""
         limit_s = self._settings.longest_ask_s
         try:
             async with asyncio.timeout(limit_s):
-                return await self._answer(session, errand, question, request)
+                return await self._answer(sender, flight, asked, request)
         except TimeoutError:
             failed = Attempt(Outcome.TIMEOUT, detail=f"no answer within {limit_s:g} s, waits included")
         except StoreBusyError as error:
             failed = Attempt(Outcome.UNAVAILABLE, detail=str(error))
         except StoreError as error:
             failed = Attempt(Outcome.FATAL, detail=str(error))
-        return errand.reply(failed, self._settings)
+        return flight.reply(failed, self._settings)
 
     async def _answer(
-        self, session: _Session, errand: Errand, question: Question, request: JudgeRequest
+        self, sender: Sender, flight: InFlight, asked: Fingerprint, request: JudgeRequest
     ) -> JudgeReply:
         """From the cache, else from the endpoint. In live and record only an answer saves a request."""
         mode = self._settings.mode
-        found = await asyncio.to_thread(self._answers.get, question)
-        if found is not None and (is_answer(found) or mode == "replay"):
+        found = await asyncio.to_thread(self._answers.get, asked)
+        if found is not None and (found.readable or mode == "replay"):
             return as_cached(found)
-        if session.asker is None:
+        if mode == "replay":
             detail = (
                 f"mode is replay, and {self._settings.cache} has no answer to this question: "
-                f"{question.describe()}; record it with mode record, or go back to the settings, templates and "
+                f"{asked.describe()}; record it with mode record, or go back to the settings, templates and "
                 "samples of the recording"
             )
             return JudgeReply(Outcome.FATAL, detail=detail)
-        reply = await session.asker.ask(request, errand)
-        if is_answer(reply) or (mode == "record" and reply.outcome is not Outcome.FATAL):
-            await asyncio.to_thread(self._answers.put, question, reply)
+        reply = await sender.ask(request, flight)
+        if reply.readable or (mode == "record" and reply.outcome is not Outcome.FATAL):
+            await asyncio.to_thread(self._answers.put, asked, reply)
         return reply
 
 
-def _land(session: _Session, question: Question, flight: _Flight | None) -> None:
-    if session.flights.get(question.key) is flight:
-        del session.flights[question.key]
+class Silence:
+    """An asker around another that keeps count of how long its endpoint has not answered anything.
 
+    Silence begins with the first failed or cancelled question since the last answer, at the time that question
+    was put: time in which nothing was asked is not counted. Answers from the cache say nothing about the endpoint.
+    """
 
-def _answers(settings: JudgeSettings) -> Answers:
-    if not settings.cache:
-        return MemoryAnswers()
-    return FileAnswers(settings.cache, read_only=settings.mode == "replay")
+    def __init__(
+        self,
+        asker: Asker,
+        failures: Collection[Outcome],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._asker, self._failures, self._clock = asker, failures, clock
+        self._heard = -float("inf")
+        self._since: float | None = None
+        self.detail = "none"
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply:
+        """The other asker's reply."""
+        began = self._clock()
+        try:
+            reply = await self._asker.ask(request)
+        except asyncio.CancelledError:
+            self._unheard(began, "cancelled before it was answered")
+            raise
+        if reply.outcome in self._failures:
+            self._unheard(began, f"{reply.outcome}: {reply.detail}")
+        elif not reply.cached:
+            self._heard, self._since = self._clock(), None
+        return reply
+
+    def seconds(self) -> float:
+        """Seconds of silence up to now; 0 after an answer."""
+        return 0.0 if self._since is None else self._clock() - self._since
+
+    def _unheard(self, began: float, detail: str) -> None:
+        self.detail = detail
+        if self._since is None:
+            self._since = max(began, self._heard)
 
 
 def _budget(settings: JudgeSettings) -> Budget | None:
@@ -183,7 +203,7 @@ def _place_problems(settings: JudgeSettings) -> list[str]:
     if settings.mode != "replay" and importlib.util.find_spec("openai") is None:
         problems.append("the package openai is not installed; install unipic-rl[judge]")
     # Ray unpacks a submitted job into a temporary folder, where paid answers and their count would be lost.
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if submitted_job():
         problems += [
             f"{key} {path!r} is relative, and a submitted job runs in a temporary copy of the working directory; "
             "give an absolute path that every node sees"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from PIL import Image
 
@@ -30,6 +30,9 @@ class Outcome(StrEnum):
     UNAVAILABLE = "unavailable"
     FATAL = "fatal"
 
+
+INFRASTRUCTURE = (Outcome.RATE_LIMITED, Outcome.TIMEOUT, Outcome.UNAVAILABLE)
+"""Outcomes that a later call may mend."""
 
 Part: TypeAlias = "str | Image.Image"
 """A piece of the user turn: text, or an RGB image."""
@@ -77,9 +80,20 @@ class JudgeReply:
     outcome: Outcome
     text: str = ""
     detail: str = ""
-    choices: tuple[TokenChoices, ...] = field(default=())
+    choices: tuple[TokenChoices, ...] = ()
     model: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     attempts: int = 0
     cached: bool = False
+
+    @property
+    def readable(self) -> bool:
+        """Whether a score may come of it: an OK one, or one cut off after tokens whose log-probabilities came."""
+        return self.outcome is Outcome.OK or (self.outcome is Outcome.TRUNCATED and bool(self.choices))
+
+
+class Asker(Protocol):
+    """Anything that answers questions: the client, or a script in a test."""
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply: ...

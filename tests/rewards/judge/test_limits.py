@@ -5,17 +5,15 @@ import random
 
 import pytest
 
-from rewards.judge.limits import RateWindow, Ticket, Turnstile, TurnTimeout
+from rewards.judge.limits import QueueTimeout, RateWindow, Sent, Throttle
 from tests.fakes.judge_questions import TurnedClock
 
 LONG = 1e9
 
 
-def turnstile(
-    time: TurnedClock, *, concurrency=4, requests=None, tokens=None
-) -> tuple[Turnstile, RateWindow]:
+def throttle(time: TurnedClock, *, concurrency=4, requests=None, tokens=None) -> tuple[Throttle, RateWindow]:
     window = RateWindow(requests, tokens, time.clock)
-    return Turnstile(concurrency, window, time.clock), window
+    return Throttle(concurrency, window, time.clock), window
 
 
 def busiest(sent: list[tuple[float, int]]) -> tuple[int, int]:
@@ -31,14 +29,14 @@ def test_no_minute_holds_more_than_the_allowance(requests, tokens) -> None:
     sizes = [random.randint(1, 400) for _ in range(120)]
     sent: list[tuple[float, int]] = []
 
-    async def one(gate: Turnstile, size: int) -> None:
-        ticket = await gate.enter(size, LONG)
+    async def one(gate: Throttle, size: int) -> None:
+        slot = await gate.acquire(size, LONG)
         sent.append((time.time, size))
         await time.clock.sleep(random.random() * 3)
-        gate.leave(ticket, None)
+        gate.release(slot, None)
 
     async def go() -> None:
-        gate, _ = turnstile(time, requests=requests, tokens=tokens)
+        gate, _ = throttle(time, requests=requests, tokens=tokens)
         await asyncio.gather(*(one(gate, size) for size in sizes))
 
     asyncio.run(go())
@@ -55,7 +53,7 @@ def test_a_bill_below_the_bound_lets_the_next_one_in() -> None:
     window = RateWindow(None, 100, time.clock)
     first = window.take(80)
     assert window.delay(40) == 60
-    first.tokens = 50  # what `leave` does with the bill
+    first.tokens = 50  # what `release` does with the bill
     assert window.delay(40) == 0
     window.take(40)
     time.time += 10
@@ -69,7 +67,7 @@ def test_a_request_above_the_allowance_waits_for_an_empty_minute() -> None:
     assert window.delay(5000) == 60
     time.time += 60
     assert window.delay(5000) == 0
-    assert window.take(5000) == Ticket(time.time, 100)
+    assert window.take(5000) == Sent(time.time, 100)
     assert window.delay(1) == 60
 
 
@@ -77,12 +75,12 @@ def test_a_pause_holds_everybody_and_is_never_shortened() -> None:
     time = TurnedClock()
 
     async def go() -> list[float]:
-        gate, window = turnstile(time)
+        gate, window = throttle(time)
         window.pause(30)
         window.pause(5)
         times = []
         for _ in range(2):
-            gate.leave(await gate.enter(1, LONG), None)
+            gate.release(await gate.acquire(1, LONG), None)
             times.append(time.time)
         return times
 
@@ -93,12 +91,12 @@ def test_a_turn_that_cannot_come_in_time_is_refused_at_once() -> None:
     time = TurnedClock()
 
     async def go() -> None:
-        gate, window = turnstile(time)
+        gate, window = throttle(time)
         window.pause(100)
-        with pytest.raises(TurnTimeout) as refused:
-            await gate.enter(1, 99)
+        with pytest.raises(QueueTimeout) as refused:
+            await gate.acquire(1, 99)
         assert refused.value.wait_s == 100
-        gate.leave(await gate.enter(1, 101), None)  # its place was given back
+        gate.release(await gate.acquire(1, 101), None)  # its place was given back
 
     asyncio.run(go())
     assert time.time == 1100
@@ -108,17 +106,17 @@ def test_places_in_flight_are_bounded_and_come_back() -> None:
     time = TurnedClock()
     inside, most = 0, 0
 
-    async def one(gate: Turnstile) -> None:
+    async def one(gate: Throttle) -> None:
         nonlocal inside, most
-        ticket = await gate.enter(1, LONG)
+        slot = await gate.acquire(1, LONG)
         inside += 1
         most = max(most, inside)
         await asyncio.sleep(0)
         inside -= 1
-        gate.leave(ticket, 1)
+        gate.release(slot, 1)
 
     async def go() -> None:
-        gate, _ = turnstile(time, concurrency=3)
+        gate, _ = throttle(time, concurrency=3)
         await asyncio.gather(*(one(gate) for _ in range(20)))
 
     asyncio.run(go())
@@ -129,15 +127,15 @@ def test_a_full_house_times_out_and_a_cancelled_wait_gives_its_place_back() -> N
     time = TurnedClock()
 
     async def go() -> None:
-        gate, window = turnstile(time, concurrency=1, requests=1)
-        ticket = await gate.enter(1, LONG)
-        with pytest.raises(TurnTimeout):
-            await gate.enter(1, 0.01)
-        gate.leave(ticket, None)
-        waiting = asyncio.create_task(Turnstile.enter(gate, 1, LONG))
+        gate, window = throttle(time, concurrency=1, requests=1)
+        slot = await gate.acquire(1, LONG)
+        with pytest.raises(QueueTimeout):
+            await gate.acquire(1, 0.01)
+        gate.release(slot, None)
+        waiting = asyncio.create_task(gate.acquire(1, LONG))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        gate.leave(await gate.enter(1, LONG), None)
+        gate.release(await gate.acquire(1, LONG), None)
 
     asyncio.run(asyncio.wait_for(go(), 20))

@@ -7,12 +7,10 @@ import math
 import pytest
 from PIL import Image
 
-from rewards.judge.expected_score import LEAST_MASS, ExpectedScore
 from rewards.judge.messages import JudgeReply, Outcome, TokenChoices
-from rewards.judge.protocols import GRAVITY, TASKS, Sample, judge_sample
-from rewards.judge.structured import Structured
+from rewards.judge.protocols import LEAST_MASS, PROTOCOLS
+from rewards.judge.questions import GRAVITY, TASKS, Sample, judge_sample
 from rewards.judge.template_files import load_template
-from rewards.judge.viescore import VieScore
 
 SOURCE, RESULT = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
 SAMPLES = {
@@ -20,7 +18,6 @@ SAMPLES = {
     "t2i": Sample("t2i", "a blue square", RESULT),
 }
 SC = {"edit": ("success", "preservation"), "t2i": ("content", "details")}
-PROTOCOLS = {"viescore": VieScore, "structured": Structured, "expected_score": ExpectedScore}
 ROLES = {f"{name}/{task}": PROTOCOLS[name]().roles(task) for name in PROTOCOLS for task in TASKS}
 
 
