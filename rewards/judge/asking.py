@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tenacity
@@ -16,14 +17,12 @@ from rewards.judge.limits import Clock, QueueTimeout, RateWindow, Throttle
 from rewards.judge.messages import INFRASTRUCTURE, JudgeReply, JudgeRequest, Outcome
 from rewards.judge.pricing import bill, most_of, price_of
 from rewards.judge.settings import JudgeSettings
-from rewards.judge.wire import Attempt, chat_arguments, read_completion, read_error
+from rewards.judge.wire import NOT_BILLED, Attempt, chat_arguments, read_completion, read_error
 
 logger = logging.getLogger(__name__)
 
 HIDDEN = "<key>"
 DETAIL_LENGTH = 400
-
-_exponential = tenacity.wait_exponential_jitter(initial=1, max=30, jitter=1)
 
 
 class MissingKeyError(Exception):
@@ -34,8 +33,8 @@ class MissingKeyError(Exception):
 class InFlight:
     """One question on its way, shared by all who ask it at once.
 
-    waiters: how many want the answer. sending: a request is held for, sent or settled, so let it end.
-    replica: of the next request. The rest counts over the attempts: HTTP requests, tokens billed, seconds queued.
+    task: what answers it. waiters: how many want the answer. sending: a request is held for, sent or settled, so let
+    it end. replica: of the next request. The rest counts over the attempts: requests, tokens billed, seconds queued.
     """
 
     waiters: int = 0
@@ -45,31 +44,34 @@ class InFlight:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     queued_s: float = 0.0
+    task: asyncio.Future[JudgeReply] = field(default_factory=asyncio.Future)
 
-    def reply(self, attempt: Attempt, settings: JudgeSettings) -> JudgeReply:
-        """The last attempt as the reply to the question."""
+    def finish(self, reply: JudgeReply, settings: JudgeSettings) -> JudgeReply:
+        """The reply to the last attempt as the reply to the question."""
         tried = f" (attempt {self.attempts} of {settings.attempts})" if self.attempts > 1 else ""
-        return JudgeReply(
-            attempt.outcome,
-            attempt.text,
-            scrub(attempt.detail, settings) + tried if attempt.detail else "",
-            attempt.choices,
-            attempt.model,
-            self.prompt_tokens,
-            self.completion_tokens,
-            self.attempts,
+        return dataclasses.replace(
+            reply,
+            detail=scrub(reply.detail, settings) + tried if reply.detail else "",
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            attempts=self.attempts,
         )
 
 
 class Sender:
-    """Asks under one event loop, over one `openai` client per replica. `window` and `budget` outlive it."""
+    """Asks under one event loop, over one `openai` client per replica. `window` and `budget` outlive it.
+
+    flights: what is under way, by the key of the question.
+    """
 
     def __init__(
         self, settings: JudgeSettings, *, window: RateWindow, budget: Budget | None, clock: Clock
     ) -> None:
         self._settings, self._window, self._budget, self._clock = settings, window, budget, clock
+        self.loop = asyncio.get_running_loop()
+        self.flights: dict[str, InFlight] = {}
         self._throttle = Throttle(settings.concurrency, window, clock)
-        self._first_replica = 0
+        self._first_replicas = itertools.count()
         self._opening = asyncio.Lock()
         self._clients: list[Any] = []
 
@@ -82,67 +84,73 @@ class Sender:
         cannot be used.
         """
         settings = self._settings
+        backoff = tenacity.wait_exponential_jitter(initial=1, max=min(30, settings.longest_wait_s), jitter=1)
+
+        def is_worth_another(attempt: Attempt) -> bool:
+            in_time = attempt.retry_after_s <= settings.longest_wait_s
+            return attempt.reply.outcome in INFRASTRUCTURE and in_time and flight.waiters > 0
+
         retrying = tenacity.AsyncRetrying(
-            stop=lambda state: self._is_last(state, flight),
-            wait=lambda state: max(
-                min(_exponential(state), settings.longest_wait_s), _attempt(state).retry_after_s
-            ),
-            retry=tenacity.retry_if_result(lambda attempt: attempt.outcome in INFRASTRUCTURE),
+            stop=tenacity.stop_after_attempt(settings.attempts),
+            wait=lambda state: max(backoff(state), _result(state).retry_after_s),
+            retry=tenacity.retry_if_result(is_worth_another),
             before_sleep=self._log,
             sleep=self._clock.sleep,
-            retry_error_callback=_attempt,
+            retry_error_callback=_result,
         )
         try:
             read_key(settings)
-            flight.replica = self._first_replica
-            self._first_replica += 1
+            flight.replica = next(self._first_replicas)
             arguments = await asyncio.to_thread(chat_arguments, settings, request)
-            attempt = await retrying(self._attempt, request, arguments, flight)
+            reply = (await retrying(self._attempt, request, arguments, flight)).reply
         except (MissingKeyError, BudgetExhausted) as error:
-            attempt = Attempt(Outcome.FATAL, detail=str(error))
+            reply = JudgeReply(Outcome.FATAL, detail=str(error))
         except QueueTimeout as error:
-            still = f"; the endpoint or the limits ask for {error.wait_s:.0f} s more" if error.wait_s else ""
+            (wait_s,) = error.args
+            still = f"; the endpoint or the limits ask for {wait_s:.0f} s more" if wait_s else ""
             detail = (
                 f"not sent within queue_timeout_s {settings.queue_timeout_s:g} under concurrency, "
                 f"requests_per_minute and tokens_per_minute{still}"
             )
-            attempt = Attempt(Outcome.RATE_LIMITED, detail=detail)
-        return flight.reply(attempt, settings)
+            reply = JudgeReply(Outcome.RATE_LIMITED, detail=detail)
+        return flight.finish(reply, settings)
+
+    def forget(self, key: str, flight: InFlight) -> None:
+        """A question has ended; the next one like it is a new one."""
+        if self.flights.get(key) is flight:
+            del self.flights[key]
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Drop what is in flight and close the connections."""
+        tasks = [flight.task for flight in self.flights.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for client in self._clients:
             await client.close()
-
-    def _is_last(self, state: tenacity.RetryCallState, flight: InFlight) -> bool:
-        too_long = _attempt(state).retry_after_s > self._settings.longest_wait_s
-        return state.attempt_number >= self._settings.attempts or too_long or not flight.waiters
 
     async def _attempt(self, request: JudgeRequest, arguments: dict[str, Any], flight: InFlight) -> Attempt:
         """One HTTP request in its turn. Raises QueueTimeout, BudgetExhausted, StoreError."""
         queued_at = self._clock.now()
         most = most_of(self._settings, request)
-        try:
-            sent = await self._throttle.acquire(sum(most), self._settings.queue_timeout_s - flight.queued_s)
-        finally:
+        async with self._throttle.slot(sum(most), self._settings.queue_timeout_s - flight.queued_s) as sent:
             flight.queued_s += self._clock.now() - queued_at
-        billed = None
-        flight.sending = True
-        try:
-            await self._connect()
-            attempt = await self._pay(arguments, most, request.top_logprobs, flight)
-            billed = sum(attempt.usage or ()) or None
-            if attempt.outcome is Outcome.RATE_LIMITED:
+            flight.sending = True
+            try:
+                attempt = await self._pay(arguments, most, request.top_logprobs, flight)
+            finally:
+                flight.sending = False
+            if attempt.usage not in (None, NOT_BILLED):
+                sent.tokens = sum(attempt.usage)
+            if attempt.reply.outcome is Outcome.RATE_LIMITED:
                 self._window.pause(attempt.retry_after_s)
             return attempt
-        finally:
-            flight.sending = False
-            self._throttle.release(sent, billed)
 
     async def _pay(
         self, arguments: dict[str, Any], most: tuple[int, int], top_logprobs: int, flight: InFlight
     ) -> Attempt:
         """Hold, send, settle. Whatever goes wrong in between, the whole hold counts as spent."""
+        await self._connect()
         price = price_of(self._settings)
         held = used = bill(price, *most)
         if self._budget is not None:
@@ -174,9 +182,11 @@ class Sender:
             attempt = read_completion(completion, top_logprobs=top_logprobs)
         except Exception as error:  # the library and its transport may raise anything
             attempt = read_error(error)
-        if attempt.outcome is Outcome.OK:
+        reply = attempt.reply
+        if reply.outcome is Outcome.OK:
             return attempt
-        return dataclasses.replace(attempt, detail=f"{self._settings.base_urls[number]}: {attempt.detail}")
+        detail = f"{self._settings.base_urls[number]}: {reply.detail}"
+        return attempt._replace(reply=dataclasses.replace(reply, detail=detail))
 
     async def _connect(self) -> None:
         async with self._opening:
@@ -184,14 +194,14 @@ class Sender:
                 self._clients = await asyncio.to_thread(_open_clients, self._settings)
 
     def _log(self, state: tenacity.RetryCallState) -> None:
-        attempt, settings = _attempt(state), self._settings
+        reply, settings = _result(state).reply, self._settings
         logger.warning(
             "judge %s: attempt %d of %d: %s: %s; again in %.1f s", settings.model, state.attempt_number,
-            settings.attempts, attempt.outcome, scrub(attempt.detail, settings), state.upcoming_sleep,
+            settings.attempts, reply.outcome, scrub(reply.detail, settings), state.upcoming_sleep,
         )  # fmt: skip
 
 
-def _attempt(state: tenacity.RetryCallState) -> Attempt:
+def _result(state: tenacity.RetryCallState) -> Attempt:
     assert state.outcome is not None
     return state.outcome.result()
 

@@ -10,8 +10,6 @@ it is counted in full and logged, and can overdraw by the requests in flight at 
 from __future__ import annotations
 
 import logging
-import sqlite3
-from dataclasses import dataclass
 
 from rewards.judge.pricing import NANO, Amount
 from rewards.judge.store import Store
@@ -21,15 +19,6 @@ logger = logging.getLogger(__name__)
 
 class BudgetExhausted(Exception):
     """The next request could go above a limit; the message names the key, the count and the remedy."""
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What all runs with this file have spent, what requests in flight (or lost in a crash) hold, and their number."""
-
-    spent: Amount
-    held: Amount
-    requests: int
 
 
 class Budget(Store):
@@ -52,16 +41,14 @@ class Budget(Store):
         super().__init__(path)
         self._max_nano_usd, self._max_tokens = max_nano_usd, max_tokens
 
-    def read(self) -> Ledger:
-        """The count so far. Raises StoreError."""
-        with self.transaction(write=False) as connection:
-            return _read(connection)
-
     def hold(self, most: Amount) -> None:
         """Set aside what the next request can cost. Raises BudgetExhausted, then nothing is held; StoreError."""
         with self.transaction(write=True) as connection:
-            self._refuse(_read(connection), most)
             connection.execute("INSERT OR IGNORE INTO ledger VALUES (1, 0, 0, 0, 0, 0)")
+            row = connection.execute(
+                "SELECT spent_nano_usd, spent_tokens, held_nano_usd, held_tokens FROM ledger"
+            ).fetchone()
+            self._refuse(Amount(*row[:2]), Amount(*row[2:]), most)
             connection.execute(
                 "UPDATE ledger SET held_nano_usd = held_nano_usd + ?, held_tokens = held_tokens + ?, "
                 "requests = requests + 1",
@@ -84,24 +71,15 @@ class Budget(Store):
                 (*held, *used),
             )
 
-    def _refuse(self, ledger: Ledger, most: Amount) -> None:
+    def _refuse(self, spent: Amount, held: Amount, most: Amount) -> None:
         limits = (
-            ("max_cost_usd", self._max_nano_usd, 0, lambda nano_usd: f"${nano_usd / NANO:.6f}"),
-            ("max_total_tokens", self._max_tokens, 1, str),
+            ("max_cost_usd", self._max_nano_usd, lambda nano_usd: f"${nano_usd / NANO:.6f}"),
+            ("max_total_tokens", self._max_tokens, str),
         )
-        for key, limit, place, show in limits:
-            spent, held, asked = (amount[place] for amount in (ledger.spent, ledger.held, most))
-            if limit is not None and spent + held + asked > limit:
+        for (key, limit, show), used, open_, asked in zip(limits, spent, held, most, strict=True):
+            if limit is not None and used + open_ + asked > limit:
                 raise BudgetExhausted(
                     f"{key} {show(limit)} does not cover the next request, which takes up to {show(asked)}: "
-                    f"{show(spent)} spent and {show(held)} held by requests in flight or lost, by the count in "
+                    f"{show(used)} spent and {show(open_)} held by requests in flight or lost, by the count in "
                     f"{self.path}; raise {key} and resume: answers in the cache are not paid again"
                 )
-
-
-def _read(connection: sqlite3.Connection) -> Ledger:
-    row = connection.execute(
-        "SELECT spent_nano_usd, spent_tokens, held_nano_usd, held_tokens, requests FROM ledger"
-    ).fetchone()
-    spent_nano_usd, spent_tokens, held_nano_usd, held_tokens, requests = row or (0, 0, 0, 0, 0)
-    return Ledger(Amount(spent_nano_usd, spent_tokens), Amount(held_nano_usd, held_tokens), requests)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from pydantic import TypeAdapter
 
 from rewards.judge.messages import JudgeReply, JudgeRequest, Outcome, TokenChoices
 from rewards.judge.settings import JudgeSettings
@@ -23,6 +24,7 @@ from rewards.judge.store import Store, StoreError
 from rewards.judge.wire import sampling
 
 KEPT_IN_MEMORY = 512
+_CHOICES = TypeAdapter(tuple[TokenChoices, ...])
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,7 @@ class FileAnswers(Store):
             return None
         try:
             outcome, text, detail, choices, *rest = row
-            tokens = tuple(
-                TokenChoices(token, tuple((other, float(logprob)) for other, logprob in alternatives))
-                for token, alternatives in json.loads(choices)
-            )
-            return JudgeReply(Outcome(outcome), text, detail, tokens, *rest)
+            return JudgeReply(Outcome(outcome), text, detail, _CHOICES.validate_json(choices), *rest)
         except (ValueError, TypeError) as error:
             raise StoreError(
                 f"{self.path}: the answer of key {asked.key[:12]} cannot be read ({error}); delete that row"
@@ -147,7 +145,7 @@ class FileAnswers(Store):
             "outcome": reply.outcome.value,
             "text": reply.text,
             "detail": reply.detail,
-            "choices": json.dumps([[choice.token, choice.alternatives] for choice in reply.choices]),
+            "choices": json.dumps(reply.choices),
             "snapshot": reply.model,
             "answered": int(reply.readable),
             "prompt_tokens": reply.prompt_tokens,

@@ -19,10 +19,9 @@ from rewards.judge.budget import Budget
 from rewards.judge.cache import FileAnswers, Fingerprint, MemoryAnswers, as_cached, identify
 from rewards.judge.limits import Clock, RateWindow
 from rewards.judge.messages import Asker, JudgeReply, JudgeRequest, Outcome
-from rewards.judge.pricing import NANO, price_problems
+from rewards.judge.pricing import NANO, price_of
 from rewards.judge.settings import JudgeSettings
 from rewards.judge.store import StoreBusyError, StoreError
-from rewards.judge.wire import Attempt
 
 
 class JudgeClient:
@@ -39,18 +38,18 @@ class JudgeClient:
     def __init__(self, settings: JudgeSettings, *, clock: Clock | None = None) -> None:
         self._settings = settings
         self._clock = clock or Clock()
-        self._wrong = settings.problems() or [*price_problems(settings), *_place_problems(settings)]
-        self._answers = (
-            FileAnswers(settings.cache, read_only=settings.mode == "replay")
-            if settings.cache
-            else MemoryAnswers()
-        )
-        self._budget = None if self._wrong else _budget(settings)
+        self._wrong = settings.problems() or _problems_here(settings)
+        self._answers: FileAnswers | MemoryAnswers = MemoryAnswers()
+        if settings.cache:
+            self._answers = FileAnswers(settings.cache, read_only=settings.mode == "replay")
+        self._budget: Budget | None = None
+        if settings.has_budget and settings.ledger_path and not self._wrong:
+            money = None if settings.max_cost_usd is None else int(settings.max_cost_usd * NANO)
+            self._budget = Budget(
+                settings.ledger_path, max_nano_usd=money, max_tokens=settings.max_total_tokens
+            )
         self._window = RateWindow(settings.requests_per_minute, settings.tokens_per_minute, self._clock)
-        # What belongs to one event loop.
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._sender: Sender | None = None
-        self._flights: dict[str, tuple[InFlight, asyncio.Task[JudgeReply]]] = {}
+        self._sender: Sender | None = None  # of one event loop
 
     def problems(self) -> list[str]:
         """What is known without network: bad settings, a missing key or package, unusable files. Blocks."""
@@ -59,55 +58,48 @@ class JudgeClient:
         checks: list[Callable[[], object]] = [self._answers.check]
         if self._settings.mode != "replay":
             checks += [lambda: read_key(self._settings)] + ([self._budget.check] if self._budget else [])
-        return [problem for check in checks for problem in _problems(check)]
+        problems = []
+        for check in checks:
+            try:
+                check()
+            except (MissingKeyError, StoreError) as error:
+                problems.append(str(error))
+        return problems
 
     async def ask(self, request: JudgeRequest) -> JudgeReply:
         """Ends within `settings.longest_ask_s`."""
         if self._wrong:
             return JudgeReply(Outcome.FATAL, detail="; ".join(self._wrong))
-        sender, flights = self._of_this_loop()
+        sender = self._sender_of_this_loop()
         asked = await asyncio.to_thread(identify, self._settings, request)
-        joined = asked.key in flights
-        if not joined:
-            flight = InFlight()
-            task = asyncio.create_task(self._fly(sender, flight, asked, request))
-            flights[asked.key] = flight, task
-        flight, task = entry = flights[asked.key]
-
-        def forget(_: object = None) -> None:
-            if flights.get(asked.key) is entry:
-                del flights[asked.key]
-
-        task.add_done_callback(forget)
+        flight = sender.flights.get(asked.key)
+        joined = flight is not None
+        if flight is None:
+            flight = sender.flights[asked.key] = InFlight()
+            flight.task = asyncio.create_task(self._fly(sender, flight, asked, request))
         flight.waiters += 1
         try:
-            reply = await asyncio.shield(task)
+            reply = await asyncio.shield(flight.task)
         finally:
             flight.waiters -= 1
             if not flight.waiters and not flight.sending:
-                task.cancel()
-                forget()
+                flight.task.cancel()
+                sender.forget(asked.key, flight)
         return as_cached(reply) if joined else reply
 
     async def close(self) -> None:
         """Drop what is in flight; close this event loop's connections, and the files. `ask` opens them again."""
-        loop, self._loop = self._loop, None
-        if self._sender is not None and loop is asyncio.get_running_loop():
-            tasks = [task for _, task in self._flights.values()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._sender.close()
+        sender, self._sender = self._sender, None
+        if sender is not None and sender.loop is asyncio.get_running_loop():
+            await sender.close()
         await asyncio.to_thread(self._answers.close)
         if self._budget is not None:
             await asyncio.to_thread(self._budget.close)
 
-    def _of_this_loop(self) -> tuple[Sender, dict[str, tuple[InFlight, asyncio.Task[JudgeReply]]]]:
-        loop = asyncio.get_running_loop()
-        if self._sender is None or self._loop is not loop:
-            self._loop, self._flights = loop, {}
+    def _sender_of_this_loop(self) -> Sender:
+        if self._sender is None or self._sender.loop is not asyncio.get_running_loop():
             self._sender = Sender(self._settings, window=self._window, budget=self._budget, clock=self._clock)
-        return self._sender, self._flights
+        return self._sender
 
     async def _fly(
         self, sender: Sender, flight: InFlight, asked: Fingerprint, request: JudgeRequest
@@ -118,12 +110,14 @@ class JudgeClient:
             async with asyncio.timeout(limit_s):
                 return await self._answer(sender, flight, asked, request)
         except TimeoutError:
-            failed = Attempt(Outcome.TIMEOUT, detail=f"no answer within {limit_s:g} s, waits included")
+            failed = JudgeReply(Outcome.TIMEOUT, detail=f"no answer within {limit_s:g} s, waits included")
         except StoreBusyError as error:
-            failed = Attempt(Outcome.UNAVAILABLE, detail=str(error))
+            failed = JudgeReply(Outcome.UNAVAILABLE, detail=str(error))
         except StoreError as error:
-            failed = Attempt(Outcome.FATAL, detail=str(error))
-        return flight.reply(failed, self._settings)
+            failed = JudgeReply(Outcome.FATAL, detail=str(error))
+        finally:
+            sender.forget(asked.key, flight)
+        return flight.finish(failed, self._settings)
 
     async def _answer(
         self, sender: Sender, flight: InFlight, asked: Fingerprint, request: JudgeRequest
@@ -154,11 +148,7 @@ class Silence:
     """
 
     def __init__(
-        self,
-        asker: Asker,
-        failures: Collection[Outcome],
-        *,
-        clock: Callable[[], float] = time.monotonic,
+        self, asker: Asker, failures: Collection[Outcome], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._asker, self._failures, self._clock = asker, failures, clock
         self._heard = -float("inf")
@@ -189,33 +179,21 @@ class Silence:
             self._since = max(began, self._heard)
 
 
-def _budget(settings: JudgeSettings) -> Budget | None:
-    """The budget, if the recipe sets one. Its settings have been checked."""
-    if not settings.has_budget or settings.ledger_path is None:
-        return None
-    money = None if settings.max_cost_usd is None else int(settings.max_cost_usd * NANO)
-    return Budget(settings.ledger_path, max_nano_usd=money, max_tokens=settings.max_total_tokens)
-
-
-def _place_problems(settings: JudgeSettings) -> list[str]:
-    """What is wrong with running these settings here."""
+def _problems_here(settings: JudgeSettings) -> list[str]:
+    """What is wrong with sound settings for this model and in this process."""
     problems = []
+    if settings.max_cost_usd is not None and price_of(settings) is None:
+        problems.append(
+            f"max_cost_usd is set, but the price of model {settings.model!r} is not known; set "
+            "price_per_million_input and price_per_million_output"
+        )
     if settings.mode != "replay" and importlib.util.find_spec("openai") is None:
         problems.append("the package openai is not installed; install unipic-rl[judge]")
     # Ray unpacks a submitted job into a temporary folder, where paid answers and their count would be lost.
-    if submitted_job():
-        problems += [
-            f"{key} {path!r} is relative, and a submitted job runs in a temporary copy of the working directory; "
-            "give an absolute path that every node sees"
-            for key, path in (("cache", settings.cache), ("ledger", settings.ledger))
-            if path and not Path(path).is_absolute()
-        ]
+    for key, path in (("cache", settings.cache), ("ledger", settings.ledger)):
+        if path and submitted_job() and not Path(path).is_absolute():
+            problems.append(
+                f"{key} {path!r} is relative, and a submitted job runs in a temporary copy of the working "
+                "directory; give an absolute path that every node sees"
+            )
     return problems
-
-
-def _problems(check: Callable[[], object]) -> list[str]:
-    try:
-        check()
-    except (MissingKeyError, StoreError) as error:
-        return [str(error)]
-    return []

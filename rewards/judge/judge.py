@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import difflib
 import functools
-import itertools
 import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from PIL import Image
+from pydantic import Field, TypeAdapter
 
 from rewards.base import FatalRewardError, RetryableRewardError, RewardOutput
 from rewards.judge.client import JudgeClient, Silence
@@ -32,7 +33,7 @@ from rewards.judge.questions import (
     combine,
     judge_questions,
 )
-from rewards.judge.settings import FREE, KEYS, JudgeSettings
+from rewards.judge.settings import FREE, KEYS, Count, JudgeSettings, Positive, value_problems
 from rewards.judge.template_files import PLACES, Template, TemplateError, load_template
 from rewards.scoring import MIN_SCORED_SHARE
 
@@ -42,6 +43,16 @@ FAILURES = tuple(outcome for outcome in Outcome if outcome not in (Outcome.OK, O
 
 OPERATIONAL = FREE | {"give_up_after_s"}
 """Parameters that decide how an answer is reached and what it may cost, never what it is."""
+
+
+@dataclass
+class _Numbers:
+    max_asks: Annotated[int, Field(strict=True, ge=1, le=5)]
+    max_tokens: Count | None
+    give_up_after_s: Positive
+
+
+_NUMBERS = TypeAdapter(_Numbers)
 
 
 class JudgeReward:
@@ -73,23 +84,14 @@ class JudgeReward:
         **settings: Any,
     ) -> None:
         """problems: of the subclass's own parameters. Raises ValueError with all that are unknown or out of range."""
-        checks = (
-            (
-                isinstance(max_asks, int) and 1 <= max_asks <= 5,
-                f"max_asks is {max_asks!r}; give 1 (no second ask) to 5",
-            ),
-            (
-                max_tokens is None or (isinstance(max_tokens, int) and max_tokens >= 1),
-                f"max_tokens is {max_tokens!r}; give 1 or more, or null for the default",
-            ),
-            (
-                isinstance(give_up_after_s, int | float) and give_up_after_s > 0,
-                f"give_up_after_s is {give_up_after_s!r}; give a number of seconds above 0",
-            ),
-            ("model" in settings, "model is not set; give the name of the model at the endpoint"),
-        )
-        problems = [*problems, *_choice_problems("parameter", settings, KEYS)]
-        problems += [message for fine, message in checks if not fine]
+        numbers = {"max_asks": max_asks, "max_tokens": max_tokens, "give_up_after_s": give_up_after_s}
+        problems = [
+            *problems,
+            *_choice_problems("parameter", settings, KEYS),
+            *value_problems(_NUMBERS, numbers),
+        ]
+        if "model" not in settings:
+            problems.append("model is not set; give the name of the model at the endpoint")
         if problems:
             raise ValueError("; ".join(problems))
         self.settings = JudgeSettings(**settings)
@@ -140,25 +142,25 @@ class JudgeReward:
     async def readiness(self) -> list[str]:
         """Put the questions once about small drawn pictures. Costs that; nothing in replay mode.
 
-        An endpoint that takes one picture but not two is ready for text-to-image, with a warning, where that is asked.
+        An endpoint that takes one picture but not two is ready, with a warning, where text-to-image will do.
         """
         if self.settings.mode == "replay":
             return []
         client = JudgeClient(self.settings)  # closing it leaves what is being scored alone
         try:
-            *others, needed = [
-                (task, await self._judge(client, _probe(task), self.probe_metadata))
-                for task in self.probe_tasks
+            trials = [
+                await self._judge(client, _probe(task), self.probe_metadata) for task in self.probe_tasks
             ]
         finally:
             await client.close()
-        if needed[1].outcome is not Outcome.OK:
-            return [f"judge {self.where}: a trial question ended {needed[1].outcome}: {needed[1].detail}"]
-        for task, trial in others:
+        *others, needed = trials
+        if needed.outcome is not Outcome.OK:
+            return [f"judge {self.where}: a trial question ended {needed.outcome}: {needed.detail}"]
+        for trial in others:
             if trial.outcome is not Outcome.OK:
                 logger.warning(
-                    "judge %s: can judge text-to-image only; a trial %s ended %s: %s",
-                    self.where, task, trial.outcome, trial.detail,
+                    "judge %s: can judge text-to-image only; a trial edit ended %s: %s",
+                    self.where, trial.outcome, trial.detail,
                 )  # fmt: skip
         return []
 
@@ -197,7 +199,7 @@ class JudgeReward:
         ]
         try:
             judged = await asyncio.gather(
-                *map(self._judge, itertools.repeat(self._silence), samples, metadata)
+                *(self._judge(self._silence, *one) for one in zip(samples, metadata, strict=True))
             )
         except asyncio.CancelledError:  # the reward's `timeout_s`
             self._stop_if_silent()

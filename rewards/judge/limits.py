@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 WINDOW_S = 60.0
@@ -35,11 +36,7 @@ class Sent:
 
 
 class QueueTimeout(Exception):
-    """The request cannot be sent in time. wait_s: seconds that were still to wait at least, 0 if not known."""
-
-    def __init__(self, wait_s: float) -> None:
-        super().__init__(wait_s)
-        self.wait_s = wait_s
+    """The request cannot be sent in time. The argument: seconds that were still to wait at least, 0 if not known."""
 
 
 class RateWindow:
@@ -88,30 +85,24 @@ class Throttle:
         self._line = asyncio.Lock()
         self._window, self._clock = window, clock
 
-    async def acquire(self, tokens: int, limit_s: float) -> Sent:
-        """Wait until a request may be sent; call `release` after it.
+    @asynccontextmanager
+    async def slot(self, tokens: int, limit_s: float) -> AsyncIterator[Sent]:
+        """Wait until a request of so many tokens may be sent; it is in flight within the context.
 
-        Raises QueueTimeout after `limit_s` seconds, or at once when the window will not open by then.
+        Set `tokens` of what is returned to the bill when it is known. Raises QueueTimeout after `limit_s` seconds,
+        or at once when the window will not open by then.
         """
         deadline = self._clock.now() + limit_s
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._slots.acquire()
-                try:
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(limit_s):
+                    await held.enter_async_context(self._slots)
                     async with self._line:
                         while (delay := self._window.delay(tokens)) > 0:
                             if self._clock.now() + delay > deadline:
                                 raise QueueTimeout(delay)
                             await self._clock.sleep(min(delay, RECHECK_S))
-                        return self._window.take(tokens)
-                except BaseException:
-                    self._slots.release()
-                    raise
-        except TimeoutError:
-            raise QueueTimeout(0.0) from None
-
-    def release(self, sent: Sent, tokens: int | None) -> None:
-        """Give the slot back. tokens: what the request was billed; None keeps the upper bound."""
-        if tokens is not None:
-            sent.tokens = tokens
-        self._slots.release()
+                        sent = self._window.take(tokens)
+            except TimeoutError:
+                raise QueueTimeout(0.0) from None
+            yield sent

@@ -61,16 +61,6 @@ def price_of(settings: JudgeSettings) -> Price | None:
     return None if incoming is None or outgoing is None else Price(incoming, outgoing)
 
 
-def price_problems(settings: JudgeSettings) -> list[str]:
-    """A limit in dollars on a model of unknown price."""
-    if settings.max_cost_usd is None or price_of(settings) is not None:
-        return []
-    return [
-        f"max_cost_usd is set, but the price of model {settings.model!r} is not known; set "
-        "price_per_million_input and price_per_million_output"
-    ]
-
-
 def most_of(settings: JudgeSettings, request: JudgeRequest) -> tuple[int, int]:
     """Upper bounds on the prompt tokens and the completion tokens of one HTTP request.
 

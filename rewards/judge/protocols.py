@@ -13,15 +13,14 @@ token here and two there: after a "1" one could not tell whether a "0" was to fo
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rewards.judge.messages import JudgeReply, TokenChoices
 from rewards.judge.parsing import MalformedAnswer, grades_schema, loose_grades, schema_grades
-from rewards.judge.questions import JudgeProtocol, Question, Sample
+from rewards.judge.questions import JudgeProtocol, Question, Reader, Sample
 from rewards.judge.template_files import Template
 
 HIGHEST_GRADE = 10
@@ -49,11 +48,10 @@ class VieScore:
 
     def questions(self, sample: Sample, templates: Mapping[str, Template], max_tokens: int) -> list[Question]:
         sc, pq = (templates[role] for role in self.roles(sample.task))
+        read_sc, read_pq = (_reader(loose_grades, names) for names in (SC_GRADES[sample.task], PQ_GRADES))
         return [
-            Question(sc, sample, max_tokens, functools.partial(_read_loose, SC_GRADES[sample.task])),
-            Question(
-                pq, sample, max_tokens, functools.partial(_read_loose, PQ_GRADES), shows_instruction=False
-            ),
+            Question(sc, sample, max_tokens, read_sc),
+            Question(pq, sample, max_tokens, read_pq, shows_instruction=False),
         ]
 
     def combine(self, values: Sequence[Mapping[str, float]]) -> tuple[float, dict[str, float]]:
@@ -75,8 +73,7 @@ class Structured:
         names = (*SC_GRADES[sample.task], *PQ_GRADES)
         (role,) = self.roles(sample.task)
         schema = grades_schema(names, high=HIGHEST_GRADE)
-        read = functools.partial(_read_structured, names)
-        return [Question(templates[role], sample, max_tokens, read, schema=schema)]
+        return [Question(templates[role], sample, max_tokens, _reader(schema_grades, names), schema=schema)]
 
     def combine(self, values: Sequence[Mapping[str, float]]) -> tuple[float, dict[str, float]]:
         """As in `viescore`: SC is the least of the first two grades, PQ of the last two."""
@@ -116,12 +113,8 @@ PROTOCOLS: dict[str, type[JudgeProtocol]] = {
 }
 
 
-def _read_loose(names: Sequence[str], reply: JudgeReply) -> Mapping[str, float]:
-    return loose_grades(reply.text, names, high=HIGHEST_GRADE)
-
-
-def _read_structured(names: Sequence[str], reply: JudgeReply) -> Mapping[str, float]:
-    return schema_grades(reply.text, names, high=HIGHEST_GRADE)
+def _reader(parse: Callable[..., dict[str, float]], names: Sequence[str]) -> Reader:
+    return lambda reply: parse(reply.text, names, high=HIGHEST_GRADE)
 
 
 def read_expectation(reply: JudgeReply) -> dict[str, float]:

@@ -18,20 +18,6 @@ from rewards.judge.template_files import Template
 
 TASKS = ("edit", "t2i")
 
-GRAVITY = (
-    Outcome.FATAL,
-    Outcome.REFUSED,
-    Outcome.FILTERED,
-    Outcome.TRUNCATED,
-    Outcome.MALFORMED,
-    Outcome.RATE_LIMITED,
-    Outcome.TIMEOUT,
-    Outcome.UNAVAILABLE,
-    Outcome.OK,
-)
-"""Of two failed questions of a sample, the first in this list names the sample's outcome: what another call
-cannot mend comes before what it can."""
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -56,17 +42,18 @@ class Sample:
             raise ValueError("the instruction is empty, so there is nothing to judge the picture by")
 
 
+Reader = Callable[[JudgeReply], Mapping[str, float]]
+"""From a complete answer to named values. Raises MalformedAnswer."""
+
+
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask about a sample. `template` is kept to word the request anew for a second ask.
-
-    read: from a complete answer to named values; raises MalformedAnswer.
-    """
+    """One thing to ask about a sample. `template` is kept to word the request anew for a second ask."""
 
     template: Template
     sample: Sample
     max_tokens: int
-    read: Callable[[JudgeReply], Mapping[str, float]]
+    read: Reader
     schema: Mapping[str, object] | None = None
     top_logprobs: int = 0
     shows_instruction: bool = True
@@ -171,7 +158,7 @@ async def judge_questions(
     """Put all questions at once, each up to `max_asks` times while its answer is malformed."""
     answers = await asyncio.gather(*(_ask(asker, question, max_asks) for question in questions))
     replies = [reply for answer in answers for reply in answer.replies]
-    gravest = min(answers, key=lambda answer: GRAVITY.index(answer.outcome))
+    gravest = min(answers, key=lambda answer: list(Outcome).index(answer.outcome))
     score, parts = verdict(answers)
     return Judgement(
         gravest.outcome,

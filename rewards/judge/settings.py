@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SkipValidation, TypeAdapter, ValidationError
@@ -87,7 +87,8 @@ class JudgeSettings:
 
     def problems(self) -> list[str]:
         """Every bad value as one sentence that names its key; empty when all are fine."""
-        return [*_value_problems(self), *_endpoint_problems(self), *_file_problems(self)]
+        values = {key: getattr(self, key) for key in KEYS}
+        return [*value_problems(_VALUES, values), *_endpoint_problems(self), *_file_problems(self)]
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(JudgeSettings))
@@ -98,9 +99,10 @@ FREE = frozenset(KEYS) - {"model", "temperature", "seed", "image_format", "image
 _VALUES = TypeAdapter(JudgeSettings)
 
 
-def _value_problems(settings: JudgeSettings) -> Iterator[str]:
+def value_problems(schema: TypeAdapter[Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """Every value that does not fit the schema, as one sentence that names its key."""
     try:
-        _VALUES.validate_python({key: getattr(settings, key) for key in KEYS})
+        schema.validate_python(values)
     except ValidationError as error:
         for found in error.errors(include_url=False):
             remedy = found["msg"].replace("Input should be", "it should be", 1)

@@ -48,11 +48,20 @@ class Store:
     @contextmanager
     def transaction(self, *, write: bool) -> Iterator[sqlite3.Connection]:
         """All inside happens at once or not at all; with `write`, alone among writers. Raises StoreError."""
-        with self._lock, self._named_errors():
-            if self._connection is None:
-                self._connection = self._open()
-            with _transaction(self._connection, write=write):
-                yield self._connection
+        try:
+            with self._lock:
+                if self._connection is None:
+                    self._connection = self._open()
+                with _transaction(self._connection, write=write):
+                    yield self._connection
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise StoreBusyError(f"{self.path} was locked for {BUSY_S:g} s by another process") from error
+            raise StoreError(
+                f"{self.path} cannot be used ({error}); put a copy in its place or give another path"
+            ) from error
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be made: {error.strerror}; give another path") from error
 
     def check(self) -> None:
         """Open the file, if it is not open yet. Raises StoreError."""
@@ -115,19 +124,6 @@ class Store:
                 f"{self.path} is {self.name} of version {version}, and this code reads version {self.version}; "
                 "give another path, or use the release that wrote it"
             )
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                raise StoreBusyError(f"{self.path} was locked for {BUSY_S:g} s by another process") from error
-            raise StoreError(
-                f"{self.path} cannot be used ({error}); put a copy in its place or give another path"
-            ) from error
-        except OSError as error:
-            raise StoreError(f"{self.path} cannot be made: {error.strerror}; give another path") from error
 
 
 @contextmanager

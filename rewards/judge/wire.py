@@ -11,12 +11,11 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from rewards.judge.messages import JudgeRequest, Outcome, TokenChoices
+from rewards.judge.messages import JudgeReply, JudgeRequest, Outcome, TokenChoices
 from rewards.judge.settings import JudgeSettings
 
 if TYPE_CHECKING:
@@ -75,19 +74,14 @@ def _part(part: str | Image.Image, settings: JudgeSettings) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, "detail": settings.image_detail}}
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """How one HTTP request ended. `text` is "" unless the outcome is OK; `choices` come with TRUNCATED too.
+class Attempt(NamedTuple):
+    """How one HTTP request ended.
 
     usage: prompt and completion tokens billed; None when the request may have been billed and nobody said.
     retry_after_s: seconds the endpoint asked to wait before another request.
     """
 
-    outcome: Outcome
-    text: str = ""
-    detail: str = ""
-    choices: tuple[TokenChoices, ...] = ()
-    model: str = ""
+    reply: JudgeReply
     usage: tuple[int, int] | None = None
     retry_after_s: float = 0.0
 
@@ -102,19 +96,18 @@ def read_completion(completion: Any, *, top_logprobs: int) -> Attempt:
     found = getattr(completion, "choices", None) or []
     if not found or getattr(found[0], "message", None) is None:
         detail = "status 200 without an answer in it"
-        return Attempt(Outcome.UNAVAILABLE, detail=detail, model=model, usage=usage)
-    choice = found[0]
-    outcome, detail = _verdict(choice)
+        return Attempt(JudgeReply(Outcome.UNAVAILABLE, detail=detail, model=model), usage)
+    outcome, detail = _verdict(found[0])
     answered = outcome in (Outcome.OK, Outcome.TRUNCATED)
-    choices = _token_choices(choice) if answered and top_logprobs else ()
+    choices = _token_choices(found[0]) if answered and top_logprobs else ()
     if outcome is Outcome.OK and top_logprobs and not choices:
         outcome = Outcome.MALFORMED
         detail = (
             "log-probabilities were asked for and none came; if this endpoint or model gives none, choose the "
             "protocol viescore or structured"
         )
-    text = choice.message.content if outcome is Outcome.OK else ""
-    return Attempt(outcome, text, detail, choices, model, usage)
+    text = found[0].message.content if outcome is Outcome.OK else ""
+    return Attempt(JudgeReply(outcome, text, detail, choices, model), usage)
 
 
 def _verdict(choice: Any) -> tuple[Outcome, str]:
@@ -156,18 +149,17 @@ def read_error(error: Exception) -> Attempt:
 
     if isinstance(error, openai.APIStatusError):
         return _read_status(error)
+    outcome, detail = Outcome.FATAL, f"{type(error).__name__}: {error}"
+    if isinstance(error, TimeoutError | openai.APITimeoutError):
+        outcome, detail = Outcome.TIMEOUT, "no answer within timeout_s"
+    elif isinstance(error, openai.APIConnectionError):
+        cause = error.__cause__ or error
+        outcome, detail = Outcome.UNAVAILABLE, f"{type(cause).__name__}: {cause}".removesuffix(": ")
+    elif isinstance(error, openai.APIResponseValidationError | json.JSONDecodeError | UnicodeDecodeError):
+        outcome, detail = Outcome.UNAVAILABLE, "status 200 with a body that is no JSON"
     # A connection that was not even made cannot have been billed.
     never_sent = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
-    usage = NOT_BILLED if never_sent else None
-    if isinstance(error, TimeoutError | openai.APITimeoutError):
-        return Attempt(Outcome.TIMEOUT, detail="no answer within timeout_s", usage=usage)
-    if isinstance(error, openai.APIConnectionError):
-        cause = error.__cause__ or error
-        detail = f"{type(cause).__name__}: {cause}".removesuffix(": ")
-        return Attempt(Outcome.UNAVAILABLE, detail=detail, usage=usage)
-    if isinstance(error, openai.APIResponseValidationError | json.JSONDecodeError | UnicodeDecodeError):
-        return Attempt(Outcome.UNAVAILABLE, detail="status 200 with a body that is no JSON")
-    return Attempt(Outcome.FATAL, detail=f"{type(error).__name__}: {error}")
+    return Attempt(JudgeReply(outcome, detail=detail), NOT_BILLED if never_sent else None)
 
 
 def _read_status(error: openai.APIStatusError) -> Attempt:
@@ -186,12 +178,9 @@ def _read_status(error: openai.APIStatusError) -> Attempt:
         outcome = Outcome.TIMEOUT
     elif status >= 500 or status == 409:
         outcome = Outcome.UNAVAILABLE
-    return Attempt(
-        outcome,
-        detail=error.message + (f" ({error.code})" if error.code else ""),
-        usage=None if status in GATEWAY_TIMEOUTS else NOT_BILLED,
-        retry_after_s=retry_after(error.response.headers, time.time()),
-    )
+    reply = JudgeReply(outcome, detail=error.message + (f" ({error.code})" if error.code else ""))
+    usage = None if outcome is Outcome.TIMEOUT else NOT_BILLED
+    return Attempt(reply, usage, retry_after(error.response.headers, time.time()))
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float:
