@@ -25,7 +25,7 @@ from rewards.judge.judge import OPERATIONAL, JudgeReward
 from rewards.judge.messages import INFRASTRUCTURE, JudgeReply, Outcome
 from rewards.judge.parsing import MalformedAnswer, loose_grades
 from rewards.judge.protocols import VieScore
-from rewards.judge.questions import Answer, Judgement, Question, Sample, Verdict, combine
+from rewards.judge.questions import Answer, Judgement, Question, Sample, Verdict
 from rewards.judge.template_files import Template, TemplateError, load_template
 
 FOLDER = Path(__file__).parent / "templates"
@@ -35,7 +35,7 @@ VERSION = "v1"
 class _BenchmarkReward(JudgeReward):
     """A batch is repeated only when it gave no score at all: a benchmark counts what is missing."""
 
-    probe_tasks = ("edit",)
+    tasks = ("edit",)
     least_share = 0.0
     operational_params = OPERATIONAL
 
@@ -54,26 +54,18 @@ class _BenchmarkReward(JudgeReward):
 class GEditGrades(_BenchmarkReward):
     """SC and PQ of VIEScore, 0 to 10. The edit is shown at the size of its source, as the public script does."""
 
-    @functools.cached_property
-    def templates(self) -> dict[str, Template]:
-        return {role: load_template(role) for role in VieScore().roles("edit")}
+    protocol = VieScore()
 
     def sample(self, image: Image.Image, prompt: str, reference: Image.Image | None) -> Sample:
         if reference is not None and image.size != reference.size:
             image = image.resize(reference.size, Image.Resampling.BICUBIC)
         return super().sample(image, prompt, reference)
 
-    def questions(self, sample: Sample, metadata: Mapping[str, Any]) -> list[Question]:
-        return VieScore().questions(sample, self.templates, self.max_tokens)
-
-    def verdict(self, answers: Sequence[Answer], metadata: Mapping[str, Any]) -> Verdict:
-        return combine(VieScore(), answers)
-
 
 class ImgEditGrades(_BenchmarkReward):
     """Adherence, quality and preservation, each 1 to 5, by criteria for the edit's type; one question."""
 
-    probe_metadata = {"edit_type": TYPES[0]}
+    typical_metadata = {"edit_type": TYPES[0]}
 
     @functools.cached_property
     def templates(self) -> dict[str, Template]:
@@ -104,8 +96,8 @@ class DPGQuestions(_BenchmarkReward):
     mPLUG-large's, and those of another one do not compare with them."""
 
     default_max_tokens = 64
-    probe_tasks = ("t2i",)
-    probe_metadata = {
+    tasks = ("t2i",)
+    typical_metadata = {
         "questions": [
             {
                 "id": k,

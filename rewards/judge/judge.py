@@ -27,6 +27,7 @@ from rewards.judge.questions import (
     TASKS,
     Answer,
     Judgement,
+    JudgeProtocol,
     Question,
     Sample,
     Verdict,
@@ -59,16 +60,20 @@ class JudgeReward:
     """Scores in [0, 1], or None: a refusal, a filtered, truncated or malformed answer is never a number.
 
     max_asks: how often a question is put while its answer is malformed. max_tokens: limit of one answer; None for
-    the default. give_up_after_s: seconds without any answer from the endpoint after which a failing call stops the
-    run. Every other parameter is a field of `JudgeSettings`.
+    the default. give_up_after_s: seconds without any answer from the endpoint after which a failing call stops
+    the run. Every other parameter is a field of `JudgeSettings`.
 
-    A subclass says what is asked about a sample and what comes of the answers.
+    A subclass names a protocol, or says itself what is asked about a sample and what comes of the answers.
     """
 
+    protocol: JudgeProtocol
+    protocol_name = ""
     default_max_tokens = 512
-    probe_tasks: tuple[str, ...] = TASKS
-    """Tasks of the trial questions; the last one must be answered."""
-    probe_metadata: Mapping[str, Any] = {}
+    tasks: tuple[str, ...] = TASKS
+    """What is judged. There is a trial question for each; the last one must be answered."""
+    template_paths: Mapping[str, str] = {}
+    """Own template files by role."""
+    typical_metadata: Mapping[str, Any] = {}
     """Metadata of a usual prompt, for trial questions and estimates."""
     least_share = MIN_SCORED_SHARE
     """A batch is asked for again when less of it is scored (0: nothing at all) and the endpoint is the cause."""
@@ -107,20 +112,34 @@ class JudgeReward:
 
     @functools.cached_property
     def templates(self) -> dict[str, Template]:
-        """Templates by the name that `questions` uses. Raises TemplateError."""
-        raise NotImplementedError
+        """The templates of all tasks by the name that `questions` uses. Raises TemplateError."""
+        roles = sorted({role for task in self.tasks for role in self.protocol.roles(task)})
+        unused = sorted(set(self.template_paths) - set(roles))
+        if unused:
+            raise TemplateError(f"templates: {unused} are not asked by {self.protocol_name}; it asks {roles}")
+        found = {role: load_template(role, self.template_paths.get(role)) for role in roles}
+        for template in found.values():
+            logger.info("judge %s: template %s sha256=%s", self.where, template.name, template.sha256)
+        return found
 
     def questions(self, sample: Sample, metadata: Mapping[str, Any]) -> list[Question]:
         """What is asked about a sample. Raises ValueError for metadata that say too little, TemplateError."""
-        raise NotImplementedError
+        return self.protocol.questions(sample, self.templates, self.max_tokens)
 
     def verdict(self, answers: Sequence[Answer], metadata: Mapping[str, Any]) -> Verdict:
         """Score and named values from the answers, in the order of the questions."""
-        raise NotImplementedError
+        return combine(self.protocol, answers)
 
     def components(self, judgement: Judgement) -> dict[str, float]:
-        """What is logged of a sample beside its score."""
-        raise NotImplementedError
+        """The named values; for each way to fail a column of 0 and 1; `cached`, 1 where no request was needed;
+        `asks`."""
+        failures = {outcome.value: float(judgement.outcome is outcome) for outcome in FAILURES}
+        return {
+            **judgement.parts,
+            **failures,
+            "cached": float(judgement.cached),
+            "asks": float(judgement.asks),
+        }
 
     def sample(self, image: Image.Image, prompt: str, reference: Image.Image | None) -> Sample:
         """The picture as the judge sees it: an edit of its reference where it has one, else text-to-image."""
@@ -148,9 +167,7 @@ class JudgeReward:
             return []
         client = JudgeClient(self.settings)  # closing it leaves what is being scored alone
         try:
-            trials = [
-                await self._judge(client, _probe(task), self.probe_metadata) for task in self.probe_tasks
-            ]
+            trials = [await self._judge(client, _probe(task), self.typical_metadata) for task in self.tasks]
         finally:
             await client.close()
         *others, needed = trials
@@ -169,7 +186,7 @@ class JudgeReward:
         blank = Image.new("RGB", (width, height))
         sample = Sample(task, "x" * PROMPT_BYTES, blank, blank if task == "edit" else None)
         try:
-            questions = self.questions(sample, self.probe_metadata)
+            questions = self.questions(sample, self.typical_metadata)
         except TemplateError as error:
             return [f"no estimate: {error}"]
         return cost_lines(self.settings, questions, images=images, max_asks=self.max_asks)
@@ -280,8 +297,7 @@ class Judge(JudgeReward):
 
     def __init__(self, *, protocol: str, templates: Mapping[str, str] | None = None, **params: Any) -> None:
         """Raises ValueError with every parameter that is unknown or out of range."""
-        self.protocol_name = protocol
-        self.template_paths = dict(templates or {})
+        self.protocol_name, self.template_paths = protocol, dict(templates or {})
         problems = [
             *_choice_problems("protocol", [protocol], PROTOCOLS),
             *_choice_problems("templates", self.template_paths, PLACES),
@@ -290,35 +306,6 @@ class Judge(JudgeReward):
             self.protocol = PROTOCOLS[protocol]()
             self.default_max_tokens = self.protocol.max_tokens
         super().__init__(problems, **params)
-
-    @functools.cached_property
-    def templates(self) -> dict[str, Template]:
-        """The templates of both tasks by role."""
-        roles = sorted({role for task in TASKS for role in self.protocol.roles(task)})
-        unused = sorted(set(self.template_paths) - set(roles))
-        if unused:
-            raise TemplateError(f"templates: {unused} are not asked by {self.protocol_name}; it asks {roles}")
-        found = {role: load_template(role, self.template_paths.get(role)) for role in roles}
-        for template in found.values():
-            logger.info("judge %s: template %s sha256=%s", self.where, template.name, template.sha256)
-        return found
-
-    def questions(self, sample: Sample, metadata: Mapping[str, Any]) -> list[Question]:
-        return self.protocol.questions(sample, self.templates, self.max_tokens)
-
-    def verdict(self, answers: Sequence[Answer], metadata: Mapping[str, Any]) -> Verdict:
-        return combine(self.protocol, answers)
-
-    def components(self, judgement: Judgement) -> dict[str, float]:
-        """The protocol's parts; for each way to fail a column of 0 and 1; `cached`, 1 where no request was needed;
-        `asks`."""
-        failures = {outcome.value: float(judgement.outcome is outcome) for outcome in FAILURES}
-        return {
-            **judgement.parts,
-            **failures,
-            "cached": float(judgement.cached),
-            "asks": float(judgement.asks),
-        }
 
 
 def _choice_problems(what: str, given: Any, choices: Any) -> list[str]:
