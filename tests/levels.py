@@ -133,7 +133,7 @@ _FILES = {
         rl/loop/test_run.py::test_killed
     """,
     "docs": """
-        models/test_flops.py::test_the_figures
+        models/test_flops.py::test_sd35_medium_at_512_pixels
         rewards/geneval/test_official.py
         rl/record/test_metric_table.py
     """,

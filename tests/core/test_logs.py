@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import logging
-from rl.command_log import start_logging
+from core.logs import start_logging
 start_logging()
 logging.getLogger("rl.anything").info("a step")
 for library in ("httpx", "httpx2"):

@@ -83,7 +83,9 @@ BEFORE_THE_CLUSTER = [
 """What checks a recipe and answers the command line."""
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, "worlds.shapes", "rewards.geneval", "rl.train", "rl.recipe.schema"])
+@pytest.mark.parametrize(
+    "package", [*PACKAGES, "worlds.shapes", "rewards.geneval", "rl.train", "rl.recipe.schema"]
+)
 def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
     """Command lines answer at once, and recipes can be checked where torch and Ray are not installed."""
     assert loaded_after()[package] == []

@@ -19,7 +19,9 @@ def test_the_table_names_what_is_there(entry: str) -> None:
     file, _, name = entry.partition("::")
     path = TESTS / file
     assert path.exists(), f"tests/levels.py: {entry} is gone or has moved"
-    assert not name or f"\ndef {name}" in path.read_text(), f"tests/levels.py: no test of {file} begins {name}"
+    assert not name or f"\ndef {name}" in path.read_text(), (
+        f"tests/levels.py: no test of {file} begins {name}"
+    )
 
 
 def test_the_longest_entry_counts() -> None:

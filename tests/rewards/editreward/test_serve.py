@@ -232,7 +232,7 @@ def test_when_the_starter_is_killed_outright_its_server_ends_too(tmp_path: Path)
     script.write_text(SERVER)
     starter = f"""
         import sys, time
-        from rewards.editreward.replicas import Replica, ReplicaPlan
+        from rewards.editreward.serve.replicas import Replica, ReplicaPlan
         plan = ReplicaPlan(0, (sys.executable, {str(script)!r}), {str(tmp_path)!r}, "127.0.0.1", 0, {{}}, 60, 3)
         replica = Replica(plan)
         replica.start("127.0.0.1")
@@ -303,8 +303,8 @@ def test_each_replica_sees_the_cards_that_ray_gave_it(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(SERVER)
     script = f"""
         import sys, time, ray
-        from rewards.editreward.replicas import ReplicaPlan
-        from rewards.editreward.serve_fleet import Room, ServeError, place
+        from rewards.editreward.serve.replicas import ReplicaPlan
+        from rewards.editreward.serve.fleet import Room, ServeError, place
         ray.init(address="local", num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False)
         command = (sys.executable, {str(tmp_path / "server.py")!r})
         plans = [ReplicaPlan(i, command, {str(tmp_path)!r}, "127.0.0.1", 0, {{}}, 60, 3) for i in range(2)]
