@@ -22,6 +22,7 @@ USES = {
 _FILES = {
     "component": """
         bench/test_engine.py
+        bench/test_learning_pictures.py
         bench/test_metaquery_proof.py::test_a_variant
         bench/test_service_bench.py
         bench/test_signal.py
@@ -31,6 +32,7 @@ _FILES = {
         models/generate/test_inputs.py
         models/lora/test_attach.py::test_compiles
         models/metaquery/test_pipeline.py
+        models/test_compiling.py
         models/test_components.py
         models/test_kontext.py::test_compiles
         models/test_pipeline.py

@@ -46,7 +46,7 @@ def vllm_server(model: Path, log: Path, *options: str, name: str = "tiny") -> It
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
@@ -55,7 +55,7 @@ def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
         if process.poll() is not None:
             break
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url, timeout=5).status_code == 200:
+            if httpx.get(url, timeout=20).status_code == 200:
                 return
         time.sleep(0.5)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
