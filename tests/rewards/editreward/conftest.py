@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.editreward_server import Serving
 from tests.fakes.tiny_editreward import make_tiny_editreward
+from tests.fakes.vllm_server import Serving
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,8 @@ from rewards.checks import try_reward
 from rewards.editreward.client import EditReward
 from rewards.editreward.client_card import read_card
 from rewards.loading import load_reward
-from tests.fakes.editreward_server import LIMIT_S, Serving, wait_for
 from tests.fakes.tiny_editreward import DIMENSIONS, make_tiny_editreward, tiny_settings
+from tests.fakes.vllm_server import START_TIMEOUT_S, Serving, wait_for
 
 SIZES = [(64, 64), (128, 64), (64, 128), (200, 90), (56, 84), (31, 47), (300, 300), (90, 40)]
 
@@ -136,14 +136,14 @@ def test_vllm_killed_in_mid_run_is_restarted_and_every_edit_gets_its_own_score(
     folder: Path, serving: Serving
 ) -> None:
     batch = edits(60)
-    reward = EditReward(model=str(folder), urls=[serving.url], concurrency=2, unavailable_s=LIMIT_S)
+    reward = EditReward(model=str(folder), urls=[serving.url], concurrency=2, unavailable_s=START_TIMEOUT_S)
     found: list[Any] = []
     asking = threading.Thread(target=lambda: found.append(score(reward, batch)), daemon=True)
     before = answered(serving.url)
     asking.start()
     wait_for(lambda: answered(serving.url) >= before + 10, 60)
     serving.kill_server()
-    asking.join(LIMIT_S)
+    asking.join(START_TIMEOUT_S)
     expected = score(EditReward(model=str(folder), mode="inprocess", device="cpu"), batch)
     assert None not in found[0].scores
     assert np.abs(np.array(found[0].scores) - np.array(expected.scores)).max() < 1e-4
