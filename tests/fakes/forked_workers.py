@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = ("deepspeed", "models.text", "rollout.engine", "rl.learner.learner")
 START_TIMEOUT_S = 240.0
+LOOK_S = 5.0
 _STREAMS = 3
 
 
@@ -45,7 +46,8 @@ class WorkerServer:
 
 
 def serve(path: str) -> None:
-    """Fork a worker for each connection, for ever."""
+    """Fork a worker for each connection, as long as the process that started this one is there."""
+    parent = os.getppid()
     for name in PRELOADED:
         importlib.import_module(name)
     assert "ray" not in sys.modules, "forked workers would keep the server's settings of Ray"
@@ -54,8 +56,12 @@ def serve(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen(64)
-        while True:
-            connection, _ = server.accept()
+        server.settimeout(LOOK_S)
+        while os.getppid() == parent:
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                continue
             head, streams, *_ = socket.recv_fds(connection, 8, _STREAMS)
             with connection.makefile("rb") as file:
                 request = json.loads(file.read(int.from_bytes(head, "big")))
