@@ -36,7 +36,7 @@ class WorkerServer:
     def __init__(self, folder: Path) -> None:
         path = folder / "workers"
         self.python = f"{sys.executable} -S -E {__file__} {path}"
-        command = [sys.executable, __file__, "serve", str(path)]
+        command = [sys.executable, __file__, "serve", str(path), str(os.getpid())]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment)
 
@@ -45,9 +45,8 @@ class WorkerServer:
         self._process.wait()
 
 
-def serve(path: str) -> None:
-    """Fork a worker for each connection, as long as the process that started this one is there."""
-    parent = os.getppid()
+def serve(path: str, parent: int) -> None:
+    """Fork a worker for each connection, as long as the process `parent` is this one's."""
     for name in PRELOADED:
         importlib.import_module(name)
     assert "ray" not in sys.modules, "forked workers would keep the server's settings of Ray"
@@ -114,6 +113,6 @@ def ask(path: str, arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+        serve(sys.argv[2], int(sys.argv[3]))
     else:
         ask(sys.argv[1], sys.argv[2:])
