@@ -14,6 +14,9 @@ import pytest
 from tests.fakes.forked_workers import WorkerServer
 from tests.levels import BUDGET_S, LEVELS, USES, group_of, level_of, levels_of
 
+RAY_STARTS = 3
+"""On a machine so busy that Ray does not get up in the 30 s it gives itself."""
+
 
 @pytest.fixture(scope="session")
 def ray_session(tmp_path_factory):
@@ -24,14 +27,22 @@ def ray_session(tmp_path_factory):
     import ray
 
     workers = WorkerServer(tmp_path_factory.mktemp("ray"))
-    ray.init(
-        address="local",
-        num_cpus=16,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"py_executable": workers.python},
-    )
+    for attempt in range(RAY_STARTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=16,
+                num_gpus=0,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env={"py_executable": workers.python},
+            )
+            break
+        except Exception as error:  # Ray has no class of its own for this
+            if "timed out during startup" not in str(error) or attempt == RAY_STARTS - 1:
+                raise
+            ray.shutdown()
+    workers.start()
     yield ray
     ray.shutdown()
     workers.close()

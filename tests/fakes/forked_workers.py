@@ -31,12 +31,17 @@ _STREAMS = 3
 
 
 class WorkerServer:
-    """The process that workers are forked from. `python` is for `ray.init(runtime_env={"py_executable": ...})`."""
+    """The process that workers are forked from. `python` is for `ray.init(runtime_env={"py_executable": ...})`.
+
+    To be started after Ray, which gives itself 30 s for its own start; workers wait for it.
+    """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "workers"
-        self.python = f"{sys.executable} -S -E {__file__} {path}"
-        command = [sys.executable, __file__, "serve", str(path), str(os.getpid())]
+        self._path = folder / "workers"
+        self.python = f"{sys.executable} -S -E {__file__} {self._path}"
+
+    def start(self) -> None:
+        command = [sys.executable, __file__, "serve", str(self._path), str(os.getpid())]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment)
 
