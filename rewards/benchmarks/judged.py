@@ -21,7 +21,7 @@ from rewards.benchmarks.dpg import answer_name, image_score
 from rewards.benchmarks.dpg_questions import questions_of
 from rewards.benchmarks.imgedit import GRADES, TYPES
 from rewards.benchmarks.items import ANSWERED_BY
-from rewards.judge.judge import INFRASTRUCTURE, OPERATIONAL, JudgeReward
+from rewards.judge.judge import OPERATIONAL, JudgeReward
 from rewards.judge.messages import INFRASTRUCTURE, JudgeReply, Outcome
 from rewards.judge.parsing import MalformedAnswer, loose_grades
 from rewards.judge.protocols import VieScore

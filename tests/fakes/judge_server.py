@@ -42,7 +42,7 @@ Score = Callable[[list[Image.Image], str], str]
 
 SNAPSHOT = "judge-2025-04-14"
 PROMPT_TOKENS, COMPLETION_TOKENS = 100, 20
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
 MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 

@@ -51,7 +51,7 @@ http.server.ThreadingHTTPServer((words["--host"], int(words["--port"])), Handler
 """
 
 
-def wait_for(condition: Callable[[], Any], limit_s: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], limit_s: float = 240.0) -> Any:
     deadline = time.monotonic() + limit_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -116,6 +116,7 @@ def test_a_folder_that_vllm_cannot_serve_is_refused_by_what_is_wrong(
     assert any(said in problem and str(bad) in problem for problem in caught.value.problems)
 
 
+@pytest.mark.vllm
 def test_a_head_size_that_vllm_refuses_is_found_by_asking_it(folder: Path) -> None:
     card, facts = check_model(folder)
     assert engine_problems(card, facts, tensor_parallel=1) == []
@@ -152,7 +153,7 @@ def make_replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
         replica.stop()
 
 
-def follow(replica: Replica, state: str, limit_s: float = 60.0) -> tuple[ReplicaStatus, list[str]]:
+def follow(replica: Replica, state: str, limit_s: float = 240.0) -> tuple[ReplicaStatus, list[str]]:
     """The first status in `state`, and all lines up to it."""
     lines: list[str] = []
 
@@ -171,7 +172,7 @@ def engine_pid(lines: list[str]) -> int:
 def die(replica: Replica) -> None:
     import httpx
 
-    httpx.get(f"{replica.url}/die", timeout=5)
+    httpx.get(f"{replica.url}/die", timeout=60)
 
 
 def test_a_server_that_dies_is_restarted_and_leaves_nothing_behind(make_replica: Any) -> None:
@@ -249,7 +250,7 @@ def test_when_the_starter_is_killed_outright_its_server_ends_too(tmp_path: Path)
     below = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     assert engine in below and len(below) == 4
     process.kill()
-    process.wait(10)
+    process.wait(120)
     wait_for(lambda: not any(alive(pid) for pid in below))
 
 
@@ -307,7 +308,7 @@ def test_each_replica_sees_the_cards_that_ray_gave_it(tmp_path: Path) -> None:
         import sys, time, ray
         from rewards.editreward.serve.replicas import ReplicaPlan
         from core.failures import ClusterError
-    from rewards.editreward.serve.fleet import Room, place
+        from rewards.editreward.serve.fleet import Room, place
         ray.init(address="local", num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False)
         command = (sys.executable, {str(tmp_path / "server.py")!r})
         plans = [ReplicaPlan(i, command, {str(tmp_path)!r}, "127.0.0.1", 0, {{}}, 60, 3) for i in range(2)]

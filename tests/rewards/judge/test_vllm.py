@@ -19,6 +19,8 @@ from rewards.loading import load_reward
 from tests.fakes.tiny_vlm import DIGITS, make_tiny_vlm
 from tests.fakes.vllm_server import vllm_server
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
