@@ -22,8 +22,7 @@ from rewards.editreward.model import build_model, load_model
 from rewards.editreward.model_folder import ARCHITECTURE, folder_problems, read_card
 from rewards.editreward.processing import classify_request, read_chat_template
 from rewards.editreward.settings import FILE, RUBRIC, EditRewardSettings, load_settings
-from rewards.editreward.train.export import ARCHITECTURE, export_checkpoint, write_export
-from rewards.editreward.train.plan import qwen25_vl_7b
+from rewards.editreward.train.export import export_checkpoint, write_export
 from tests.fakes.tiny_editreward import DIMENSIONS
 from tests.rewards.editreward.editreward_data import make_base
 
