@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from core.failures import DataError
-from core.statistics import CONFIDENCE, Difference, Estimate, bootstrap_mean, paired_bootstrap
+from core.statistics import Difference, Estimate, bootstrap_mean, cluster_bootstrap, paired_bootstrap
 from rewards.editreward.data.index import Entry
 
 Array = NDArray[np.float64]
@@ -95,27 +95,11 @@ def _unequal(values: Array) -> float:
 
 def overall(scored: Scored, *, resamples: int, seed: int) -> dict[str, Estimate]:
     """`agreement` over all samples, with percentile intervals from resampled sources."""
-    point = agreement(scored.target, scored.predicted)
-    rows: dict[str, list[int]] = {}
-    for i, source in enumerate(scored.sources):
-        rows.setdefault(source, []).append(i)
-    clusters = [np.array(r) for r in rows.values()]
-    rng = np.random.default_rng(seed)
-    draws: dict[str, list[float]] = {name: [] for name in point}
-    for _ in range(resamples if len(clusters) > 1 else 0):
-        chosen = np.concatenate([clusters[i] for i in rng.integers(0, len(clusters), len(clusters))])
-        for name, value in agreement(scored.target[chosen], scored.predicted[chosen]).items():
-            if value is not None:
-                draws[name].append(value)
-    return {name: _estimate(value, draws[name], len(scored.target)) for name, value in point.items()}
 
+    def figures(rows: NDArray[np.intp]) -> dict[str, float | None]:
+        return agreement(scored.target[rows], scored.predicted[rows])
 
-def _estimate(value: float | None, draws: list[float], n: int) -> Estimate:
-    if not draws:
-        return Estimate(value, None, None, n)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(draws, [tail, 100 - tail])
-    return Estimate(value, float(low), float(high), n)
+    return cluster_bootstrap(figures, scored.sources, resamples=resamples, seed=seed)
 
 
 def group_rows(groups: Sequence[str]) -> list[NDArray[np.intp]]:
