@@ -265,7 +265,7 @@ def test_other_questions_for_the_same_output_are_refused(
     assert label(recipe) == 0
     asked = len(server.records)
     own = tmp_path / "own.txt"
-    text = (ROOT / "rewards" / "editreward" / "label_edit.v1.txt").read_text()
+    text = (ROOT / "rewards" / "editreward" / "data" / "label_edit.v1.txt").read_text()
     own.write_text(text.replace("10 all of it", "10 the whole of it"))
     # With everything labelled there is nothing to ask, so a shard is taken away first.
     (tmp_path / "run" / "labelled" / "edits-00000.tar").unlink()

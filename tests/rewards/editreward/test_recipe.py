@@ -101,7 +101,7 @@ def test_the_dry_run_of_the_7b_prints_memory_by_zero_stage_and_a_rate(capsys):
     for stage in (1, 2, 3):
         assert f"memory of a rank, ZeRO-{stage}:" in out
     assert "samples/s = ranks x peak x MFU / operations = 8 x 989 TFLOP/s x 0.4" in out
-    assert "model.path=/models/Qwen2.5-VL-7B-Instruct: no config.json there" in out
+    assert "model.path=/models/Qwen2.5-VL-7B-Instruct: /models/Qwen2.5-VL-7B-Instruct: no such folder" in out
     assert "data.shards: no file matches" in out
 
 
