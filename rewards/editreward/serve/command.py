@@ -24,7 +24,7 @@ from rewards.editreward.model_folder import ModelCard, ModelFolderError
 from rewards.editreward.serve.checks import DTYPES, EngineFacts, check_model, engine_problems
 
 if TYPE_CHECKING:
-    from rewards.editreward.serve.replicas import ReplicaPlan, ReplicaStatus
+    from core.cluster.servers.replica import ReplicaPlan, ReplicaStatus
 
 log = logging.getLogger("rewards.editreward.serve.command")
 REFUSALS = (ModelFolderError, ClusterError)
@@ -72,7 +72,7 @@ def plans(
     card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace, *, device: str
 ) -> list[ReplicaPlan]:
     """One plan per replica."""
-    from rewards.editreward.serve.replicas import ReplicaPlan
+    from core.cluster.servers.replica import ReplicaPlan
 
     environment = ENVIRONMENT | (CPU_ENVIRONMENT if device == "cpu" else {})
     if device == "cpu":
@@ -120,7 +120,7 @@ def vllm_command(
 def _serve(card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace) -> int:
     import ray
 
-    from rewards.editreward.serve.fleet import Room, check_host, cluster_has_gpus, place
+    from core.cluster.servers.fleet import Room, check_host, cluster_has_gpus, place
 
     leaving = _leave_on_signals()
     try:
@@ -131,7 +131,8 @@ def _serve(card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace) -
         cards = arguments.tensor_parallel if device == "cuda" else 0
         room = Room(arguments.replicas, arguments.cpus, cards, arguments.placement_timeout_s)
         log.info("%d replicas of %s on %s", arguments.replicas, card.served_name, device)
-        fleet = place(plans(card, facts, arguments, device=device), room)
+        remedy = "lower --replicas or --tensor-parallel"
+        fleet = place(plans(card, facts, arguments, device=device), room, remedy=remedy)
         try:
             return _watch(fleet, card, arguments, leaving)
         finally:
@@ -142,7 +143,7 @@ def _serve(card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace) -
 
 
 def _watch(fleet, card: ModelCard, arguments: argparse.Namespace, leaving: threading.Event) -> int:  # type: ignore[no-untyped-def]
-    from rewards.editreward.serve.fleet import wait_until_ready
+    from core.cluster.servers.fleet import wait_until_ready
 
     _forget(arguments.ready_file)
     urls = fleet.start()

@@ -16,7 +16,7 @@ from ray.util.placement_group import remove_placement_group
 
 from core.cluster.actors import ClusterError, actor_options, connect, reserve
 from core.cluster.placement import ActorPlan, ResourcePlan
-from rewards.editreward.serve.replicas import END_S, Replica, ReplicaPlan, ReplicaStatus
+from core.cluster.servers.replica import END_S, Replica, ReplicaPlan, ReplicaStatus
 
 log = logging.getLogger(__name__)
 CALL_S = 60.0
@@ -47,7 +47,7 @@ class PlacedReplica(Replica):
 
 
 class Fleet:
-    """The replicas of one `serve`. Close it, or its servers run until this process ends."""
+    """Equal servers. Close it, or they run until this process ends."""
 
     def __init__(self, actors: Sequence[Any], group: Any) -> None:
         self._actors, self._group = list(actors), group
@@ -82,7 +82,7 @@ class Fleet:
 
 
 def cluster_has_gpus() -> bool:
-    """Joins the cluster that RAY_ADDRESS names, else starts Ray on this machine alone, as `rl.train` does."""
+    """Connects to Ray first, as `core.cluster.actors.connect` does."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve the servers of a CPU
     connect(worker_logs=False)
     return ray.cluster_resources().get("GPU", 0.0) > 0
@@ -98,16 +98,16 @@ def check_host(host: str) -> None:
             "0.0.0.0, where the network is yours"
         )
     if not loopback:
-        log.warning("whoever reaches %s can use the servers: vLLM asks for no token on /classify", host)
+        log.warning("whoever reaches %s can use the servers", host)
 
 
-def place(plans: Sequence[ReplicaPlan], room: Room) -> Fleet:
+def place(plans: Sequence[ReplicaPlan], room: Room, *, remedy: str) -> Fleet:
     """Reserve room for all replicas and make their actors; nothing is started yet.
 
-    Raises ClusterError when the cluster is too small, or too busy for `room.timeout_s`.
+    Raises ClusterError, with `remedy`, when the cluster is too small, or too busy for `room.timeout_s`.
     """
     what = f"serving {room.replicas} replicas of {room.gpus} GPUs and {room.cpus:g} CPUs"
-    group = reserve(room.plan(), what, "lower --replicas or --tensor-parallel", room.timeout_s)
+    group = reserve(room.plan(), what, remedy, room.timeout_s)
     try:
         remote = ray.remote(PlacedReplica)
         options = [actor_options(actor, group, restarts=0) for actor in room.plan().actors]
