@@ -78,6 +78,17 @@ def folder_manifest(folder: str | Path) -> dict[str, str]:
     return {name: file_sha256(folder / name) for name in files if name != COMPLETE}
 
 
+@contextmanager
+def new_folder(final: str | Path) -> Iterator[Path]:
+    """A folder to fill under a temporary name beside `final`; `publish_folder` makes it `final` when the block ends."""
+    final = Path(final)
+    tmp = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    yield tmp
+    publish_folder(tmp, final)
+
+
 def publish_folder(tmp: str | Path, final: str | Path) -> dict[str, str]:
     """Rename the filled folder `tmp` to `final` and return its manifest; both must be on one file system.
 

@@ -20,9 +20,10 @@ from bench.accept.commands import train_once
 from bench.accept.evidence import FOLDER as EVIDENCE
 from bench.accept.evidence import ROOT, above, interval, write
 from bench.accept.learning_pictures import draw_pictures
+from core.recipe import to_yaml
 from core.statistics import Difference, paired_bootstrap
 from rl.loop.checkpoint import check_same_recipe
-from rl.recipe.schema import load_config, to_yaml
+from rl.recipe.schema import load_config
 from worlds.shapes.scenes.prompts import edit_lines, t2i_lines
 
 SEEDS = (1, 2, 3)

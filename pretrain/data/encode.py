@@ -15,8 +15,9 @@ from torch import Tensor
 
 import recipes
 from core.failures import SampleError
-from models.components import load_conditioner, load_vae
+from models.components import load_vae
 from models.latents import encode_images
+from models.metaquery.conditioner import load_conditioner
 from models.metaquery.reading import QueryReader
 from models.text import SD3TextEncoder
 from pretrain.data.batch import fitted_pictures, readable_texts, to_pixels

@@ -27,7 +27,7 @@ from torch import Tensor
 import recipes
 from core.failures import DataError, SampleError
 from core.files import atomic_write_json, file_sha256
-from models.components import TEXT_PARTS
+from models.folders import TEXT_PARTS
 from pretrain.data.buckets import areas
 from pretrain.data.config import DataConfig
 from pretrain.data.sources import Source

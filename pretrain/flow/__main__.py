@@ -13,7 +13,8 @@ from core.command_line import add_recipe_arguments, refuse, report_dry_run
 from core.failures import DataError
 from core.logs import start_logging
 from core.recipe import ConfigError
-from pretrain.flow.config import FlowRecipe, load_recipe
+from pretrain.flow.config import FlowRecipe
+from pretrain.flow.validate import load_recipe
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import recipes
 from core.training.optimization import trained_parameters
-from models.components import TEXT_PARTS, save_component
+from models.components import save_component
+from models.folders import TEXT_PARTS
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.model import FlowModel, load_model, set_trained
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import recipes
-from models.components import load_conditioner, load_transformer
+from models.components import load_transformer
 from models.kontext import KontextTransformer
-from models.metaquery.conditioner import MetaQueryConditioner
+from models.metaquery.conditioner import MetaQueryConditioner, load_conditioner
 from models.metaquery.config import ConnectorConfig, MetaQueryConfig
 from pretrain.flow.config import ConnectorSection, FlowRecipe
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 import recipes
 from core.command_line import add_recipe_arguments
 from core.failures import ClusterError
-from core.files import file_sha256, folder_manifest
+from core.files import file_sha256
 from core.logs import submitted_job
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError
@@ -63,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check(header: Header, section: GenerateSection) -> list[Prompt]:
     """The prompts to edit, in order. Raises ConfigError with everything that keeps the run from starting."""
-    from models.components import check_model_folder
+    from models.folders import check_model_folder
 
     problems = section_problems(section)
     prompts: list[Prompt] = []
@@ -137,16 +135,15 @@ def made_with(
     header: Header, section: GenerateSection, prompts: list[Prompt], adapters: list[str | None]
 ) -> dict[str, Any]:
     """All that decides the bytes of the result. Reads the whole model folder, for its hash."""
-    from models.components import PARTS
+    from models.folders import model_sha256
 
     model = recipes.resolve(section.model)
     log.info("hashing %s", model)
-    manifests = {part: folder_manifest(model / part) for part in PARTS}
     return {
         "seed": header.seed,
         "prompts_sha256": file_sha256(recipes.resolve(section.prompts)),
         "num_prompts": len(prompts),
-        "model_sha256": hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest(),
+        "model_sha256": model_sha256(model),
         "adapters": [
             {"name": BASE if sha256 is None else Path(name).name, "sha256": sha256}
             for name, sha256 in zip(section.adapters, adapters, strict=True)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from rewards.geneval.backend import ColorQuestion, Detections
-from worlds.shapes.scenes.pictures import stack
-from worlds.shapes.scenes.render import render
+from worlds.shapes.scenes.render import render, stack
 from worlds.shapes.scenes.world import Scene, Shape
 from worlds.shapes.scoring.detector import Detected, detect
 

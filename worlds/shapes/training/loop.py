@@ -1,4 +1,4 @@
-"""The training loop shared by all stages: step, average, log, save, resume."""
+"""What a stage of training offers, and the loop that all stages share: step, average, log, save, resume."""
 
 import dataclasses
 import json
@@ -6,35 +6,59 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from core.recipe import ConfigError
 from core.records import append_records, keep_up_to
 from core.training.ema import MovingAverage
 from core.training.optimization import build_optimizers, trained_parameters
 from core.training.schedule import lr_factor
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from worlds.shapes.training.config import Recipe, RecipeError
-from worlds.shapes.training.stage import Stage
+from worlds.shapes.training.config import Recipe
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Keys that may differ between a run and its resumption: they leave the numbers alone.
-_FREE_KEYS = {
-    "output_dir",
-    "stop_step",
-    "threads",
-    "log_every",
-    "sample_every",
-    "save_every",
-    "keep_checkpoints",
-}
+_FREE_KEYS = set(
+    ["output_dir", "stop_step", "threads", "log_every", "sample_every", "save_every", "keep_checkpoints"]
+)
+
+
+@dataclass(frozen=True)
+class StageLoss:
+    """Loss of one batch, and named figures of it for the log."""
+
+    loss: Tensor
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Stage:
+    """One kind of training. Data must be a function of (seed, step) alone.
+
+    `modules`: what is trained, in a fixed order, which average and optimizers follow.
+    """
+
+    modules: list[nn.Module]
+
+    def loss(self, step: int) -> StageLoss:
+        """Of the batch of a step."""
+        raise NotImplementedError
+
+    def sample_grid(self) -> Image.Image | None:
+        """A picture that shows how far the modules are; None where there is nothing to see."""
+        return None
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write the parts this stage owns in the released layout; returns figures measured on the way."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -77,7 +101,7 @@ class TrainingLoop:
         """Continue from a checkpoint folder, or with `auto` from the newest one if there is any.
 
         Raises:
-            RecipeError: the checkpoint was made by a recipe that would give other numbers.
+            ConfigError: the checkpoint was made by a recipe that would give other numbers.
         """
         if path == "auto":
             found = complete_checkpoints(self.folder / "checkpoints")
@@ -89,8 +113,8 @@ class TrainingLoop:
         now = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
         changed = sorted(k for k in {*made_by, *now} - _FREE_KEYS if made_by.get(k) != now.get(k))
         if changed:
-            raise RecipeError(
-                f"{path} was made with other values of {', '.join(changed)}: restore them to resume"
+            raise ConfigError(
+                [f"{path} was made with other values of {', '.join(changed)}: restore them to resume"]
             )
         for module, weights in zip(self.stage.modules, state["modules"], strict=True):
             module.load_state_dict(weights)

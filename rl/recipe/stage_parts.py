@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rl.recipe.schema import RewardConfig, StageConfig
+from rewards.recipe import RewardConfig
+from rl.recipe.schema import StageConfig
 
 JOINT = "joint"
 """The task of a stage whose `parts` have the tasks."""

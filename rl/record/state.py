@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -33,11 +32,3 @@ class RunState:
     restarts: int = 0
     failed_prompts: int = 0
     stages: list[StageProgress] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(document: dict[str, Any]) -> RunState:
-        stages = [StageProgress(**entry) for entry in document["stages"]]
-        return RunState(**{**document, "stages": stages})

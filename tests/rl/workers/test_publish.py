@@ -7,8 +7,9 @@ import torch
 from ray.exceptions import GetTimeoutError
 
 from models.lora.attach import Adapter
-from rl.loop import publish as adapters
-from rl.loop.publish import PublishError, check_receipt, make_adapter, publish
+from rl.learner.worker import make_adapter
+from rl.workers import publish as adapters
+from rl.workers.publish import PublishError, check_receipt, publish
 from rollout.engine import AdapterReceipt
 from rollout.worker import Policy
 

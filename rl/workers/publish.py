@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -67,10 +66,3 @@ def check_receipt(receipt: AdapterReceipt, adapter: Adapter, previous: Policy | 
             f"replica {receipt.worker} loaded version {adapter.version}, but its outputs did not move: the adapter "
             "binds to no module that is used. Check model.lora.targets."
         )
-
-
-def make_adapter(version: int, tensors: dict[str, Any]) -> Adapter:
-    """An adapter with the hash of its tensors."""
-    from models.lora.attach import hash_state
-
-    return Adapter(version, hash_state(tensors), tensors)
