@@ -12,11 +12,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import remove_placement_group
 
-from core.cluster.actors import ClusterError, actor_options, connect, reserve
-from core.cluster.placement import ActorPlan, ResourcePlan
+from core.cluster.actors import PlacedActors, connect
+from core.cluster.placement import uniform_plan
 from core.cluster.servers.replica import END_S, Replica, ReplicaPlan, ReplicaStatus
+from core.failures import ClusterError
 
 log = logging.getLogger(__name__)
 CALL_S = 60.0
@@ -31,12 +31,6 @@ class Room:
     gpus: int
     timeout_s: float
 
-    def plan(self) -> ResourcePlan:
-        """One bundle for each replica."""
-        bundle = {name: amount for name, amount in (("CPU", self.cpus), ("GPU", float(self.gpus))) if amount}
-        actors = (ActorPlan("replica", i, i, self.cpus, self.gpus) for i in range(self.replicas))
-        return ResourcePlan((bundle,) * self.replicas, tuple(actors))
-
 
 class PlacedReplica(Replica):
     """A replica that knows which node it is on."""
@@ -49,8 +43,8 @@ class PlacedReplica(Replica):
 class Fleet:
     """Equal servers. Close it, or they run until this process ends."""
 
-    def __init__(self, actors: Sequence[Any], group: Any) -> None:
-        self._actors, self._group = list(actors), group
+    def __init__(self, placed: PlacedActors) -> None:
+        self._placed, self._actors = placed, placed.by_role["replica"]
         self._lost: dict[int, ReplicaStatus] = {}
 
     def start(self) -> list[str]:
@@ -76,9 +70,7 @@ class Fleet:
         _, late = ray.wait(ending, num_returns=len(ending), timeout=3 * END_S)
         if late:
             log.error("%d replicas did not end within %.0f s; their actors are killed", len(late), 3 * END_S)
-        for actor in self._actors:
-            ray.kill(actor)
-        remove_placement_group(self._group)
+        self._placed.close()
 
 
 def cluster_has_gpus() -> bool:
@@ -106,16 +98,12 @@ def place(plans: Sequence[ReplicaPlan], room: Room, *, remedy: str) -> Fleet:
 
     Raises ClusterError, with `remedy`, when the cluster is too small, or too busy for `room.timeout_s`.
     """
+    plan = uniform_plan("replica", room.replicas, room.cpus, room.gpus)
     what = f"serving {room.replicas} replicas of {room.gpus} GPUs and {room.cpus:g} CPUs"
-    group = reserve(room.plan(), what, remedy, room.timeout_s)
-    try:
-        remote = ray.remote(PlacedReplica)
-        options = [actor_options(actor, group, restarts=0) for actor in room.plan().actors]
-        actors = [remote.options(**options[plan.index]).remote(plan) for plan in plans]
-    except BaseException:
-        remove_placement_group(group)
-        raise
-    return Fleet(actors, group)
+    with PlacedActors(plan, what, remedy, room.timeout_s) as placed:
+        kind = ray.remote(PlacedReplica)
+        placed.start("replica", kind, lambda actor, index: actor.remote(plans[index]), restarts=0)
+        return Fleet(placed)
 
 
 def wait_until_ready(fleet: Fleet, show: Any, limit_s: float, leaving: Any) -> bool:

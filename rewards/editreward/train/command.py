@@ -13,8 +13,9 @@ from core.command_line import add_recipe_arguments, report_dry_run
 from core.failures import DataError
 from core.logs import submitted_job
 from core.recipe import ConfigError
-from rewards.editreward.config import Recipe, load_recipe
+from rewards.editreward.config import Recipe
 from rewards.editreward.settings import FILE, SettingsError
+from rewards.editreward.validate import load_recipe
 
 log = logging.getLogger("rewards.editreward.train.command")
 REFUSALS = (ConfigError, DataError, SettingsError)
@@ -50,7 +51,7 @@ def dry_run(recipe: Recipe) -> int:
 
 def preflight(recipe: Recipe) -> list[str]:
     """What would stop the run, found without loading weights or decoding pictures."""
-    from models.components import check_vlm_folder
+    from models.folders import check_vlm_folder
     from models.qwen25_vl import read_chat_template
     from rewards.editreward.data.index import find_shards, shard_patterns
 
