@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from core.agreement import agreement
 from core.command_line import add_recipe_arguments
 from core.progress import Progress
 from core.statistics import Estimate
@@ -21,7 +22,6 @@ from rewards.editreward.config import Recipe
 from rewards.editreward.data.index import Entry, load_corpus, read_entry, whole_groups
 from rewards.editreward.evaluate.metrics import (
     Scored,
-    agreement,
     group_differences,
     group_estimates,
     overall,
