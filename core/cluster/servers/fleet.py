@@ -5,10 +5,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -90,7 +88,7 @@ def check_host(host: str) -> None:
             "0.0.0.0, where the network is yours"
         )
     if not loopback:
-        log.warning("whoever reaches %s can use the servers", host)
+        log.warning("whoever reaches %s can use the servers: they ask for no token", host)
 
 
 def place(plans: Sequence[ReplicaPlan], room: Room, *, remedy: str) -> Fleet:
@@ -104,26 +102,6 @@ def place(plans: Sequence[ReplicaPlan], room: Room, *, remedy: str) -> Fleet:
         kind = ray.remote(PlacedReplica)
         placed.start("replica", kind, lambda actor, index: actor.remote(plans[index]), restarts=0)
         return Fleet(placed)
-
-
-def wait_until_ready(fleet: Fleet, show: Any, limit_s: float, leaving: Any) -> bool:
-    """Show statuses until every replica is ready; False when `leaving` was set meanwhile.
-
-    Raises ClusterError when one fails, or is not ready within the limit.
-    """
-    deadline = time.monotonic() + limit_s
-    while not leaving.wait(0.5):
-        statuses = fleet.statuses()
-        show(statuses)
-        for index, status in enumerate(statuses):
-            if status.state == "failed":
-                raise ClusterError(f"replica {index} did not start: {status.detail}")
-        late = [index for index, status in enumerate(statuses) if status.state != "ready"]
-        if not late:
-            return True
-        if time.monotonic() > deadline:
-            raise ClusterError(f"replicas {late} were not ready within {limit_s:g} s")
-    return False
 
 
 def _is_address(host: str) -> bool:
