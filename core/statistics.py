@@ -5,7 +5,7 @@ The interval is the percentile bootstrap at 95 % (Efron and Tibshirani, An Intro
 (average several images of a prompt first), since the resampled units have to be independent.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +108,42 @@ def seeds_bootstrap(values: NDArray[np.floating], *, resamples: int = 10_000, se
         seeds = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
         low, high = _percentiles((seeds * (prompts @ scored.T)).sum(axis=1) / scored.size)
     return Estimate(float(scored.mean()), low, high, count, missing)
+
+
+def cluster_bootstrap(
+    figures: Callable[[NDArray[np.intp]], Mapping[str, float | None]],
+    clusters: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Estimate]:
+    """`figures` of the rows 0 to N-1, each with its percentile interval where whole clusters of rows are drawn.
+
+    Args:
+        figures: by name, of the rows it is given; a figure that some draws leave undefined (None) has the interval of
+            the others.
+        clusters: the cluster of each of the N rows, such as the prompt of a sample.
+    """
+    rows: dict[str, list[int]] = {}
+    for i, cluster in enumerate(clusters):
+        rows.setdefault(cluster, []).append(i)
+    members = [np.array(each) for each in rows.values()]
+    point = figures(np.arange(len(clusters)))
+    rng = np.random.default_rng(seed)
+    draws: dict[str, list[float]] = {name: [] for name in point}
+    for _ in range(resamples if len(members) > 1 else 0):
+        chosen = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        for name, value in figures(chosen).items():
+            if value is not None:
+                draws[name].append(value)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    found = {}
+    for name, value in point.items():
+        low = high = None
+        if draws[name]:
+            low, high = (float(bound) for bound in np.percentile(draws[name], [tail, 100 - tail]))
+        found[name] = Estimate(value, low, high, len(clusters))
+    return found
 
 
 def strata_bootstrap(

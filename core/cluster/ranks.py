@@ -23,7 +23,9 @@ class RankLost(RuntimeError):
 class RankResources(Protocol):
     """What each rank gets, and for how long is waited; all keys of a recipe's `resources`."""
 
-    device: str
+    @property
+    def device(self) -> str: ...
+
     rank_cpus: float
     placement_timeout_s: float
     start_timeout_s: float

@@ -6,10 +6,12 @@ A sample's members share a KEY: the path up to the first dot of its last part; t
 import io
 import os
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.failures import DataError, SampleError
+from core.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ def list_shard(path: str | Path) -> Listing:
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path}: not an uncompressed tar file ({error}); copy or make it again") from error
     return Listing(list(found.items()), cut)
+
+
+def write_shard_file(path: str | Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """An uncompressed tar of (name, content), whole or not at all. Equal members give equal bytes."""
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def read_member(file: io.BufferedIOBase, member: Member, name: str) -> bytes:

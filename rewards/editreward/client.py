@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput
+from rewards.editreward.client_replicas import Replicas, Unscorable
 from rewards.editreward.model_folder import ModelCard, ModelFolderError, folder_problems, read_card
+from rewards.editreward.processing import InputError, classify_request
 from rewards.service.endpoints import url_problem
 
 if TYPE_CHECKING:
     from rewards.editreward.client_local import LocalModel
-    from rewards.editreward.client_replicas import Replicas
 
 log = logging.getLogger(__name__)
 MODES = ("served", "inprocess")
@@ -122,9 +123,6 @@ class EditReward:
     async def _ask_one(
         self, replicas: Replicas, source: Image.Image, result: Image.Image, instruction: str
     ) -> list[float] | None:
-        from rewards.editreward.client_replicas import Unscorable
-        from rewards.editreward.processing import InputError, classify_request
-
         card = self._loaded_card()
         try:
             body = await asyncio.to_thread(
@@ -148,8 +146,6 @@ class EditReward:
 
     def _server_side(self) -> Replicas:
         if self._replicas is None:
-            from rewards.editreward.client_replicas import Replicas
-
             card = self._loaded_card()
             self._replicas = Replicas(
                 self.urls,

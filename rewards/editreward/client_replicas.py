@@ -46,7 +46,7 @@ class _ServerError(Away):
 class Replicas:
     """Equal vLLM servers of one model. Usable from one event loop after another; each keeps its connections.
 
-    served_name: the model's name there (see `client_card.py`). outputs: how many numbers an answer holds.
+    served_name: the model's name there (see `model_folder.py`). outputs: how many numbers an answer holds.
     """
 
     def __init__(

@@ -6,20 +6,15 @@ checkpoint's for the body (`model.*`, `visual.*`), and `language_model.score.{we
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
-from transformers.utils import logging as transformers_logging
 
+from models.qwen25_vl import load_backbone
 from rewards.editreward.processing import EditBatch
-
-log = logging.getLogger(__name__)
 
 _FILE_PREFIXES = {
     "backbone.language_model.": "model.",
@@ -84,7 +79,7 @@ def build_model(
     folder: str | Path, num_dimensions: int, *, bias: bool, dtype: torch.dtype
 ) -> EditRewardModel:
     """A fresh head on the released Qwen2.5-VL in `folder`, on the CPU."""
-    backbone = _load_backbone(folder, dtype)
+    backbone = load_backbone(folder, dtype)
     return EditRewardModel(backbone, num_dimensions, bias=bias)
 
 
@@ -99,7 +94,7 @@ def load_model(
         raise ValueError(
             f"{folder}: language_model.score.weight is {shape}, expected {num_dimensions} rows; export the model again"
         )
-    model = EditRewardModel(_load_backbone(folder, dtype), num_dimensions, bias="bias" in head)
+    model = EditRewardModel(load_backbone(folder, dtype), num_dimensions, bias="bias" in head)
     model.score.load_state_dict(head)
     return model.eval().requires_grad_(False).to(device)
 
@@ -108,33 +103,6 @@ def meta_model(config: Qwen2_5_VLConfig, num_dimensions: int, *, bias: bool = Tr
     """Names and shapes without memory."""
     with torch.device("meta"):
         return EditRewardModel(Qwen2_5_VLModel(config), num_dimensions, bias=bias)
-
-
-def _load_backbone(folder: str | Path, dtype: torch.dtype) -> Qwen2_5_VLModel:
-    """Raises FileNotFoundError or ValueError for a folder that does not hold a whole Qwen2.5-VL."""
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{config} does not exist: give the folder of a Qwen2.5-VL")
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    if kind != "qwen2_5_vl":
-        raise ValueError(f"{config}: model_type is {kind!r}, EditReward is built on 'qwen2_5_vl'")
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it would report the output matrix, or the head, as unexpected
-    transformers_logging.disable_progress_bar()
-    try:
-        loaded: Any = Qwen2_5_VLModel.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
-    backbone, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{folder}: {len(missing)} weights are missing, first {missing[0]}: the download is not whole"
-        )
-    return backbone
 
 
 def _read_head(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -120,37 +120,6 @@ def classify_request(
     }
 
 
-def read_token_pixels(folder: str | Path) -> int:
-    """Pixels a side of what one image token of a Qwen2.5-VL folder sees: 28 in the released ones (14, merged 2 x 2).
-
-    Raises SettingsError for a folder without a readable config.json.
-    """
-    path = Path(folder) / "config.json"
-    try:
-        vision = json.loads(path.read_text(encoding="utf-8")).get("vision_config", {})
-        return int(vision.get("patch_size", 14)) * int(vision.get("spatial_merge_size", 2))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise SettingsError(f"{path}: no readable config of a Qwen2.5-VL ({error})") from error
-
-
-def read_chat_template(folder: str | Path) -> str:
-    """The chat template of a released Qwen2.5-VL folder: the processor's, else the tokenizer's.
-
-    Raises SettingsError when there is none.
-    """
-    folder = Path(folder)
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(template, str):
-                return template
-    raise SettingsError(
-        f"{folder}: no chat template (chat_template.jinja, chat_template.json, tokenizer_config.json)"
-    )
-
-
 class EditProcessor:
     """Tokenizer and image processor of a model folder, under the constants of `settings`. Needs no torchvision."""
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import remove_placement_group
 
 import recipes
-from core.cluster.actors import actor_options, connect, reserve, wait_ready
+from core.cluster.actors import PlacedActors, connect, wait_ready
 from core.cluster.dispatch import Dispatcher
-from core.cluster.placement import ActorPlan, ResourcePlan
+from core.cluster.placement import ActorPlan, ResourcePlan, bundle_of, uniform_plan
 from core.recipe import ConfigError
 from models.components import torch_dtype
 from models.lora.attach import Adapter, LoraSettings, State, hash_state
@@ -86,50 +84,42 @@ class Studio:
     def __init__(self, section: GenerateSection, adapters: LoadedAdapters) -> None:
         """Place and start the workers. Raises ClusterError, naming what is short or late."""
         connect()
-        plan = resource_plan(section)
-        self._group = reserve(
-            plan,
-            f"generation with {section.workers} workers",
+        with PlacedActors(
+            resource_plan(section),
+            "generation",
             "lower generate.workers, generate.worker_cpus, generate.encode_cpus or generate.encode_gpus",
             section.placement_timeout_s,
-        )
-        self._actors: list[Any] = []
-        try:
-            self._start(section, plan, adapters)
-        except BaseException:
-            self.close()
-            raise
+            key="generate.placement_timeout_s",
+        ) as self._placed:
+            self._start(section, adapters)
+        self.policies = adapters.policies()
+        self.negative = self.encoder.encode_text.remote(section.negative_prompt)
+
+    def _start(self, section: GenerateSection, adapters: LoadedAdapters) -> None:
+        replica, encoder = replica_spec(section, adapters.settings), encoder_spec(section)
+        start, restarts = self._placed.start, section.max_restarts
+        rollouts = start("rollout", RolloutWorker, lambda kind, _: kind.remote(replica), restarts=restarts)
+        # Encoding is a function of its arguments alone, so Ray itself may repeat the call.
+        options = {"restarts": restarts, "max_task_retries": restarts}
+        (self.encoder,) = start("encode", EncodeWorker, lambda kind, _: kind.remote(encoder), **options)
+        wait_ready(self._placed.by_role, section.start_timeout_s)
         self.dispatcher = Dispatcher(
             call_timeout_s=section.call_timeout_s, start_timeout_s=section.start_timeout_s
         )
-        self.dispatcher.add_pool("rollout", self._actors[:-1])
-        self.policies = adapters.policies()
-        self.encoder = self._actors[-1]
-        self.negative = self.encoder.encode_text.remote(section.negative_prompt)
-
-    def _start(self, section: GenerateSection, plan: ResourcePlan, adapters: LoadedAdapters) -> None:
-        replica = replica_spec(section, adapters.settings)
-        options = [actor_options(actor, self._group, restarts=section.max_restarts) for actor in plan.actors]
-        self._actors += [RolloutWorker.options(**each).remote(replica) for each in options[:-1]]
-        # Encoding is a function of its arguments alone, so Ray itself may repeat the call.
-        encode: Any = EncodeWorker.options(**options[-1], max_task_retries=section.max_restarts)
-        self._actors.append(encode.remote(encoder_spec(section)))
-        wait_ready({"rollout": self._actors[:-1], "encode": self._actors[-1:]}, section.start_timeout_s)
+        self.dispatcher.add_pool("rollout", rollouts)
 
     def close(self) -> None:
         """Stop every worker and give the room back."""
-        for actor in self._actors:
-            ray.kill(actor)
-        remove_placement_group(self._group)
+        self._placed.close()
 
 
 def resource_plan(section: GenerateSection) -> ResourcePlan:
     """One bundle for each rollout worker, then one for the encoder."""
     gpus = 1.0 if section.device == "cuda" else 0.0
-    actors = [ActorPlan("rollout", i, i, section.worker_cpus, gpus) for i in range(section.workers)]
-    actors.append(ActorPlan("encode", 0, section.workers, section.encode_cpus, section.encode_gpus))
-    bundles = [{k: v for k, v in (("CPU", a.cpus), ("GPU", a.gpus)) if v} for a in actors]
-    return ResourcePlan(tuple(bundles), tuple(actors))
+    rollouts = uniform_plan("rollout", section.workers, section.worker_cpus, gpus)
+    encode = ActorPlan("encode", 0, section.workers, section.encode_cpus, section.encode_gpus)
+    room = bundle_of([(encode.cpus, encode.gpus)])
+    return ResourcePlan((*rollouts.bundles, room), (*rollouts.actors, encode))
 
 
 def replica_spec(section: GenerateSection, lora: LoraSettings) -> ReplicaSpec:

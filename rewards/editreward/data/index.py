@@ -21,6 +21,7 @@ from PIL import Image
 import recipes
 from core.files import atomic_write_text
 from core.progress import Progress
+from models.qwen25_vl import read_token_pixels
 from rewards.editreward.config import DataSection, Recipe
 from rewards.editreward.data.shards import (
     DataError,
@@ -30,7 +31,7 @@ from rewards.editreward.data.shards import (
     read_sample,
     shard_members,
 )
-from rewards.editreward.processing import InputError, read_token_pixels, refuse_reserved, shown_size
+from rewards.editreward.processing import InputError, refuse_reserved, shown_size
 
 log = logging.getLogger(__name__)
 FORMAT = 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from core.agreement import agreement
 from rewards.editreward.data.label_questions import DIMENSIONS
 from rewards.editreward.data.label_run import FIRST, SECOND
 
@@ -60,21 +62,16 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 def _spread(values: Sequence[float]) -> dict[str, float | None]:
     if not values:
         return {"mean": None, "deviation": None}
-    mean = math.fsum(values) / len(values)
-    return {"mean": mean, "deviation": math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))}
+    return {"mean": float(np.mean(values)), "deviation": float(np.std(values))}
 
 
 def _agreement(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
-    from scipy.stats import spearmanr
-
     if not pairs:
         return {"spearman": None, "mean_absolute_difference": None}
-    first, second = zip(*pairs, strict=True)
-    varied = len(pairs) >= FEWEST and len(set(first)) > 1 and len(set(second)) > 1
-    return {
-        "spearman": float(spearmanr(first, second).statistic) if varied else None,
-        "mean_absolute_difference": math.fsum(abs(a - b) for a, b in pairs) / len(pairs),
-    }
+    first, second = np.array(pairs, dtype=np.float64).T
+    figures = agreement(first, second)
+    varied = len(pairs) >= FEWEST and np.ptp(first) > 0 and np.ptp(second) > 0
+    return {"spearman": figures["spearman"] if varied else None, "mean_absolute_difference": figures["mae"]}
 
 
 def _shown(value: float | None) -> str:

@@ -15,18 +15,15 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from PIL import Image
 
 from core.failures import DataError, SampleError
-from core.shards.tar import Member, list_shard, read_member
+from core.shards.tar import Member, list_shard, read_member, write_shard_file
 
 SUFFIXES = ("source.png", "result.png", "json")
 EXTENSION = ".tar"
@@ -50,27 +47,17 @@ def write_shard(path: str | Path, samples: Iterable[EditSample]) -> int:
 
     Raises DataError for a bad name, a key with a dot, a repeated key, or a score that is not finite.
     """
-    path = Path(path)
+    path, keys = Path(path), set[str]()
     if path.suffix != EXTENSION:
         raise DataError(f"{path}: a shard's name ends in {EXTENSION}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-    keys: set[str] = set()
-    try:
-        with open(temporary, "xb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                for sample in samples:
-                    _check(sample, keys, path)
-                    for suffix, content in zip(SUFFIXES, _contents(sample), strict=True):
-                        info = tarfile.TarInfo(f"{sample.key}.{suffix}")
-                        info.size = len(content)
-                        tar.addfile(info, io.BytesIO(content))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for sample in samples:
+            _check(sample, keys, path)
+            for suffix, content in zip(SUFFIXES, _contents(sample), strict=True):
+                yield f"{sample.key}.{suffix}", content
+
+    write_shard_file(path, members())
     return len(keys)
 
 

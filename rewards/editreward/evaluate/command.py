@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from core.agreement import agreement
 from core.command_line import add_recipe_arguments
 from core.progress import Progress
 from core.statistics import Estimate
-from rewards.editreward.config import Recipe, load_recipe
+from rewards.editreward.config import Recipe
 from rewards.editreward.data.index import Entry, load_corpus, read_entry, whole_groups
 from rewards.editreward.evaluate.metrics import (
     Scored,
-    agreement,
     group_differences,
     group_estimates,
     overall,
@@ -41,6 +41,7 @@ from rewards.editreward.evaluate.report import (
 )
 from rewards.editreward.model_folder import MODEL, read_card
 from rewards.editreward.settings import EditRewardSettings, SettingsError
+from rewards.editreward.validate import load_recipe
 
 if TYPE_CHECKING:
     from rewards.editreward.client_local import LocalModel

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 import recipes
+from core.agreement import best_threshold, pair_accuracy
 from core.statistics import Estimate, bootstrap_mean
 from rewards.editreward.config import PairSetSection
 from rewards.editreward.data.shards import DataError
-from rewards.editreward.evaluate.metrics import best_threshold, pair_accuracy
 
 KEYS = ("source", "instruction", "first", "second", "preference")
 GAPS = {"first": 1.0, "second": -1.0, "tie": 0.0}

@@ -1,30 +1,23 @@
-"""`python -m rewards.editreward serve MODEL`: stock vLLM over an exported folder, watched, on Ray-placed cards.
+"""`python -m rewards.editreward serve MODEL`: stock vLLM over an exported folder, kept alive on Ray-placed cards.
 
-    checks ──► room on the Ray cluster ──► one vLLM per replica ──► all ready: URLs printed, --ready-file written
-                                             │ dies: restarted with back-off, at most --max-restarts times in a row
-    SIGTERM ──► every server and everything below it is ended
-
-It runs until it is stopped. vLLM's own log comes through line by line, each with its replica's number before it.
+The folder is checked first; then it runs until it is stopped, see `core/cluster/servers/serving.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
-import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.failures import ClusterError
-from core.files import atomic_write_json
 from rewards.editreward.model_folder import ModelCard, ModelFolderError
 from rewards.editreward.serve.checks import DTYPES, EngineFacts, check_model, engine_problems
 
 if TYPE_CHECKING:
-    from rewards.editreward.serve.replicas import ReplicaPlan, ReplicaStatus
+    from core.cluster.servers.fleet import Room
+    from core.cluster.servers.replica import ReplicaPlan
 
 log = logging.getLogger("rewards.editreward.serve.command")
 REFUSALS = (ModelFolderError, ClusterError)
@@ -65,19 +58,31 @@ def run(arguments: argparse.Namespace) -> int:
     problems = engine_problems(card, facts, tensor_parallel=arguments.tensor_parallel)
     if problems:
         raise ModelFolderError(problems)
-    return _serve(card, facts, arguments)
+    from core.cluster.servers.serving import Service, serve
+
+    def plan(has_gpus: bool) -> tuple[list[ReplicaPlan], Room]:
+        device = ("cuda" if has_gpus else "cpu") if arguments.device == "auto" else arguments.device
+        log.info("%d replicas of %s on %s", arguments.replicas, card.served_name, device)
+        return plans(card, facts, arguments, device=device)
+
+    ready = {"model": str(card.folder), "served_name": card.served_name}
+    remedy = "lower --replicas or --tensor-parallel"
+    return serve(Service(card.served_name, ready, arguments.host, arguments.ready_file, remedy), plan)
 
 
 def plans(
     card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace, *, device: str
-) -> list[ReplicaPlan]:
-    """One plan per replica."""
-    from rewards.editreward.serve.replicas import ReplicaPlan
+) -> tuple[list[ReplicaPlan], Room]:
+    """One plan per replica, and what all of them ask of the cluster."""
+    from core.cluster.servers.fleet import Room
+    from core.cluster.servers.replica import ReplicaPlan
 
     environment = ENVIRONMENT | (CPU_ENVIRONMENT if device == "cpu" else {})
     if device == "cpu":
         environment |= {"OMP_NUM_THREADS": str(arguments.threads)}
-    return [
+    cards = arguments.tensor_parallel if device == "cuda" else 0
+    room = Room(arguments.replicas, arguments.cpus, cards, arguments.placement_timeout_s)
+    replicas = [
         ReplicaPlan(
             index=index,
             command=tuple(vllm_command(card, facts, arguments, device=device)),
@@ -90,6 +95,7 @@ def plans(
         )
         for index in range(arguments.replicas)
     ]
+    return replicas, room
 
 
 def vllm_command(
@@ -115,85 +121,6 @@ def vllm_command(
         *(["--distributed-executor-backend", "mp"] if arguments.tensor_parallel > 1 else []),
         *arguments.vllm,
     ]  # fmt: skip
-
-
-def _serve(card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace) -> int:
-    import ray
-
-    from rewards.editreward.serve.fleet import Room, check_host, cluster_has_gpus, place
-
-    leaving = _leave_on_signals()
-    try:
-        has_gpus = cluster_has_gpus()
-        _leave_on_signals(leaving)  # Ray has set its own
-        device = ("cuda" if has_gpus else "cpu") if arguments.device == "auto" else arguments.device
-        check_host(arguments.host)
-        cards = arguments.tensor_parallel if device == "cuda" else 0
-        room = Room(arguments.replicas, arguments.cpus, cards, arguments.placement_timeout_s)
-        log.info("%d replicas of %s on %s", arguments.replicas, card.served_name, device)
-        fleet = place(plans(card, facts, arguments, device=device), room)
-        try:
-            return _watch(fleet, card, arguments, leaving)
-        finally:
-            _forget(arguments.ready_file)
-            fleet.close()
-    finally:
-        ray.shutdown()
-
-
-def _watch(fleet, card: ModelCard, arguments: argparse.Namespace, leaving: threading.Event) -> int:  # type: ignore[no-untyped-def]
-    from rewards.editreward.serve.fleet import wait_until_ready
-
-    _forget(arguments.ready_file)
-    urls = fleet.start()
-    show = _Shower()
-    if not wait_until_ready(fleet, show, arguments.start_timeout_s + 60, leaving):
-        return 0
-    sys.stdout.write(f"ready: {card.served_name}\n" + "".join(f"{url}\n" for url in urls))
-    sys.stdout.flush()
-    if arguments.ready_file:
-        ready = {"model": str(card.folder), "served_name": card.served_name, "urls": urls}
-        atomic_write_json(arguments.ready_file, ready)
-    while not leaving.wait(0.5):
-        statuses = fleet.statuses()
-        show(statuses)
-        if all(status.state == "failed" for status in statuses):
-            log.error("every replica is lost")
-            return 1
-    log.info("stopping")
-    return 0
-
-
-class _Shower:
-    """Passes vLLM's log through and says when a replica's state changes."""
-
-    def __init__(self) -> None:
-        self._states: dict[int, tuple[str, str]] = {}
-
-    def __call__(self, statuses: Sequence[ReplicaStatus]) -> None:
-        for index, status in enumerate(statuses):
-            for line in status.lines:
-                sys.stderr.write(f"[replica {index}] {line}\n")
-            state = (status.state, status.detail)
-            if self._states.get(index) != state:
-                level = logging.INFO if status.state in ("starting", "ready") else logging.WARNING
-                because = f": {status.detail}" if status.detail else ""
-                log.log(level, "replica %d at %s is %s%s", index, status.url, status.state, because)
-            self._states[index] = state
-        sys.stderr.flush()
-
-
-def _leave_on_signals(leaving: threading.Event | None = None) -> threading.Event:
-    leaving = leaving or threading.Event()
-    leave: Callable[..., None] = lambda *_: leaving.set()  # noqa: E731
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
-    return leaving
-
-
-def _forget(ready_file: Path | None) -> None:
-    if ready_file:
-        ready_file.unlink(missing_ok=True)
 
 
 def _positive(text: str) -> int:

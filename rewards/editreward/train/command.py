@@ -13,8 +13,9 @@ from core.command_line import add_recipe_arguments, report_dry_run
 from core.failures import DataError
 from core.logs import submitted_job
 from core.recipe import ConfigError
-from rewards.editreward.config import Recipe, load_recipe
+from rewards.editreward.config import Recipe
 from rewards.editreward.settings import FILE, SettingsError
+from rewards.editreward.validate import load_recipe
 
 log = logging.getLogger("rewards.editreward.train.command")
 REFUSALS = (ConfigError, DataError, SettingsError)
@@ -50,23 +51,18 @@ def dry_run(recipe: Recipe) -> int:
 
 def preflight(recipe: Recipe) -> list[str]:
     """What would stop the run, found without loading weights or decoding pictures."""
+    from models.folders import check_vlm_folder
+    from models.qwen25_vl import read_chat_template
     from rewards.editreward.data.index import find_shards, shard_patterns
-    from rewards.editreward.processing import read_chat_template
 
-    problems, where = [], f"model.path={recipe.model.path}"
     folder = recipes.resolve(recipe.model.path)
-    if not (folder / "config.json").is_file():
-        problems.append(f"{where}: no config.json there; give a Qwen2.5-VL folder")
-    else:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind != "qwen2_5_vl":
-            problems.append(f"{where}: model_type is {kind!r}, not 'qwen2_5_vl'")
-        if not any(folder.glob("*.safetensors")):
-            problems.append(f"{where}: no *.safetensors there")
+    problems = check_vlm_folder(folder)
+    if folder.is_dir():
         try:
             read_chat_template(folder)
-        except SettingsError as error:
-            problems.append(f"{where}: {error}")
+        except ValueError as error:
+            problems.append(str(error))
+    problems = [f"model.path={recipe.model.path}: {problem}" for problem in problems]
     try:
         find_shards(shard_patterns(recipe))
     except DataError as error:
@@ -85,8 +81,9 @@ def train(recipe: Recipe, *, resume: str | None = None) -> int:
     """Index the data, start the ranks, train to the end."""
     from core.files import atomic_write_json, atomic_write_text
     from core.training.run import find_checkpoint, read_state, train_on_ranks
+    from models.qwen25_vl import read_chat_template, read_token_pixels
     from rewards.editreward.data.index import label_statistics, load_corpus, whole_groups
-    from rewards.editreward.processing import EditProcessor, read_chat_template, read_token_pixels
+    from rewards.editreward.processing import EditProcessor
     from rewards.editreward.train.rank import TrainRank
     from rewards.editreward.train.run import FREE, TrainingRun, TrainState
     from rewards.editreward.validate import make_settings

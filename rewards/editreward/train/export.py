@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import recipes
 from core.command_line import add_recipe_arguments
 from core.files import atomic_write_json, atomic_write_text, publish_folder, verify_folder
-from rewards.editreward.config import load_recipe
 from rewards.editreward.model_folder import ARCHITECTURE, MODEL
 from rewards.editreward.settings import FILE, EditRewardSettings, load_settings
+from rewards.editreward.validate import load_recipe
 
 if TYPE_CHECKING:
     from rewards.editreward.model import EditRewardModel

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from core.agreement import agreement
 from core.cluster.ranks import Ranks
 from core.files import atomic_write_json
 from core.training.run import Due, RunState, SupervisedRun
 from rewards.editreward.config import Recipe
 from rewards.editreward.data.index import Entry
-from rewards.editreward.evaluate.metrics import agreement, group_mean, scored_entries
+from rewards.editreward.evaluate.metrics import group_mean, scored_entries
 from rewards.editreward.settings import FILE, EditRewardSettings
 from rewards.editreward.train.rank import StepFigures
 
@@ -97,8 +98,8 @@ class TrainingRun(SupervisedRun):
         predicted = [self.settings.score(raw[i]) for i in range(len(self.validation))]
         scored = scored_entries(self.validation, labels, predicted)
         figures = agreement(scored.target, scored.predicted)
-        figures["group_spearman"] = group_mean(scored, agreement, "spearman")
-        figures["group_pairwise"] = group_mean(scored, agreement, "pairwise")
+        figures["group_spearman"] = group_mean(scored, "spearman")
+        figures["group_pairwise"] = group_mean(scored, "pairwise")
         step, name = self.state.step, self.recipe.train.best_by
         self.scalars.write([{"step": step, **{f"validation/{key}": value for key, value in figures.items()}}])
         score, best = figures[name], self.state.best_score

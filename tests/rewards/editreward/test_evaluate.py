@@ -8,14 +8,13 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from core.agreement import agreement, best_threshold
 from core.statistics import bootstrap_mean
 from rewards.editreward.config import PairSetSection
 from rewards.editreward.data.index import Entry
 from rewards.editreward.data.shards import DataError, EditSample
 from rewards.editreward.evaluate.metrics import (
     Scored,
-    agreement,
-    best_threshold,
     group_differences,
     group_estimates,
     overall,

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from core.files import COMPLETE, verify_folder
-from models.qwen25_vl import qwen25_vl_7b
+from models.qwen25_vl import qwen25_vl_7b, read_chat_template
 from rewards.editreward.client_local import LocalModel
 from rewards.editreward.model import build_model, load_model
 from rewards.editreward.model_folder import ARCHITECTURE, folder_problems, read_card
-from rewards.editreward.processing import classify_request, read_chat_template
+from rewards.editreward.processing import classify_request
 from rewards.editreward.settings import FILE, RUBRIC, EditRewardSettings, load_settings
 from rewards.editreward.train.export import export_checkpoint, write_export
 from tests.fakes.tiny_editreward import DIMENSIONS

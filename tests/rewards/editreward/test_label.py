@@ -265,7 +265,7 @@ def test_other_questions_for_the_same_output_are_refused(
     assert label(recipe) == 0
     asked = len(server.records)
     own = tmp_path / "own.txt"
-    text = (ROOT / "rewards" / "editreward" / "label_edit.v1.txt").read_text()
+    text = (ROOT / "rewards" / "editreward" / "data" / "label_edit.v1.txt").read_text()
     own.write_text(text.replace("10 all of it", "10 the whole of it"))
     # With everything labelled there is nothing to ask, so a shard is taken away first.
     (tmp_path / "run" / "labelled" / "edits-00000.tar").unlink()
@@ -286,8 +286,8 @@ def test_what_is_wrong_is_said_before_anything_is_asked(
     assert label(recipe, *words) == 2
     said = capsys.readouterr().err
     for part in (
-        "did you mean 'base_url'", "max_asks is 9", "second_opinions is 2", "several shards are called edits-00000.tar",
-        "holds the shards to label",
+        "did you mean 'base_url'", "label.max_asks=9 must be in [1, 5]", "label.second_opinions=2",
+        "several shards are called edits-00000.tar", "holds the shards to label",
     ):  # fmt: skip
         assert part in said
     assert label(recipe, "label.shards=[/none/*.tar]", "label.template=/none.txt") == 2

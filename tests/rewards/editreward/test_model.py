@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from core.training.optimization import trained_parameters
+from models.qwen25_vl import read_chat_template
 from rewards.editreward.config import ModelSection, Recipe
 from rewards.editreward.model import attach_lora, build_model, merge_lora
 from rewards.editreward.processing import (
@@ -19,7 +20,6 @@ from rewards.editreward.processing import (
     InputError,
     classify_request,
     prepare_picture,
-    read_chat_template,
     shown_size,
 )
 from rewards.editreward.settings import RUBRIC, EditRewardSettings, SettingsError
@@ -255,7 +255,8 @@ sys.meta_path = [Hiding(finder) for finder in sys.meta_path]
 import torch
 from PIL import Image
 from rewards.editreward.model import build_model
-from rewards.editreward.processing import EditProcessor, read_chat_template
+from models.qwen25_vl import read_chat_template
+from rewards.editreward.processing import EditProcessor
 from rewards.editreward.settings import EditRewardSettings
 base = sys.argv[1]
 settings = EditRewardSettings(("a",), (0.0,), (1.0,), 0.0, 1.0, "mean", "full", "{instruction}",

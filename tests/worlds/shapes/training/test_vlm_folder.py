@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rewards.editreward.processing import EditProcessor, read_chat_template, read_token_pixels
+from models.qwen25_vl import read_chat_template, read_token_pixels
+from rewards.editreward.processing import EditProcessor
 from rewards.editreward.settings import RUBRIC, EditRewardSettings
 from worlds.shapes.scenes.render import render
 from worlds.shapes.scenes.world import Scene, Shape

@@ -1,7 +1,7 @@
-"""One vLLM server kept alive: started, watched, restarted, ended. The Ray actor around it holds its GPUs.
+"""One HTTP server kept alive: started, watched, restarted, ended. The Ray actor around it holds its GPUs.
 
-    driver (serve.py) ── poll ──► actor ── pipe ──► guard ──► vLLM's HTTP server ──► engine, tensor-parallel ranks
-                       state, log lines            (replicas_guard.py)
+    driver ── poll ──► actor ── pipe ──► guard ──► the HTTP server ──► its engine, its tensor-parallel ranks
+            state, log lines          (guard.py)
 
 Ray gives the actor its cards (CUDA_VISIBLE_DEVICES), which all below it inherit.
 """
@@ -31,7 +31,7 @@ KEPT_LINES = 5000
 TAIL_LINES = 30
 
 OWN_VARIABLES = ("RAY_", "PYTEST_", "MASTER_", "LOCAL_RANK", "RANK", "WORLD_SIZE")
-"""What Ray, a launcher or pytest set for this process; vLLM would take itself for a worker of theirs."""
+"""What Ray, a launcher or pytest set for this process; a server would take itself for a worker of theirs."""
 
 
 AT_ARMS_LENGTH = ("/bin/sh", "-c", '"$@"; exit $?', "sh")
@@ -40,17 +40,17 @@ guard that is killed ends nothing. The guard sees the closed pipe all the same."
 
 
 class ReplicaError(RuntimeError):
-    """A replica cannot be started where it was placed; the text names the node and the way out."""
+    """A replica cannot be started where it was placed; the text names the node and the remedy."""
 
 
 @dataclass(frozen=True)
 class ReplicaPlan:
     """One server.
 
-    index: its number. command: the vLLM server without host and port. folder: the model, which must be there on
-    the node. host: address to listen on; port: 0 for a free one. environment: variables to set, or with None to
-    remove. start_timeout_s: seconds from the start of the process to its first good answer. max_restarts: in a
-    row; a server that was up for `STABLE_S` starts counting anew.
+    index: its number. command: the server without its `--host` and `--port`; it answers 200 to GET /health once it is
+    ready. folder: the model, which must be there on the node. host: address to listen on; port: 0 for a free one.
+    environment: variables to set. start_timeout_s: seconds from the start of the process to its first good answer.
+    max_restarts: in a row; a server that was up for `STABLE_S` starts counting anew.
     """
 
     index: int
@@ -67,7 +67,7 @@ class ReplicaPlan:
 class ReplicaStatus:
     """state: `starting`, `ready`, `restarting`, `failed` (given up) or `stopped`. detail: why it is not ready.
 
-    lines: of vLLM's log since the last status.
+    lines: of the server's log since the last status.
     """
 
     state: str
@@ -108,7 +108,7 @@ class Replica:
         return self.url
 
     def status(self) -> ReplicaStatus:
-        """How it is now, and what vLLM has written since the last call."""
+        """How it is now, and what the server has written since the last call."""
         lines = []
         with contextlib.suppress(IndexError):
             while True:
@@ -158,7 +158,7 @@ class Replica:
         ready = False
         while not self._leaving.is_set():
             if process.poll() is not None:
-                return f"vLLM ended with code {process.returncode}"
+                return f"the server ended with code {process.returncode}"
             healthy, now = self._healthy(), time.monotonic()
             if healthy:
                 answered = now
@@ -166,9 +166,9 @@ class Replica:
                     ready = self._been_ready = True
                     self._set("ready", "")
             elif not ready and now - began > self.plan.start_timeout_s:
-                return f"vLLM was not ready within start_timeout_s {self.plan.start_timeout_s:g}"
+                return f"the server was not ready within start_timeout_s {self.plan.start_timeout_s:g}"
             elif ready and now - answered > UNHEALTHY_S:
-                return f"vLLM's /health has failed for {UNHEALTHY_S:g} s"
+                return f"the server's /health has failed for {UNHEALTHY_S:g} s"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=2.0 if ready else 0.5)
         return "stopped"
@@ -176,7 +176,7 @@ class Replica:
     def _launch(self) -> subprocess.Popen:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OWN_VARIABLES)}
         process = subprocess.Popen(
-            [*AT_ARMS_LENGTH, sys.executable, "-m", "rewards.editreward.serve.guard", *self._command],
+            [*AT_ARMS_LENGTH, sys.executable, "-m", "core.cluster.servers.guard", *self._command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,8 +1,8 @@
-"""Runs one command in a process group of its own and leaves none of it behind: `... replicas_guard COMMAND ARG...`.
+"""Runs one command in a process group of its own and leaves none of it behind: `... guard COMMAND ARG...`.
 
 The starter holds this process's standard input open. When that pipe closes (the starter ended, by whatever
-signal), on SIGTERM, and when the command itself ends, the whole group is ended: vLLM's engine is a child of its
-HTTP server and would keep its memory and its card without it. Exits with the command's code.
+signal), on SIGTERM, and when the command itself ends, the whole group is ended: the engine of an inference
+server is a child of its HTTP process and would keep its memory and its card without it. Exits with the command's code.
 """
 
 from __future__ import annotations

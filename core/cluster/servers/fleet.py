@@ -5,19 +5,16 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import remove_placement_group
 
-from core.cluster.actors import actor_options, connect, reserve
-from core.cluster.placement import ActorPlan, ResourcePlan
+from core.cluster.actors import PlacedActors, connect
+from core.cluster.placement import uniform_plan
+from core.cluster.servers.replica import END_S, Replica, ReplicaPlan, ReplicaStatus
 from core.failures import ClusterError
-from rewards.editreward.serve.replicas import END_S, Replica, ReplicaPlan, ReplicaStatus
 
 log = logging.getLogger(__name__)
 CALL_S = 60.0
@@ -32,12 +29,6 @@ class Room:
     gpus: int
     timeout_s: float
 
-    def plan(self) -> ResourcePlan:
-        """One bundle for each replica."""
-        bundle = {name: amount for name, amount in (("CPU", self.cpus), ("GPU", float(self.gpus))) if amount}
-        actors = (ActorPlan("replica", i, i, self.cpus, self.gpus) for i in range(self.replicas))
-        return ResourcePlan((bundle,) * self.replicas, tuple(actors))
-
 
 class PlacedReplica(Replica):
     """A replica that knows which node it is on."""
@@ -48,10 +39,10 @@ class PlacedReplica(Replica):
 
 
 class Fleet:
-    """The replicas of one `serve`. Close it, or its servers run until this process ends."""
+    """Equal servers. Close it, or they run until this process ends."""
 
-    def __init__(self, actors: Sequence[Any], group: Any) -> None:
-        self._actors, self._group = list(actors), group
+    def __init__(self, placed: PlacedActors) -> None:
+        self._placed, self._actors = placed, placed.by_role["replica"]
         self._lost: dict[int, ReplicaStatus] = {}
 
     def start(self) -> list[str]:
@@ -77,13 +68,11 @@ class Fleet:
         _, late = ray.wait(ending, num_returns=len(ending), timeout=3 * END_S)
         if late:
             log.error("%d replicas did not end within %.0f s; their actors are killed", len(late), 3 * END_S)
-        for actor in self._actors:
-            ray.kill(actor)
-        remove_placement_group(self._group)
+        self._placed.close()
 
 
 def cluster_has_gpus() -> bool:
-    """Joins the cluster that RAY_ADDRESS names, else starts Ray on this machine alone, as `rl.train` does."""
+    """Connects to Ray first, as `core.cluster.actors.connect` does."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve the servers of a CPU
     connect(worker_logs=False)
     return ray.cluster_resources().get("GPU", 0.0) > 0
@@ -99,44 +88,20 @@ def check_host(host: str) -> None:
             "0.0.0.0, where the network is yours"
         )
     if not loopback:
-        log.warning("whoever reaches %s can use the servers: vLLM asks for no token on /classify", host)
+        log.warning("whoever reaches %s can use the servers: they ask for no token", host)
 
 
-def place(plans: Sequence[ReplicaPlan], room: Room) -> Fleet:
+def place(plans: Sequence[ReplicaPlan], room: Room, *, remedy: str) -> Fleet:
     """Reserve room for all replicas and make their actors; nothing is started yet.
 
-    Raises ClusterError when the cluster is too small, or too busy for `room.timeout_s`.
+    Raises ClusterError, with `remedy`, when the cluster is too small, or too busy for `room.timeout_s`.
     """
+    plan = uniform_plan("replica", room.replicas, room.cpus, room.gpus)
     what = f"serving {room.replicas} replicas of {room.gpus} GPUs and {room.cpus:g} CPUs"
-    group = reserve(room.plan(), what, "lower --replicas or --tensor-parallel", room.timeout_s)
-    try:
-        remote = ray.remote(PlacedReplica)
-        options = [actor_options(actor, group, restarts=0) for actor in room.plan().actors]
-        actors = [remote.options(**options[plan.index]).remote(plan) for plan in plans]
-    except BaseException:
-        remove_placement_group(group)
-        raise
-    return Fleet(actors, group)
-
-
-def wait_until_ready(fleet: Fleet, show: Any, limit_s: float, leaving: Any) -> bool:
-    """Show statuses until every replica is ready; False when `leaving` was set meanwhile.
-
-    Raises ClusterError when one fails, or is not ready within the limit.
-    """
-    deadline = time.monotonic() + limit_s
-    while not leaving.wait(0.5):
-        statuses = fleet.statuses()
-        show(statuses)
-        for index, status in enumerate(statuses):
-            if status.state == "failed":
-                raise ClusterError(f"replica {index} did not start: {status.detail}")
-        late = [index for index, status in enumerate(statuses) if status.state != "ready"]
-        if not late:
-            return True
-        if time.monotonic() > deadline:
-            raise ClusterError(f"replicas {late} were not ready within {limit_s:g} s")
-    return False
+    with PlacedActors(plan, what, remedy, room.timeout_s) as placed:
+        kind = ray.remote(PlacedReplica)
+        placed.start("replica", kind, lambda actor, index: actor.remote(plans[index]), restarts=0)
+        return Fleet(placed)
 
 
 def _is_address(host: str) -> bool:
