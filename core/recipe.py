@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 _OF_RANGE = {
     "greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "literal_error",
-    "too_short", "value_error",
+    "value_error",
 }  # fmt: skip
 """What pydantic calls a value of the right type that may not be."""
 
@@ -50,13 +50,14 @@ def read_recipe(
     overrides: Sequence[str],
     schema: type[R],
     *,
-    others: Collection[str] = (),
+    others: Collection[str] | None = (),
     rules: Callable[[R], list[str]] | None = None,
     defer_values: bool = False,
 ) -> R:
     """The recipe in `path` with its `key.sub=value` overrides, as `schema`.
 
-    others: sections that other readers read. A schema with `open_ended = True` leaves all other keys alone.
+    others: sections that other readers read; None: whatever else the file holds. (A section whose schema says
+        `open_ended = True` leaves all other keys alone.)
     rules: names what keys break together. Runs on values out of range too, which it must bear.
     defer_values: return a recipe that is readable but for values out of range and broken rules; whoever asks names
         them (`value_problems`) beside what else is wrong.
@@ -64,7 +65,11 @@ def read_recipe(
     Raises ConfigError with every unknown key (and the nearest known one), missing value, wrong type, value out of
     range and broken rule.
     """
-    recipe, reading = _read(_read_tree(path, overrides), schema, "", others)
+    given = _read_file(path)
+    others = [str(key) for key in given] if others is None else others
+    _apply_overrides(given, overrides)
+    _refuse_environment(path, given)
+    recipe, reading = _read(given, schema, "", others)
     readable = not reading.problems
     problems = reading.problems + reading.out_of_range
     if recipe is not None and rules is not None:
@@ -139,28 +144,29 @@ def _read(
     return reading.section(tree, schema, prefix, others), reading
 
 
-def _read_tree(path: str | Path, overrides: Sequence[str]) -> DictConfig:
+def _read_file(path: str | Path) -> DictConfig:
     file = recipes.resolve(path)
     if not file.is_file():
         raise ConfigError([f"recipe {path} does not exist (looked for {file.absolute()})"])
     try:
         given = read_over_bases(file)
-        if not isinstance(given, DictConfig):
-            raise ConfigError([f"{path}: a recipe is a mapping of keys, found a {type(given).__name__}"])
-        _apply_overrides(given, overrides)
-        text = OmegaConf.to_yaml(given)
     except ConfigError:
         raise
     except Exception as error:  # the YAML parser's and OmegaConf's own classes
         raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from error
-    if _ENVIRONMENT.search(text):
+    if not isinstance(given, DictConfig):
+        raise ConfigError([f"{path}: a recipe is a mapping of keys, found a {type(given).__name__}"])
+    return given
+
+
+def _refuse_environment(path: str | Path, given: DictConfig) -> None:
+    if _ENVIRONMENT.search(OmegaConf.to_yaml(given)):
         raise ConfigError(
             [
                 f"{path}: a recipe must not read the environment (${{oc.env:...}}): its values are written beside the "
                 "run; a reward reads its secrets from the environment itself, where it uses them"
             ]
         )
-    return given
 
 
 def _apply_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -207,7 +213,11 @@ def _defaults(schema: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return (
+        dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
+    )
 
 
 def _escaped(node: Any) -> Any:
@@ -305,13 +315,17 @@ class _Reading:
                     continue
                 name += f"[{step}]" if isinstance(step, int) else f".{step}"
                 inner = _inner(inner, step)
-            scalar = value is not None and not isinstance(value, dict | list)
-            if found["type"] in _OF_RANGE and (scalar or found["type"] == "too_short"):
+            if found["type"] == "too_short":
+                self.out_of_range.append(f"{name} is empty; give one or more")
+                continue
+            if found["type"] in _OF_RANGE and value is not None and not isinstance(value, dict | list):
                 self.out_of_range.append(f"{name}={value!r} {_range(found, inner)}")
                 continue
             readable = False
             said = (
-                "null is not allowed;" if value is None else f"Value '{value}' of type '{type(value).__name__}'"
+                "null is not allowed;"
+                if value is None
+                else f"Value '{value}' of type '{type(value).__name__}'"
             )
             self.problems.append(f"key '{name}': {said} must be {expectation(inner)}")
         return readable
@@ -337,7 +351,7 @@ def _range(found: Any, hint: Any) -> str:
         return found["msg"].removeprefix("Value error, ")
     if found["type"] == "finite_number":
         return "must be finite" + (f" and {allowed(hint)}" if allowed(hint) != "finite" else "")
-    return f"must hold {allowed(hint)}" if found["type"] == "too_short" else f"must be {allowed(hint)}"
+    return f"must be {allowed(hint)}"
 
 
 def _first_line(error: Exception) -> str:

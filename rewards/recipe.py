@@ -115,11 +115,13 @@ class ServedEvaluation:
     """Held-out prompts of a task and the rewards that score them."""
 
 
+REST = ("name", "output_dir", "seed", "rollout", "learner", "resources", "checkpoint", "gallery")
+"""What else a run's recipe holds."""
+
+
 @dataclass
 class ServedRecipe:
-    """What `rewards.serve` reads of a run's recipe; the rest of it is not looked at."""
-
-    open_ended: ClassVar[bool] = True
+    """What `rewards.serve` reads of a run's recipe."""
 
     model: ServedModel = field(default_factory=ServedModel)
     """Size of the pictures."""

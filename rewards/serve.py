@@ -21,7 +21,7 @@ from core.logs import start_logging
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError, read_recipe
 from rewards.base import RewardError, RewardSet, reward_label
-from rewards.recipe import ServedRecipe, served_sets
+from rewards.recipe import REST, ServedRecipe, served_sets
 from rewards.service.token import read_token
 
 log = logging.getLogger("rewards.serve")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load_served(recipe: str | Path, overrides: Sequence[str] = ()) -> ServedRecipe:
     """What a run's recipe says of rewards, the rest unread. Raises ConfigError with every problem of its keys."""
-    return read_recipe(recipe, overrides, ServedRecipe)
+    return read_recipe(recipe, overrides, ServedRecipe, others=REST)
 
 
 def select_rewards(recipe: ServedRecipe, labels: Sequence[str]) -> list[RewardSet]:

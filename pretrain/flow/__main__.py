@@ -13,7 +13,8 @@ from functools import partial
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
 from core.shards.errors import DataError
-from pretrain.flow.config import FlowRecipe, load_recipe
+from pretrain.flow.config import FlowRecipe
+from pretrain.flow.validate import load_recipe
 
 log = logging.getLogger("pretrain.flow")
 

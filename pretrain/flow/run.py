@@ -25,9 +25,10 @@ from core.files import atomic_write_json, atomic_write_text, publish_folder
 from core.progress import Progress
 from core.recipe import flat, to_yaml
 from core.scalars import ScalarLog
-from pretrain.flow.config import FlowRecipe, load_recipe
+from pretrain.flow.config import FlowRecipe
 from pretrain.flow.metrics import window_record
 from pretrain.flow.rank import StepFigures
+from pretrain.flow.validate import load_recipe
 
 log = logging.getLogger(__name__)
 RECIPE, STATE, MODEL, SAMPLES = "recipe.yaml", "state.json", "model", "samples"

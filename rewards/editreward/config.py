@@ -1,16 +1,34 @@
-"""The schema of an EditReward recipe: every key of `train`, `evaluate` and `export`, its type, its one default.
+"""The schema of an EditReward recipe: every key of `train`, `evaluate` and `export` with its bounds and meaning.
 
-One YAML file describes all steps; each command reads the sections it knows. Loading needs neither torch nor Ray.
+One YAML file describes all steps; each command reads the sections it knows. Rules that join several keys, and the
+reader, live in `rewards/editreward/validate.py`. Needs neither torch nor Ray.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
+from annotated_types import MinLen
 from omegaconf import MISSING
 
-from core.recipe import ConfigError, read_recipe
+from core.keys import (
+    AtLeast0,
+    AtLeast2,
+    Count,
+    Decay,
+    Device,
+    Finite,
+    FolderName,
+    ModelDtype,
+    NonNegative,
+    OpenShare,
+    Positive,
+    Seed,
+    Share,
+    ZeroStage,
+)
 
 OTHER_SECTIONS = ("generate", "label", "serve")
 """Sections of the same file that other commands read."""
@@ -18,191 +36,234 @@ OTHER_SECTIONS = ("generate", "label", "serve")
 
 @dataclass
 class LoraSection:
-    """For `model.trainable: lora`. `targets` are ends of module names inside the language model."""
+    """For `model.trainable: lora`."""
 
-    rank: int = 32
-    alpha: float = 64.0
+    rank: Count = 32
+    """Rank of each adapter."""
+    alpha: Positive = 64.0
+    """Adapters are scaled by alpha / rank."""
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
+    """Ends of module names inside the language model."""
 
 
 @dataclass
 class ModelSection:
-    """`path`: a released Qwen2.5-VL folder. `trainable`: full, language (language model and
-    head, the vision tower as it is), lora (adapters on the language model, and the head), or head."""
+    """What training starts from, and which part of it learns."""
 
     path: str = MISSING
-    dtype: str = "bfloat16"
-    trainable: str = "full"
+    """A released Qwen2.5-VL folder."""
+    dtype: ModelDtype = "bfloat16"
+    """Type that the model computes in."""
+    trainable: Literal["full", "language", "lora", "head"] = "full"
+    """language: language model and head, the vision tower as it is; lora: adapters on the language model, and head."""
     lora: LoraSection = field(default_factory=LoraSection)
     gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass instead of keeping them."""
     score_bias: bool = True
+    """Give the head a bias."""
 
 
 @dataclass
 class InputSection:
-    """What the model is shown; saved with it. `rubric: null` is the one of `settings.py` for the view.
+    """What the model is shown; saved with it. Pixels are of one picture; a token of a released model sees 28 x 28."""
 
-    `view: result` hides source and instruction: the baseline that a reward for editing has to beat.
-    Pixels are those of one picture; a token of a released model sees 28 x 28.
-    """
-
-    view: str = "full"
+    view: Literal["full", "result"] = "full"
+    """result hides source and instruction: the baseline that a reward for editing has to beat."""
     rubric: str | None = None
+    """The user text, with `{instruction}` once for the full view; null: that of `settings.py` for the view."""
     add_generation_prompt: bool = True
-    min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 512 * 512
+    """End the text where the assistant would begin."""
+    min_pixels: Count = 4 * 28 * 28
+    """Smaller pictures are enlarged to this."""
+    max_pixels: Count = 512 * 512
+    """Larger pictures are reduced to this."""
 
 
 @dataclass
 class DataSection:
-    """`shards`: paths or globs of tar files (see `data.py`); empty: what `label` wrote in the run's folder.
-
-    Shares are of source pictures, by hash.
-    `combine` joins the K dimensions into the one score that is validated, evaluated and rewarded.
-    """
+    """Labelled edits. Shares are of source pictures, by hash."""
 
     shards: list[str] = field(default_factory=list)
-    dimensions: list[str] = field(default_factory=lambda: ["overall"])
-    score_low: float = 0.0
-    score_high: float = 10.0
-    combine: str = "mean"
-    validation_share: float = 0.02
-    test_share: float = 0.05
+    """Paths or globs of tar files; empty: what `label` wrote in the run's folder."""
+    dimensions: Annotated[list[str], MinLen(1)] = field(default_factory=lambda: ["overall"])
+    """Names of the K label dimensions, an output of the model each."""
+    score_low: Finite = 0.0
+    """Lower end of the labels' scale."""
+    score_high: Finite = 10.0
+    """Upper end of the labels' scale."""
+    combine: Literal["mean", "min", "geometric_mean"] = "mean"
+    """Joins the K dimensions into the one score that is validated, evaluated and rewarded."""
+    validation_share: OpenShare = 0.02
+    """Sources to validate on."""
+    test_share: OpenShare = 0.05
+    """Sources to evaluate on."""
     split_salt: str = "editreward"
-    max_corrupt_share: float = 0.01
-    index_workers: int = 4
+    """Another text gives other splits."""
+    max_corrupt_share: NonNegative = 0.01
+    """A larger share of broken samples is an error."""
+    index_workers: Count = 4
+    """Processes that index shards."""
 
 
 @dataclass
 class RankingSection:
-    """Pairwise term -log sigmoid(z_better - z_worse) over edits of one (source, instruction); weight 0 = off.
+    """Pairwise term -log sigmoid(z_better - z_worse) over edits of one (source, instruction)."""
 
-    `group_size` edits of a group travel together through a micro-batch; pairs whose z-scored labels differ by
-    `min_gap` or less do not count.
-    """
-
-    weight: float = 0.0
-    group_size: int = 4
-    min_gap: float = 0.1
+    weight: NonNegative = 0.0
+    """Beside the regression, which weighs 1; 0 = off."""
+    group_size: Count = 4
+    """Edits of a group that travel together through a micro-batch."""
+    min_gap: NonNegative = 0.1
+    """Pairs whose z-scored labels differ by this or less do not count."""
 
 
 @dataclass
 class OptimizationSection:
-    """AdamW; linear warm-up, then a cosine down to `final_lr_fraction`. `head_lr: null` = `lr`."""
+    """AdamW; linear warm-up, then a cosine."""
 
-    lr: float = 1e-5
-    head_lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    gradient_clip: float = 1.0
-    warmup_fraction: float = 0.03
-    final_lr_fraction: float = 0.1
+    lr: Positive = 1e-5
+    """Peak learning rate."""
+    head_lr: Positive | None = None
+    """That of the head; null: `lr`."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay of the mean gradient and of the mean squared one."""
+    eps: Positive = 1e-8
+    """Term against division by zero."""
+    weight_decay: NonNegative = 0.05
+    """Decoupled weight decay."""
+    gradient_clip: Positive = 1.0
+    """Norm that gradients are clipped to."""
+    warmup_fraction: Decay = 0.03
+    """Share of the steps in which the rate rises."""
+    final_lr_fraction: Share = 0.1
+    """Share of the peak that the cosine ends at."""
 
 
 @dataclass
 class TrainSection:
-    """`batch_size` samples an optimizer step, over all ranks. `loss`: mse or huber, on z-scored labels.
+    """Intervals are in steps; the last step of a run is validated and saved in any case."""
 
-    `stop_step` > 0 ends the run part-way through its schedule. Intervals are in steps; the last step of a run is
-    validated and saved in any case. `best_by`: spearman (over
-    all validation samples) or group_spearman (averaged within (source, instruction) groups).
-    """
-
-    steps: int = MISSING
-    stop_step: int = 0
-    batch_size: int = 128
-    micro_batch_size: int = 4
-    ranks: int = 8
-    zero_stage: int = 2
-    loss: str = "mse"
-    huber_delta: float = 1.0
+    steps: Count = MISSING
+    """Length of the learning-rate schedule."""
+    stop_step: AtLeast0 = 0
+    """End after this many steps, part-way through the schedule; 0 = after `steps`."""
+    batch_size: Count = 128
+    """Samples of an optimizer step, over all ranks."""
+    micro_batch_size: Count = 4
+    """Samples of a forward pass."""
+    ranks: Count = 8
+    """Data-parallel ranks."""
+    zero_stage: ZeroStage = 2
+    """DeepSpeed's ZeRO stage."""
+    loss: Literal["mse", "huber"] = "mse"
+    """On z-scored labels."""
+    huber_delta: Positive = 1.0
+    """Where the Huber loss turns linear, in z-scores."""
     ranking: RankingSection = field(default_factory=RankingSection)
     optimization: OptimizationSection = field(default_factory=OptimizationSection)
-    loader_workers: int = 4
-    log_every: int = 10
-    evaluate_every: int = 200
-    validation_samples: int = 2048
-    best_by: str = "spearman"
-    save_every: int = 200
-    keep_checkpoints: int = 2
+    loader_workers: AtLeast0 = 4
+    """Processes of a rank that read and decode samples; 0: the rank itself."""
+    log_every: Count = 10
+    """Steps between records of metrics.jsonl."""
+    evaluate_every: Count = 200
+    """Steps between validations."""
+    validation_samples: AtLeast2 = 2048
+    """Samples of a validation, in whole groups."""
+    best_by: Literal["spearman", "group_spearman"] = "spearman"
+    """What makes weights the best: over all samples, or averaged within (source, instruction) groups."""
+    save_every: Count = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: Count = 2
+    """How many of the last ones are kept."""
 
 
 @dataclass
 class PairSetSection:
-    """A public set of preferences: JSON or JSONL of {source, instruction, first, second, preference}.
-
-    `fields` and `preferences` rename a set's own keys and words, for example `{first: left_output_image}` and
-    `{leftvote: first, rightvote: second, tievote: tie}`. Picture paths are relative to the file.
-    """
+    """A public set of preferences: JSON or JSONL of {source, instruction, first, second, preference}."""
 
     name: str = MISSING
+    """What the set is called in reports."""
     path: str = MISSING
+    """Its file; picture paths are relative to it."""
     fields: dict[str, str] = field(default_factory=dict)
+    """The set's own names of those keys, for example {first: left_output_image}."""
     preferences: dict[str, str] = field(default_factory=dict)
+    """What its preferences mean, for example {leftvote: first, rightvote: second, tievote: tie}."""
 
 
 @dataclass
 class ProbesSection:
-    """Each probe must lower the score by `min_drop` standard deviations of the score."""
+    """Edits made worse on purpose, each kind of which must lower the score."""
 
-    samples: int = 256
-    min_drop: float = 1.0
+    samples: AtLeast2 = 256
+    """Edits of a probe."""
+    min_drop: NonNegative = 1.0
+    """Least drop, in standard deviations of the score."""
 
 
 @dataclass
 class EvaluateSection:
-    """`split`: test, validation or train. `tie_margin`: label units within which two labels count as a tie."""
+    """How an exported model is measured."""
 
-    split: str = "test"
-    max_samples: int = 0
-    batch_size: int = 8
-    resamples: int = 1000
-    tie_margin: float = 0.0
+    split: Literal["test", "validation", "train"] = "test"
+    """On which sources."""
+    max_samples: AtLeast0 = 0
+    """Samples at most, in whole groups; 0: all."""
+    batch_size: Count = 8
+    """Samples of a forward pass."""
+    resamples: Count = 1000
+    """Of the bootstrap behind every interval."""
+    tie_margin: NonNegative = 0.0
+    """Label units within which two labels count as a tie."""
     probes: ProbesSection = field(default_factory=ProbesSection)
     pair_sets: list[PairSetSection] = field(default_factory=list)
 
 
 @dataclass
 class ResourcesSection:
-    """`device`: cuda or cpu. CPUs are Ray's logical ones, for each rank; `threads` is what a rank really uses."""
+    """What each rank takes."""
 
-    device: str = "cuda"
-    rank_cpus: float = 8.0
-    threads: int = 4
-    placement_timeout_s: float = 600.0
-    start_timeout_s: float = 1800.0
-    collective_timeout_s: float = 1800.0
-    call_timeout_s: float = 7200.0
+    device: Device = "cuda"
+    """Where ranks run."""
+    rank_cpus: Positive = 8.0
+    """Ray's logical CPUs of a rank."""
+    threads: Count = 4
+    """CPU threads that a rank really uses."""
+    placement_timeout_s: Positive = 600.0
+    """Longest wait for the cluster's resources, in seconds."""
+    start_timeout_s: Positive = 1800.0
+    """Longest wait for a rank to be ready, in seconds."""
+    collective_timeout_s: Positive = 1800.0
+    """Longest wait of a rank for the others, in seconds."""
+    call_timeout_s: Positive = 7200.0
+    """Longest wait for a rank's answer, in seconds."""
 
 
 @dataclass
-class Recipe:
-    """A whole recipe, as far as training goes. Everything is written under `output_dir/name`."""
+class Header:
+    """The keys that all commands share. Everything is written under `output_dir/name`."""
 
-    name: str = MISSING
+    name: FolderName = MISSING
+    """What the run, and its folder in `output_dir`, is called."""
     output_dir: str = "runs"
-    seed: int = 0
-    model: ModelSection = field(default_factory=ModelSection)
-    input: InputSection = field(default_factory=InputSection)
-    data: DataSection = field(default_factory=DataSection)
-    train: TrainSection = field(default_factory=TrainSection)
-    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
-    resources: ResourcesSection = field(default_factory=ResourcesSection)
+    """Folder of runs."""
+    seed: Seed = 0
+    """What fresh weights, orders and draws come from."""
 
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir).expanduser().absolute() / self.name
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and `key.sub=value` overrides. Raises ConfigError listing every problem of its keys and values."""
-    from rewards.editreward.validate import recipe_problems
+@dataclass
+class Recipe(Header):
+    """A whole recipe, as far as training goes."""
 
-    recipe = read_recipe(path, overrides or [], Recipe, others=OTHER_SECTIONS)
-    problems = recipe_problems(recipe)
-    if problems:
-        raise ConfigError(problems)
-    return recipe
+    model: ModelSection = field(default_factory=ModelSection)
+    input: InputSection = field(default_factory=InputSection)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    resources: ResourcesSection = field(default_factory=ResourcesSection)

@@ -1,61 +1,18 @@
-"""Rules that a recipe's values have to keep, alone and together."""
+"""Reads the recipe of a training, and the rules that its keys have to keep together."""
 
 from __future__ import annotations
 
-from core.recipe import range_problems
-from rewards.editreward.config import Recipe
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.recipe import read_recipe, value_problems
+from rewards.editreward.config import OTHER_SECTIONS, Recipe
 from rewards.editreward.settings import RESULT_RUBRIC, RUBRIC, EditRewardSettings, SettingsError
 
-_CHOICES = {
-    "model.dtype": ("float32", "bfloat16"),
-    "model.trainable": ("full", "language", "lora", "head"),
-    "train.loss": ("mse", "huber"),
-    "train.zero_stage": (1, 2, 3),
-    "train.best_by": ("spearman", "group_spearman"),
-    "evaluate.split": ("test", "validation", "train"),
-    "resources.device": ("cpu", "cuda"),
-}
-_AT_LEAST = {
-    "model.lora.rank": 1,
-    "train.steps": 1,
-    "train.stop_step": 0,
-    "train.micro_batch_size": 1,
-    "train.ranks": 1,
-    "train.ranking.weight": 0,
-    "train.ranking.min_gap": 0,
-    "train.loader_workers": 0,
-    "train.log_every": 1,
-    "train.evaluate_every": 1,
-    "train.validation_samples": 2,
-    "train.save_every": 1,
-    "train.keep_checkpoints": 1,
-    "data.index_workers": 1,
-    "data.max_corrupt_share": 0,
-    "evaluate.max_samples": 0,
-    "evaluate.batch_size": 1,
-    "evaluate.resamples": 1,
-    "evaluate.tie_margin": 0,
-    "evaluate.probes.samples": 2,
-    "resources.threads": 1,
-}
-_ABOVE_ZERO = (
-    "model.lora.alpha",
-    "train.huber_delta",
-    "train.optimization.lr",
-    "train.optimization.eps",
-    "train.optimization.gradient_clip",
-    "resources.rank_cpus",
-    "resources.placement_timeout_s",
-    "resources.start_timeout_s",
-    "resources.collective_timeout_s",
-    "resources.call_timeout_s",
-)
 
-
-def recipe_problems(recipe: Recipe) -> list[str]:
-    """Every value that is out of range or does not go with another, one sentence each."""
-    problems = range_problems(recipe, choices=_CHOICES, at_least=_AT_LEAST, above_zero=_ABOVE_ZERO)
-    return problems + _joint_problems(recipe) + _settings_problems(recipe)
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and `key.sub=value` overrides. Raises ConfigError listing every problem of its keys and values."""
+    return read_recipe(path, overrides, Recipe, others=OTHER_SECTIONS, rules=broken_rules)
 
 
 def make_settings(
@@ -88,7 +45,8 @@ def make_settings(
     )
 
 
-def _joint_problems(recipe: Recipe) -> list[str]:
+def broken_rules(recipe: Recipe) -> list[str]:
+    """What keys break together. Bears values that are out of range."""
     train, data = recipe.train, recipe.data
     step = train.micro_batch_size * train.ranks
     ranking = train.ranking
@@ -109,16 +67,17 @@ def _joint_problems(recipe: Recipe) -> list[str]:
             f"train.stop_step={train.stop_step} lies behind train.steps={train.steps}",
         ),
         (
-            data.validation_share > 0 and data.test_share > 0 and data.validation_share + data.test_share < 1,
-            f"data.validation_share={data.validation_share} and data.test_share={data.test_share} must be above 0 "
-            "and leave something to train on",
+            data.validation_share + data.test_share < 1,
+            f"data.validation_share={data.validation_share} and data.test_share={data.test_share} must leave "
+            "something to train on",
         ),
-        (0 <= train.optimization.warmup_fraction < 1, "train.optimization.warmup_fraction must be in [0, 1)"),
     ]
-    return [message for fine, message in checks if not fine]
+    return [message for fine, message in checks if not fine] + _settings_problems(recipe)
 
 
 def _settings_problems(recipe: Recipe) -> list[str]:
+    if value_problems(recipe.data) or value_problems(recipe.input):
+        return []
     k = len(recipe.data.dimensions)
     try:
         make_settings(recipe, means=(0.0,) * k, stds=(1.0,) * k, chat_template="-", token_pixels=1)

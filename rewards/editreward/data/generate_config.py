@@ -3,138 +3,112 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from annotated_types import MinLen
+from omegaconf import MISSING
 
-import recipes
-from core.recipe import ConfigError, node_problems, read_over_bases
-from rewards.editreward.config import OTHER_SECTIONS, Recipe
+from core.keys import AtLeast0, Count, Device, Guidance, ModelDtype, NonNegative, Positive
+from core.recipe import read_recipe, value_problems
+from rewards.editreward.config import OTHER_SECTIONS, Header, Recipe
 
 BASE = "base"
 """In `adapters`: the model as it is, without an adapter."""
+
+Section = TypeVar("Section")
 
 
 @dataclass
 class GenerateSection:
     """Where edits come from, and what is mixed so that their quality spreads.
 
-    Of `num_steps`, `guidance_scale`, `noise_level` (0: ODE; above: SDE, as in RL rollouts) and `adapters` (PEFT
-    folders, or `base`), every edit gets one value each, drawn from (seed, prompt, k) alone; naming a value twice
-    doubles its share. The first `num_prompts` lines of `prompts` are edited, 0: all of them. `chunk_size` edits of
-    equal settings are sampled together. `prompts_per_shard` prompts make one shard, the unit that a killed run
-    repeats. `edit_type_key`: where a prompt's metadata name the kind of edit, dots for depth. `output: null` is
-    `edits/` in the run's folder. CPUs and GPUs are Ray's, for each worker.
+    Of `num_steps`, `guidance_scale`, `noise_level` and `adapters` every edit gets one value each, drawn from (seed,
+    prompt, k) alone; naming a value twice doubles its share. CPUs and GPUs are Ray's, for each worker.
     """
 
     model: str = MISSING
+    """Folder of a Kontext checkpoint."""
     prompts: str = MISSING
+    """JSONL file of edit prompts."""
     output: str | None = None
-    num_prompts: int = 0
-    edits_per_prompt: int = 8
-    num_steps: list[int] = field(default_factory=lambda: [6, 10, 28])
-    guidance_scale: list[float] = field(default_factory=lambda: [1.5, 3.5, 5.0])
-    noise_level: list[float] = field(default_factory=lambda: [0.0, 0.7])
-    adapters: list[str] = field(default_factory=lambda: [BASE])
+    """Folder of the shards; null: `edits/` in the run's folder."""
+    num_prompts: AtLeast0 = 0
+    """Prompts that are edited, from the first; 0: all of them."""
+    edits_per_prompt: Count = 8
+    """Edits of each prompt."""
+    num_steps: Annotated[list[Count], MinLen(1)] = field(default_factory=lambda: [6, 10, 28])
+    """Denoising steps."""
+    guidance_scale: Annotated[list[Guidance], MinLen(1)] = field(default_factory=lambda: [1.5, 3.5, 5.0])
+    """Classifier-free guidance; 1 does without."""
+    noise_level: Annotated[list[NonNegative], MinLen(1)] = field(default_factory=lambda: [0.0, 0.7])
+    """0: ODE; above: SDE, as in RL rollouts."""
+    adapters: Annotated[list[str], MinLen(1)] = field(default_factory=lambda: [BASE])
+    """PEFT folders, or `base`."""
     negative_prompt: str = ""
+    """What guidance leads away from."""
     edit_type_key: str = "edit_type"
-    dtype: str = "bfloat16"
-    height: int = 512
-    width: int = 512
-    max_sequence_length: int = 256
-    chunk_size: int = 8
-    prompts_per_shard: int = 32
-    device: str = "cuda"
-    workers: int = 8
-    worker_cpus: float = 2.0
-    encode_cpus: float = 2.0
-    encode_gpus: float = 0.0
-    threads: int = 4
-    embedding_cache_gib: float = 1.0
-    max_restarts: int = 3
-    placement_timeout_s: float = 600.0
-    start_timeout_s: float = 1800.0
-    call_timeout_s: float = 1800.0
+    """Where a prompt's metadata name the kind of edit, dots for depth."""
+    dtype: ModelDtype = "bfloat16"
+    """Type that the model computes in."""
+    height: Count = 512
+    """Height of the edits, in pixels."""
+    width: Count = 512
+    """Width of the edits, in pixels."""
+    max_sequence_length: Count = 256
+    """T5 tokens of a prompt."""
+    chunk_size: Count = 8
+    """Edits of equal settings that are sampled together."""
+    prompts_per_shard: Count = 32
+    """Prompts of one shard, the unit that a killed run repeats."""
+    device: Device = "cuda"
+    """Where workers run."""
+    workers: Count = 8
+    """Processes that sample."""
+    worker_cpus: NonNegative = 2.0
+    """CPUs of each."""
+    encode_cpus: NonNegative = 2.0
+    """CPUs of the worker that encodes prompts."""
+    encode_gpus: NonNegative = 0.0
+    """GPUs of it."""
+    threads: Count = 4
+    """CPU threads that each process really uses."""
+    embedding_cache_gib: NonNegative = 1.0
+    """Host memory for embeddings of prompts that come again, in GiB."""
+    max_restarts: AtLeast0 = 3
+    """Times that a worker is started again after it died."""
+    placement_timeout_s: Positive = 600.0
+    """Longest wait for the cluster's resources, in seconds."""
+    start_timeout_s: Positive = 1800.0
+    """Longest wait for a worker to be ready, in seconds."""
+    call_timeout_s: Positive = 1800.0
+    """Longest wait for a worker's answer, in seconds."""
 
 
-@dataclass(frozen=True)
-class Header:
-    """The keys that all sections share. Everything is written under `output_dir/name`."""
-
-    name: str
-    output_dir: str
-    seed: int
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.output_dir).expanduser().absolute() / self.name
-
-
-Section = TypeVar("Section")
+@functools.cache
+def section_recipe(key: str, schema: type[Section]) -> type[Header]:
+    """The schema of a recipe of which one command reads the section `key`."""
+    keys = [(key, schema, field(default=MISSING))]
+    return dataclasses.make_dataclass(f"{schema.__name__}Recipe", keys, bases=(Header,))
 
 
 def load_section(
-    path: str | Path, overrides: list[str], key: str, schema: type[Section]
+    path: str | Path, overrides: Sequence[str], key: str, schema: type[Section]
 ) -> tuple[Header, Section]:
     """The section `key` of a recipe with the shared keys; sections of other commands may stand beside it.
 
-    Raises ConfigError listing every problem of the keys.
+    Raises ConfigError listing every problem of the keys; values out of range are the command's to name.
     """
-    file = recipes.resolve(path)
-    if not file.is_file():
-        raise ConfigError([f"recipe {path} does not exist (looked for {file.absolute()})"])
-    try:
-        given = OmegaConf.merge(read_over_bases(file), OmegaConf.from_dotlist(overrides))
-    except Exception as error:  # the YAML parser's and OmegaConf's own classes
-        raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from error
-    if not isinstance(given, DictConfig) or key not in given:
-        raise ConfigError([f"{path}: has no section '{key}'"])
-    known = {f.name for f in dataclasses.fields(Recipe)} | set(OTHER_SECTIONS)
-    problems = [
-        f"unknown key '{name}': known here: {', '.join(sorted(known))}"
-        for name in map(str, given)
-        if name not in known
-    ]
-    header = {name: given.get(name, default) for name, default in (("output_dir", "runs"), ("seed", 0))}
-    if not given.get("name"):
-        problems.append("key 'name' has no value; set it in the recipe or as name=...")
-    problems += node_problems(OmegaConf.to_container(given[key], resolve=True), schema, f"{key}.")
-    if problems:
-        raise ConfigError(problems)
-    section = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given[key]))
-    return Header(str(given.name), str(header["output_dir"]), int(header["seed"])), section  # type: ignore[return-value]
+    others = {*OTHER_SECTIONS, *(item.name for item in dataclasses.fields(Recipe))}
+    recipe: Any = read_recipe(
+        path, overrides, section_recipe(key, schema), others=sorted(others), defer_values=True
+    )
+    return recipe, getattr(recipe, key)
 
 
 def section_problems(section: GenerateSection) -> list[str]:
     """Every value that is out of range, one sentence each."""
-    mixed: list[tuple[str, list[Any]]] = [
-        (name, getattr(section, name)) for name in ("num_steps", "guidance_scale", "noise_level", "adapters")
-    ]
-    problems = [f"generate.{name} is empty; give at least one value" for name, values in mixed if not values]
-    problems += [f"generate.num_steps holds {n}; give 1 or more" for n in section.num_steps if n < 1]
-    for name in ("guidance_scale", "noise_level"):
-        least = 1.0 if name == "guidance_scale" else 0.0
-        problems += [
-            f"generate.{name} holds {value}; give numbers of {least:g} or more"
-            for value in getattr(section, name)
-            if not (math.isfinite(value) and value >= least)
-        ]
-    for name, choices in (("dtype", ("float32", "bfloat16")), ("device", ("cpu", "cuda"))):
-        if getattr(section, name) not in choices:
-            problems.append(
-                f"generate.{name} is {getattr(section, name)!r}; choose one of {', '.join(choices)}"
-            )
-    whole = ("edits_per_prompt", "chunk_size", "prompts_per_shard", "workers", "threads", "height", "width")
-    problems += [
-        f"generate.{name} is {getattr(section, name)}; give 1 or more"
-        for name in whole
-        if getattr(section, name) < 1
-    ]
-    if section.num_prompts < 0:
-        problems.append(
-            f"generate.num_prompts is {section.num_prompts}; give 0 for all, or a number of prompts"
-        )
-    return problems
+    return value_problems(section, "generate.")

@@ -19,8 +19,9 @@ from core.cluster.dispatch import Call, Done
 from core.files import atomic_write_json
 from core.progress import Bar, Progress
 from core.prompts import Prompt, load_reference
+from rewards.editreward.config import Header
 from rewards.editreward.data.generate_cluster import Studio
-from rewards.editreward.data.generate_config import GenerateSection, Header
+from rewards.editreward.data.generate_config import GenerateSection
 from rewards.editreward.data.generate_plan import Job, PlannedEdit, plan_edits, plan_jobs, shard_prompts
 from rewards.editreward.data.shards import EditSample, write_shard
 from rollout.engine import SampleRequest

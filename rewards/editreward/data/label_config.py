@@ -6,31 +6,37 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rewards.editreward.data.generate_config import Header
+from annotated_types import Le
+
+from core.keys import Count, Positive, Share
+from core.recipe import value_problems
+from rewards.editreward.config import Header
 from rewards.judge.settings import JudgeSettings
 
 
 @dataclass
 class LabelSection:
-    """Which edits the judge grades, and how.
-
-    `shards`: paths or globs; empty: those that `generate` wrote in the run's folder. `output: null` is `labelled/`
-    in the run's folder. `judge`: the fields of `JudgeSettings` (model, base_url, cache, max_cost_usd ...); its cache
-    is `judge.sqlite` in the run's folder unless named, since a continued run takes its answers from there.
-    `template: null` is the packaged question. `second_opinions`: share of the edits that are asked about twice, to
-    see how far the judge agrees with itself. `give_up_after_s`: of silence at the endpoint, then the run stops.
-    """
+    """Which edits the judge grades, and how."""
 
     shards: list[str] = field(default_factory=list)
+    """Paths or globs; empty: those that `generate` wrote in the run's folder."""
     output: str | None = None
+    """Folder of the labelled shards; null: `labelled/` in the run's folder."""
     judge: dict[str, Any] = field(default_factory=dict)
+    """Fields of `JudgeSettings` (model, base_url, cache, max_cost_usd ...); its cache is `judge.sqlite` in the run's
+    folder unless named, since a continued run takes its answers from there."""
     template: str | None = None
-    max_asks: int = 2
-    max_tokens: int = 512
-    second_opinions: float = 0.02
-    give_up_after_s: float = 600.0
+    """File with the question; null: the packaged one."""
+    max_asks: Annotated[Count, Le(5)] = 2
+    """Times that an edit is asked about, at most, until there is a usable answer."""
+    max_tokens: Count = 512
+    """Tokens of an answer."""
+    second_opinions: Share = 0.02
+    """Share of the edits that are asked about twice, to see how far the judge agrees with itself."""
+    give_up_after_s: Positive = 600.0
+    """Seconds of silence at the endpoint after which the run stops."""
 
 
 def input_patterns(header: Header, section: LabelSection) -> list[str]:
@@ -61,16 +67,4 @@ def label_problems(header: Header, section: LabelSection) -> list[str]:
         problems.append("label.judge.model has no value; give the name of the model at the endpoint")
     if not problems:
         problems += [f"label.judge: {problem}" for problem in judge_settings(header, section).problems()]
-    checks = [
-        (1 <= section.max_asks <= 5, f"label.max_asks is {section.max_asks}; give 1 (no second ask) to 5"),
-        (section.max_tokens >= 1, f"label.max_tokens is {section.max_tokens}; give 1 or more"),
-        (
-            0 <= section.second_opinions <= 1,
-            f"label.second_opinions is {section.second_opinions}; give a share of 0 to 1",
-        ),
-        (
-            section.give_up_after_s > 0,
-            f"label.give_up_after_s is {section.give_up_after_s}; give seconds above 0",
-        ),
-    ]
-    return problems + [message for fine, message in checks if not fine]
+    return problems + value_problems(section, "label.")

@@ -21,7 +21,7 @@ from typing import Any
 
 from core.progress import Bar, Progress
 from core.seeds import derive_seed
-from rewards.editreward.data.generate_config import Header
+from rewards.editreward.config import Header
 from rewards.editreward.data.label_config import LabelSection
 from rewards.editreward.data.label_questions import DIMENSIONS, EditLabels, SecondOpinion
 from rewards.editreward.data.shards import (

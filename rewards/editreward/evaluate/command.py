@@ -19,9 +19,10 @@ from core.logs import start_logging
 from core.progress import Progress
 from core.recipe import ConfigError
 from core.statistics import Difference, Estimate
-from rewards.editreward.config import EvaluateSection, Recipe, load_recipe
+from rewards.editreward.config import EvaluateSection, Recipe
 from rewards.editreward.data.shards import DataError
 from rewards.editreward.settings import EditRewardSettings, SettingsError
+from rewards.editreward.validate import load_recipe
 
 if TYPE_CHECKING:
     from rewards.editreward.client_local import LocalModel

@@ -12,9 +12,10 @@ from pathlib import Path
 import recipes
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
-from rewards.editreward.config import Recipe, load_recipe
+from rewards.editreward.config import Recipe
 from rewards.editreward.data.shards import DataError
 from rewards.editreward.settings import FILE, SettingsError
+from rewards.editreward.validate import load_recipe
 
 log = logging.getLogger("rewards.editreward.train.command")
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0: exported. 2: there is nothing sound to export, or something else is in the way."""
     from core.recipe import ConfigError
-    from rewards.editreward.config import load_recipe
+    from rewards.editreward.validate import load_recipe
 
     start_logging()
     try:
@@ -73,9 +73,9 @@ def export_checkpoint(checkpoint: Path, base: Path, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
-    from rewards.editreward.config import load_recipe
     from rewards.editreward.model import merge_lora, trainable
     from rewards.editreward.train.rank import TRAINABLE_FILE, make_trainable_model
+    from rewards.editreward.validate import load_recipe
 
     problems = verify_folder(checkpoint)
     if problems:

@@ -156,7 +156,7 @@ class TrainingRun:
 
 def find_checkpoint(recipe: Recipe, resume: str | None) -> Path | None:
     """The folder to continue from; see `find_step`. Raises ConfigError where another recipe wrote it."""
-    from rewards.editreward.config import load_recipe
+    from rewards.editreward.validate import load_recipe
 
     def check(folder: Path) -> None:
         saved = load_recipe(folder / RECIPE)

@@ -229,7 +229,7 @@ def test_the_command_reads_the_data_of_any_recipe_strictly(tmp_path, capsys):
     kontext = read_data("recipes/pretrain_kontext_sd35m.yaml", ["data.cache.latents=true"])
     assert [source.task for source in kontext.sources] == ["t2i", "edit"]
     assert main([str(recipe), "data.multiple=0"]) == 2
-    assert "data.multiple=0 must be positive" in capsys.readouterr().err
+    assert "data.multiple=0 must be at least 1" in capsys.readouterr().err
     assert main([str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -8,8 +8,9 @@ import torch
 import yaml
 from PIL import Image
 
-from rewards.editreward.config import Recipe, load_recipe
+from rewards.editreward.config import Recipe
 from rewards.editreward.data.shards import EditSample, write_shard
+from rewards.editreward.validate import load_recipe
 from tests.fakes.tiny_vlm import make_tiny_vlm
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (245, 245, 245)}
@@ -84,7 +85,7 @@ def make_recipe(
     path = folder / "recipe.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(recipe))
-    return load_recipe(path, overrides)
+    return load_recipe(path, overrides or [])
 
 
 def make_base(path: Path) -> Path:

@@ -253,8 +253,8 @@ def test_what_is_wrong_is_said_before_ray_is_asked_for_anything(
     said = capsys.readouterr().err
     for part in (
         "num_steps is empty",
-        "guidance_scale holds 0.5",
-        "dtype is 'float8'",
+        "guidance_scale[0]=0.5 must be at least 1",
+        "dtype='float8' is not one of",
         "holds 9 prompts",
         "/none",
     ):

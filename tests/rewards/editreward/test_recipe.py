@@ -10,8 +10,8 @@ import yaml
 
 from core.recipe import ConfigError, to_yaml
 from rewards.editreward.__main__ import COMMANDS, main
-from rewards.editreward.config import load_recipe
 from rewards.editreward.train.plan import activation_bytes, measure, qwen25_vl_7b, sample_flops, state_bytes
+from rewards.editreward.validate import load_recipe
 from tests.rewards.editreward.editreward_data import make_base, make_recipe, make_samples, write_shards
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,7 +67,7 @@ def test_unknown_keys_are_refused_with_the_nearest_name_and_all_at_once(tmp_path
         ("train.zero_stage=0", "train.zero_stage=0 is not one of 1, 2, 3"),
         ("train.best_by=loss", "not one of spearman, group_spearman"),
         ("evaluate.split=all", "not one of test, validation, train"),
-        ("resources.device=tpu", "not one of cpu, cuda"),
+        ("resources.device=tpu", "not one of cuda, cpu"),
         ("train.steps=0", "train.steps=0 must be at least 1"),
         (
             "train.batch_size=12",
@@ -75,17 +75,17 @@ def test_unknown_keys_are_refused_with_the_nearest_name_and_all_at_once(tmp_path
         ),
         ("train.ranking.group_size=3", "train.ranking.group_size=3 must be at least 2 and divide"),
         ("train.stop_step=6000", "train.stop_step=6000 lies behind train.steps=5000"),
-        ("data.test_share=0", "data.test_share=0.0 must be above 0"),
+        ("data.test_share=0", r"data.test_share=0 must be in \(0, 1\)"),
         ("data.validation_share=0.99", "leave something to train on"),
         ("data.combine=median", "combine='median' is not one of"),
         ("data.score_low=10", "score range \\[10.0, 10.0\\] is empty"),
         ("data.dimensions=[]", "dimensions is empty"),
         ("input.rubric=Judge", "rubric must hold {instruction} once"),
         ("input.min_pixels=1000000", "is no range"),
-        ("train.optimization.lr=0", "train.optimization.lr=0.0 must be above 0"),
-        ("train.optimization.warmup_fraction=1", "warmup_fraction must be in"),
+        ("train.optimization.lr=0", "train.optimization.lr=0 must be above 0"),
+        ("train.optimization.warmup_fraction=1", "warmup_fraction=1 must be in"),
         ("evaluate.probes.samples=1", "evaluate.probes.samples=1 must be at least 2"),
-        ("resources.call_timeout_s=0", "resources.call_timeout_s=0.0 must be above 0"),
+        ("resources.call_timeout_s=0", "resources.call_timeout_s=0 must be above 0"),
     ],
 )
 def test_every_rule_trips(override, message):

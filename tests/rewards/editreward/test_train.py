@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from core.recipe import ConfigError
 from rewards.editreward.__main__ import main
-from rewards.editreward.config import load_recipe
 from rewards.editreward.settings import FILE
 from rewards.editreward.train.command import train
 from rewards.editreward.train.rank import TRAINABLE_FILE
 from rewards.editreward.train.run import read_state
+from rewards.editreward.validate import load_recipe
 from tests.rewards.editreward.editreward_data import make_base, make_recipe, make_samples, write_shards
 
 

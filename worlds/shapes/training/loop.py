@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from core.recipe import ConfigError
 from core.training.optimization import WeightAverage, build_optimizers
 from core.training.schedule import lr_factor
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from worlds.shapes.training.config import Recipe, RecipeError
+from worlds.shapes.training.config import Recipe
 from worlds.shapes.training.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class TrainingLoop:
         """Continue from a checkpoint folder, or with `auto` from the newest one if there is any.
 
         Raises:
-            RecipeError: the checkpoint was made by a recipe that would give other numbers.
+            ConfigError: the checkpoint was made by a recipe that would give other numbers.
         """
         if path == "auto":
             found = complete_checkpoints(self.folder / "checkpoints")
@@ -87,8 +88,8 @@ class TrainingLoop:
         now = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
         changed = sorted(k for k in {*made_by, *now} - _FREE_KEYS if made_by.get(k) != now.get(k))
         if changed:
-            raise RecipeError(
-                f"{path} was made with other values of {', '.join(changed)}: restore them to resume"
+            raise ConfigError(
+                [f"{path} was made with other values of {', '.join(changed)}: restore them to resume"]
             )
         for module, weights in zip(self.stage.modules, state["modules"], strict=True):
             module.load_state_dict(weights)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from core.logs import start_logging
+from core.recipe import ConfigError
 from worlds.shapes.training.config import (
     KontextRecipe,
     Recipe,
-    RecipeError,
     TextRecipe,
     VaeRecipe,
     VisionRecipe,
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         loop = TrainingLoop(stage, recipe, end_rule(recipe, stage))
         if options.resume:
             loop.resume(options.resume)
-    except (RecipeError, FileNotFoundError) as error:
+    except (ConfigError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     loop.run()
