@@ -16,12 +16,9 @@ logger = logging.getLogger(__name__)
 class Bar:
     """What a phase has done so far; `advance` after every piece of work."""
 
-    def __init__(self, total: int, show: Callable[["Bar", int], None], clock: Callable[[], float]) -> None:
-        self.total = total
-        self.done = 0
-        self._show = show
-        self._clock = clock
-        self._began = clock()
+    def __init__(self, total: int, clock: Callable[[], float], show: Callable[["Bar", int], None]) -> None:
+        self.total, self.done = total, 0
+        self._clock, self._began, self._show = clock, clock(), show
 
     @property
     def seconds(self) -> float:
@@ -54,9 +51,8 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._every = every
+        self._every, self._clock = every, clock
         self._stream = stream if stream is not None else sys.stderr
-        self._clock = clock
         self._last_line: dict[str, float] = {}
 
     @contextmanager
@@ -65,36 +61,20 @@ class Progress:
 
         Phases may overlap: scoring goes on while the rollout does.
         """
-        shown = self._terminal(name, total, unit) if self._stream.isatty() else self._lines(name, total, unit)
-        with shown as bar:
-            yield bar
+        if self._stream.isatty():
+            look = {"file": self._stream, "leave": False, "dynamic_ncols": True}
+            with logging_redirect_tqdm(), tqdm(total=total, desc=name, unit=unit, **look) as line:
+                yield Bar(total, self._clock, lambda _, n: line.update(n))
+            return
 
-    @contextmanager
-    def _terminal(self, name: str, total: int, unit: str) -> Iterator[Bar]:
-        with (
-            logging_redirect_tqdm(),
-            tqdm(
-                total=total, desc=name, unit=unit, file=self._stream, leave=False, dynamic_ncols=True
-            ) as line,
-        ):
-
-            def show(bar: Bar, n: int) -> None:
-                line.update(n)
-
-            yield Bar(total, show, self._clock)
-
-    @contextmanager
-    def _lines(self, name: str, total: int, unit: str) -> Iterator[Bar]:
         def show(bar: Bar, n: int) -> None:
-            if bar.done < bar.total and bar.seconds >= self._every:
-                left = (bar.total - bar.done) / bar.rate
-                self._say(
-                    name, f"{bar.done}/{bar.total} {unit}s, {bar.rate:.1f} {unit}s/s, {left:.0f} s left"
-                )
+            if bar.done < total and bar.seconds >= self._every:
+                left = (total - bar.done) / bar.rate
+                self._say(name, f"{bar.done}/{total} {unit}s, {bar.rate:.1f} {unit}s/s, {left:.0f} s left")
 
-        bar = Bar(total, show, self._clock)
+        bar = Bar(total, self._clock, show)
         yield bar
-        self._say(name, f"{bar.done}/{bar.total} {unit}s in {bar.seconds:.1f} s, {bar.rate:.1f} {unit}s/s")
+        self._say(name, f"{bar.done}/{total} {unit}s in {bar.seconds:.1f} s, {bar.rate:.1f} {unit}s/s")
 
     def _say(self, name: str, text: str) -> None:
         now = self._clock()

@@ -89,6 +89,26 @@ def paired_bootstrap(before: Values, after: Values, *, resamples: int = 10_000, 
     )
 
 
+def strata_bootstrap(
+    strata: Iterable[Sequence[tuple[float, float]]], *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float | None, float | None]:
+    """Interval of the unweighted mean over strata of sum / weight, from each prompt's (sum, weight).
+
+    How many prompts a stratum has is fixed, so those of every stratum are drawn anew from that stratum; a prompt
+    carries all that was measured on it along, and counts not at all at weight 0. None for both ends where a stratum
+    has fewer than two scored prompts.
+    """
+    scored = [np.array([row for row in rows if row[1] > 0], np.float64).reshape(-1, 2) for rows in strata]
+    if not scored or any(len(rows) < 2 for rows in scored):
+        return None, None
+    rng = np.random.default_rng(seed)
+    means = []
+    for rows in scored:
+        draws = _draws(len(rows), resamples, rng)
+        means.append(np.concatenate([rows[d, 0].sum(axis=1) / rows[d, 1].sum(axis=1) for d in draws]))
+    return _percentiles(np.mean(means, axis=0))
+
+
 def seeds_bootstrap(values: NDArray[np.floating], *, resamples: int = 10_000, seed: int = 0) -> Estimate:
     """Mean of `values` [training seeds, prompts] with its interval over both.
 
@@ -144,26 +164,6 @@ def cluster_bootstrap(
             low, high = (float(bound) for bound in np.percentile(draws[name], [tail, 100 - tail]))
         found[name] = Estimate(value, low, high, len(clusters))
     return found
-
-
-def strata_bootstrap(
-    strata: Iterable[Sequence[tuple[float, float]]], *, resamples: int = 10_000, seed: int = 0
-) -> tuple[float | None, float | None]:
-    """Interval of the unweighted mean over strata of sum / weight, from each prompt's (sum, weight).
-
-    How many prompts a stratum has is fixed, so those of every stratum are drawn anew from that stratum; a prompt
-    carries all that was measured on it along, and counts not at all at weight 0. None for both ends where a stratum
-    has fewer than two scored prompts.
-    """
-    scored = [np.array([row for row in rows if row[1] > 0], np.float64).reshape(-1, 2) for rows in strata]
-    if not scored or any(len(rows) < 2 for rows in scored):
-        return None, None
-    rng = np.random.default_rng(seed)
-    means = []
-    for rows in scored:
-        draws = _draws(len(rows), resamples, rng)
-        means.append(np.concatenate([rows[d, 0].sum(axis=1) / rows[d, 1].sum(axis=1) for d in draws]))
-    return _percentiles(np.mean(means, axis=0))
 
 
 def _as_array(values: Values, name: str) -> NDArray[np.float64]:

@@ -99,11 +99,6 @@ class Dispatcher:
         """Actors of one role; each must have a `ready` method that answers when it can work."""
         self._pools[role] = _Pool([_Worker(h, i) for i, h in enumerate(handles)], floor, max_in_flight)
 
-    @property
-    def events(self) -> tuple[int, int]:
-        """`restarts` and `redispatched` so far."""
-        return self.restarts, self.redispatched
-
     def workers(self, role: str) -> list[Any]:
         """Handles of the workers of `role` that can work now."""
         return [w.handle for w in self._pools[role].workers if w.state == "ready"]

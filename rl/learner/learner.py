@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +37,30 @@ from rollout.sampler import SamplingSpec, replay_step
 POLICY, REFERENCE = "policy", "reference"
 
 
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What every rank is built from; `collective_timeout_s` bounds how long ranks wait for each other."""
+
+    replica: ReplicaSpec
+    config: LearnerConfig
+    sampling: SamplingSpec
+    seed: int
+    inprocess: bool
+    gradient_checkpointing: bool
+    collective_timeout_s: float
+
+
 class Learner:
     """Owns the policy adapter, its frozen reference, the optimizer and the moving average.
 
     `torch.distributed` must be initialised by DeepSpeed before (see `rl/learner/worker.py`).
     """
 
-    def __init__(
-        self,
-        replica: ReplicaSpec,
-        config: LearnerConfig,
-        sampling: SamplingSpec,
-        *,
-        seed: int,
-        inprocess: bool,
-        gradient_checkpointing: bool,
-    ):
+    def __init__(self, spec: LearnerSpec):
         import deepspeed
 
-        self.replica, self.config, self.sampling = replica, config, sampling
+        replica, config, seed = spec.replica, spec.config, spec.seed
+        self.replica, self.config, self.sampling = replica, config, spec.sampling
         self.dtype = torch_dtype(replica.dtype)
         torch.manual_seed(seed)
         transformer = load_transformer(replica.model_path, dtype=self.dtype, device=replica.device)
@@ -65,9 +71,9 @@ class Learner:
         }
         attach_lora(transformer, **lora, adapter_name=POLICY, seed=seed)
         attach_lora(transformer, **lora, adapter_name=REFERENCE, seed=seed, trainable=False)
-        if inprocess:
+        if spec.inprocess:
             attach_rollout_adapter(transformer, replica)
-        if gradient_checkpointing:
+        if spec.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if replica.compile:
             compile_blocks(transformer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,13 @@ from core.cluster.ranks import RankLost, gather
 from models.conditioning import Conditioning
 from models.lora.attach import Adapter, hash_state
 from rl.learner.batching import RankShare, TrainBatch, TrainSample
-from rl.learner.learner import Learner
+from rl.learner.learner import Learner, LearnerSpec
 from rl.learner.rehearsal import Rehearsal, RehearsalPicture, SampledPicture, rank_share
 from rl.learner.stats import UpdateStats
-from rl.recipe.schema import LearnerConfig, RehearsalConfig
-from rollout.engine import AdapterReceipt, ReplicaSpec, SampleInfo, SampleRequest
+from rl.recipe.schema import RehearsalConfig
+from rollout.engine import AdapterReceipt, SampleInfo, SampleRequest
 from rollout.sampler import SamplingSpec, Trajectory
 from rollout.worker import Policy, Replica, WorkerInfo
-
-
-@dataclass(frozen=True)
-class LearnerSpec:
-    """What every rank is built from."""
-
-    replica: ReplicaSpec
-    config: LearnerConfig
-    sampling: SamplingSpec
-    seed: int
-    inprocess: bool
-    gradient_checkpointing: bool
-    collective_timeout_s: float
 
 
 class LearnerRank:
@@ -62,14 +48,7 @@ class LearnerRank:
             device=self.spec.replica.device,
             timeout_s=self.spec.collective_timeout_s,
         )
-        self.learner = Learner(
-            self.spec.replica,
-            self.spec.config,
-            self.spec.sampling,
-            seed=self.spec.seed,
-            inprocess=self.spec.inprocess,
-            gradient_checkpointing=self.spec.gradient_checkpointing,
-        )
+        self.learner = Learner(self.spec)
         if self.spec.inprocess:
             self.replica = Replica(self.spec.replica, self.learner.transformer)
         return self.ready()

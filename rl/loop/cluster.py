@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from core.cluster.actors import PlacedActors, wait_ready
 from core.cluster.placement import RL_REMEDY, ResourcePlan, describe_plan
 from rewards.base import RewardSet
-from rl.learner.worker import LearnerGroup, LearnerSpec, LearnerWorker
+from rl.learner.learner import LearnerSpec
+from rl.learner.worker import LearnerGroup, LearnerWorker
 from rl.recipe.placement import plan_title
 from rl.recipe.schema import RunConfig
 from rl.workers.start import Workers, encoder_spec, replica_spec, start_workers

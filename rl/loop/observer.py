@@ -135,7 +135,8 @@ class Observer:
     def _metrics(self, outcome: StepOutcome, policy: Policy) -> dict[str, Any]:
         laps, seconds = outcome.laps, sum(outcome.laps.values())
         # What the run survived since the last step's record, evaluations in between included.
-        before, self._worker_events = self._worker_events, self.rollout.dispatcher.events
+        dispatcher, before = self.rollout.dispatcher, self._worker_events
+        self._worker_events = dispatcher.restarts, dispatcher.redispatched
         restarts, redispatched = (now - then for now, then in zip(self._worker_events, before, strict=True))
         return {
             **reward_metrics(outcome.results, outcome.advantages, self.config.learner.advantage_clip),

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.statistics import bootstrap_mean, paired_bootstrap
 from rl.report.evaluations import Scores
-from rl.report.reading import Record, number
+from rl.report.reading import Record, interval, number
 from rl.report.runs import Run
 
 _NOT_A_SETTING = ("name", "output_dir")
@@ -105,7 +105,7 @@ def _cell(members: Sequence[Ends]) -> dict[str, Any] | None:
         "mean": number(estimate.mean),
         "low": number(estimate.low),
         "high": number(estimate.high),
-        "change": [number(change.mean), number(change.low), number(change.high)],
+        "change": interval(change),
         "seeds": [number(seed) for seed in seeds],
     }
 

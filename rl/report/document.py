@@ -12,7 +12,7 @@ from core import __version__
 from core.spans import SPANS_FILE, Span
 from rl.report.compare import ablation, differing_settings, ends
 from rl.report.curves import drawn_panels, training_table
-from rl.report.evaluations import Change, Scores, base_guidance, changes, evaluation_curves, read_scores
+from rl.report.evaluations import Scores, base_guidance, changes, evaluation_curves, read_scores
 from rl.report.gallery import gallery, groups
 from rl.report.pictures import Shelf
 from rl.report.reading import number, read_lines
@@ -62,7 +62,7 @@ def _run_entry(
     run: Run, table: dict[str, Any], scores: Sequence[Scores], spans: Sequence[Span], shelf: Shelf, share: int
 ) -> dict[str, Any]:
     summary = run.summary or {}
-    entry = {
+    return {
         "label": run.label,
         "state": run_state(run),
         "finished": run.summary is not None,
@@ -75,23 +75,10 @@ def _run_entry(
         "train": table,
         "evaluation": evaluation_curves(run, scores),
         "guidance": base_guidance(scores),
-        "changes": [_change_entry(change) for change in changes(run, scores)],
+        "changes": changes(run, scores),
         "gallery": gallery(run, shelf, PICTURE_BUDGET // share),
         "groups": groups(run, shelf, GROUP_PICTURE_BUDGET // share),
         "timeline": timeline(run, spans, MOST_SPANS // share),
         "alarms": run.alarms,
-    }
-    return entry | {"notes": run.notes}
-
-
-def _change_entry(change: Change) -> dict[str, Any]:
-    difference = change.difference
-    return {
-        "over": change.over,
-        "name": change.name,
-        "before": number(difference.before),
-        "after": number(difference.after),
-        "change": [number(difference.mean), number(difference.low), number(difference.high)],
-        "n": difference.n,
-        "missing": difference.missing,
+        "notes": run.notes,
     }

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.statistics import Difference, bootstrap_mean, paired_bootstrap
-from rl.report.reading import Notes, Record, column, finite, number, read_object
+from core.statistics import bootstrap_mean, paired_bootstrap
+from rl.report.reading import Notes, Record, column, finite, interval, number, read_object
 from rl.report.runs import Run, reward_name
 
 
@@ -22,15 +22,6 @@ class Scores:
     step: int
     guidance_scale: float
     values: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
-class Change:
-    """The paired change of one score between two moments; `over` says which part of the run lies between."""
-
-    over: str
-    name: str
-    difference: Difference
 
 
 def read_scores(run: Run) -> list[Scores]:
@@ -93,36 +84,36 @@ def evaluation_curves(run: Run, scores: Sequence[Scores]) -> dict[str, list[dict
             point |= _point(entry, stage)
         first = before.get(entry.name)
         if first is not None and len(first.values) == len(entry.values):
-            change = paired_bootstrap(first.values, entry.values)
-            point["change"] = [number(change.mean), number(change.low), number(change.high)]
+            point["change"] = interval(paired_bootstrap(first.values, entry.values))
     return {
         name: [found[key] for key in sorted(found, key=lambda key: key[0])]
         for name, found in sorted(points.items())
     }
 
 
-def changes(run: Run, scores: Sequence[Scores]) -> list[Change]:
-    """Over each finished stage and over the whole run so far, by task and independent reward."""
-    by_moment = {(s.moment, s.name): s for s in scores if not s.moment.startswith("before_guidance")}
+def changes(run: Run, scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """Paired changes over each finished stage and over the whole run so far, by task and independent reward.
+
+    Each is `{"over", "name", "before", "after", "change": [mean, low, high], "n", "missing"}`; `over` says over which
+    part of the run.
+    """
+    found = {(s.moment, s.name): s for s in scores if not s.moment.startswith("before_guidance")}
     names = list(dict.fromkeys(s.name for s in scores))
-    found: list[Change] = []
+    pairs: list[tuple[str, Scores | None, Scores | None]] = []
     earlier = "before"
     for stage in run.stages:
-        moment = f"after_{stage.name}"
-        for name in names:
-            change = _change(
-                f"stage {stage.name}", by_moment.get((earlier, name)), by_moment.get((moment, name))
-            )
-            found += [change] if change else []
-        earlier = moment
+        after = f"after_{stage.name}"
+        pairs += [(f"stage {stage.name}", found.get((earlier, n)), found.get((after, n))) for n in names]
+        earlier = after
+    title = "whole run" if run.summary is not None else "so far"
     for name in names:
-        last = [
-            s for (moment, found_name), s in by_moment.items() if found_name == name and moment != "before"
-        ]
-        title = "whole run" if run.summary is not None else "so far"
-        change = _change(title, by_moment.get(("before", name)), last[-1] if last else None)
-        found += [change] if change else []
-    return found
+        later = [s for s in found.values() if s.name == name and s.moment != "before"]
+        pairs.append((title, found.get(("before", name)), later[-1] if later else None))
+    return [
+        _change(over, before, after)
+        for over, before, after in pairs
+        if before is not None and after is not None and len(before.values) == len(after.values)
+    ]
 
 
 def base_guidance(scores: Sequence[Scores]) -> dict[str, list[dict[str, Any]]]:
@@ -152,10 +143,17 @@ def _evaluated(record: Record) -> list[str]:
     ]
 
 
-def _change(over: str, before: Scores | None, after: Scores | None) -> Change | None:
-    if before is None or after is None or len(before.values) != len(after.values):
-        return None
-    return Change(over, before.name, paired_bootstrap(before.values, after.values))
+def _change(over: str, before: Scores, after: Scores) -> dict[str, Any]:
+    difference = paired_bootstrap(before.values, after.values)
+    return {
+        "over": over,
+        "name": before.name,
+        "before": number(difference.before),
+        "after": number(difference.after),
+        "change": interval(difference),
+        "n": difference.n,
+        "missing": difference.missing,
+    }
 
 
 def _point(scores: Scores, stage: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from core.statistics import Difference, Estimate
+
 Record = dict[str, Any]
 Notes = list[str]
 
@@ -55,6 +57,11 @@ def number(value: Any) -> float | None:
     """A finite number to seven digits, which is what the page holds; everything else is missing."""
     value = finite(value)
     return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def interval(estimate: Estimate | Difference) -> list[float | None]:
+    """`[mean, low, high]`."""
+    return [number(estimate.mean), number(estimate.low), number(estimate.high)]
 
 
 def column(values: Any) -> list[float | None] | None:

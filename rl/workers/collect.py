@@ -50,10 +50,9 @@ class Collector:
         step: int,
         chunk_size: int | None = None,
         label: str = "rollout",
-        ahead: int | None = None,
     ) -> Iterator[RolloutResult]:
         """Draw the requests, each in chunks of `chunk_size` samples (None: in one), and yield each as soon as it is
-        whole or has failed, in any order. ahead: how many chunks are handed out beforehand (None: all).
+        whole or has failed, in any order.
         """
         pending: dict[int, _Pending] = {}
 
@@ -66,14 +65,11 @@ class Collector:
 
         total = sum(len(request.seeds) for request in requests)
         with self.progress.phase(label, total=total, unit="image") as bar:
-            for done in self.dispatcher.stream("rollout", calls(), ahead=ahead):
-                number: int
-                first: int
-                number, first = done.call.key  # type: ignore[misc]
+            for done in self.dispatcher.stream("rollout", calls()):
+                number, _, size = _chunk_key(done)
                 entry = pending[number]
-                size = min(chunk_size or total, len(entry.result.request.seeds) - first)
                 bar.advance(size)
-                finished = self._add_chunk(entry, done, first, size, policy, step)
+                finished = self._add_chunk(entry, done, policy, step)
                 if not entry.missing:
                     del pending[number]  # and with it the references, unless the caller keeps them
                 if finished is not None:
@@ -138,25 +134,25 @@ class Collector:
     ) -> list[Call]:
         """The calls that draw an encoded request, in chunks of `chunk_size` samples (None: in one)."""
         request, calls = result.request, []
-        for first in range(0, len(request.seeds), chunk_size or len(request.seeds)):
-            seeds = request.seeds[first : first + (chunk_size or len(request.seeds))]
+        size = chunk_size or len(request.seeds)
+        for first in range(0, len(request.seeds), size):
+            seeds = request.seeds[first : first + size]
             samples = SampleRequest(request.id, first, seeds, request.steps, request.trunk_seed, request.size)
             own = result.conditionings
             if len(own) > 1:  # a single one serves all samples of the chunk
                 own = tuple(result.conditioning_of(first + k) for k in range(len(seeds)))
             args = (samples, spec, policy, self.negative, *own)
-            calls.append(Call("rollout", (request.id, first), "sample", args, num_returns=3))
+            calls.append(Call("rollout", (request.id, first, len(seeds)), "sample", args, num_returns=3))
         return calls
 
-    def _add_chunk(
-        self, entry: _Pending, done: Done, first: int, size: int, policy: Policy, step: int
-    ) -> RolloutResult | None:
+    def _add_chunk(self, entry: _Pending, done: Done, policy: Policy, step: int) -> RolloutResult | None:
         """The result where this chunk makes it whole, or is the first of it to fail."""
         entry.missing -= 1
         if done.failure is not None:
             known, entry.result = entry.result.failure, replace(entry.result, failure=str(done.failure))
             return None if known else entry.result
         self._note_sample(done.result, policy, step)
+        _, first, size = _chunk_key(done)
         entry.chunks.append(Chunk(first, size, done.refs[1], done.refs[2]))
         if entry.missing or entry.result.failure:
             return None
@@ -168,3 +164,8 @@ class Collector:
                 f"{info.worker} sampled with adapter {info.policy_sha256[:12]}, asked for was {policy.sha256[:12]}"
             )
         self.spans.append(Span("rollout", info.worker, info.started, info.started + info.seconds, step))
+
+
+def _chunk_key(done: Done) -> tuple[int, int, int]:
+    """Request, first sample and number of samples of a finished call to sample."""
+    return done.call.key  # type: ignore[return-value]

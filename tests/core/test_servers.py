@@ -44,7 +44,7 @@ http.server.ThreadingHTTPServer((words["--host"], int(words["--port"])), Handler
 """
 
 
-def wait_for(condition: Callable[[], Any], limit_s: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], limit_s: float = 240.0) -> Any:
     deadline = time.monotonic() + limit_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -77,7 +77,7 @@ def make_replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
         replica.stop()
 
 
-def follow(replica: Replica, state: str, limit_s: float = 60.0) -> tuple[ReplicaStatus, list[str]]:
+def follow(replica: Replica, state: str, limit_s: float = 240.0) -> tuple[ReplicaStatus, list[str]]:
     """The first status in `state`, and all lines up to it."""
     lines: list[str] = []
 

@@ -9,7 +9,7 @@ import torch
 from core.seeds import derive_seed
 from models.lora.attach import Adapter, hash_state, load_adapter_state
 from rl.learner.batching import RankShare, SampleRef, TrainSample, make_train_batch, trained_positions
-from rl.learner.learner import Learner
+from rl.learner.learner import Learner, LearnerSpec
 from rl.recipe.schema import EmaConfig, LearnerConfig
 from rollout.engine import AdapterReceipt, ReplicaSpec, RolloutEngine, SampleRequest
 from rollout.sampler import Conditioning, SamplingSpec, Trajectory
@@ -76,14 +76,8 @@ def resolve(share: RankShare) -> tuple[list[TrainSample], int]:
 
 def make_learner(folder: Path, *, guidance: float = 1.0, **changes: Any) -> Learner:
     """A learner in this process; wants the `process_group` fixture."""
-    learner = Learner(
-        replica_spec(folder),
-        learner_config(**changes),
-        sampling_spec(guidance),
-        seed=0,
-        inprocess=False,
-        gradient_checkpointing=False,
-    )
+    config, sampling = learner_config(**changes), sampling_spec(guidance)
+    learner = Learner(LearnerSpec(replica_spec(folder), config, sampling, 0, False, False, 120.0))
     learner.negative = conditioning("negative")
     return learner
 

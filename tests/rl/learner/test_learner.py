@@ -8,7 +8,7 @@ import torch
 from models.components import load_transformer
 from models.lora.attach import adapter_parameters, adapter_state, attach_lora, hash_state, load_adapter_state
 from rl.learner.gate import LogProbMismatch
-from rl.learner.learner import Learner
+from rl.learner.learner import Learner, LearnerSpec
 from rl.recipe.schema import EmaConfig
 from rollout.engine import RolloutEngine
 from rollout.flow_sde import flow_sde_step
@@ -273,14 +273,8 @@ def test_the_base_is_never_touched(folder):
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_bfloat16_publishes_what_it_trains(folder, zero_stage):
     spec = replica_spec(folder, dtype="bfloat16")
-    learner = Learner(
-        spec,
-        learner_config(zero_stage=zero_stage, updates_per_rollout=2),
-        sampling_spec(3.0),
-        seed=0,
-        inprocess=False,
-        gradient_checkpointing=True,
-    )
+    config = learner_config(zero_stage=zero_stage, updates_per_rollout=2)
+    learner = Learner(LearnerSpec(spec, config, sampling_spec(3.0), 0, False, True, 120.0))
     learner.negative = conditioning("negative")
     engine = RolloutEngine(spec)
     for first in (0, 2):

@@ -5,7 +5,8 @@ import ray
 import torch
 
 from rl.learner.batching import make_train_batch
-from rl.learner.worker import LearnerGroup, LearnerRank, LearnerSpec
+from rl.learner.learner import LearnerSpec
+from rl.learner.worker import LearnerGroup, LearnerRank
 from rollout.engine import RolloutEngine
 from tests.fakes.tiny_models import make_tiny_folder
 from tests.rl.learner.learner_fixtures import (

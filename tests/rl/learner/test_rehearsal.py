@@ -8,9 +8,10 @@ from core.prompts import Prompt
 from models.components import load_transformer
 from models.lora.attach import adapter_parameters, attach_lora, load_adapter_state
 from rl.learner.batching import make_train_batch
+from rl.learner.learner import LearnerSpec
 from rl.learner.rehearsal import Rehearsal, RehearsalPicture, SampledPicture, rank_share
 from rl.learner.stats import StatsAccumulator
-from rl.learner.worker import LearnerGroup, LearnerRank, LearnerSpec
+from rl.learner.worker import LearnerGroup, LearnerRank
 from rl.loop.rehearsal import draw_pictures, rehearsal_prompts
 from rl.recipe.schema import EmaConfig, RehearsalConfig, StageConfig, StagePartConfig, load_config
 from rl.recipe.stage_parts import rehearsed_parts

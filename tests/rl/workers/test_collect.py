@@ -64,7 +64,7 @@ def test_chunks_come_together_in_order_and_are_scored_as_one():
     sampled = own.sample([group(3), group(4)], SPEC, POLICY, step=7, chunk_size=2)
     results = by_id(own.score(sampled, "set", step=7, total=10))
     assert [(c.first, c.size, c.trajectory) for c in results[3].chunks] == [
-        (0, 2, "t of (3, 0)"), (2, 2, "t of (3, 2)"), (4, 1, "t of (3, 4)"),
+        (0, 2, "t of (3, 0, 2)"), (2, 2, "t of (3, 2, 2)"), (4, 1, "t of (3, 4, 1)"),
     ]  # fmt: skip
     assert results[4].score.rewards == [0.5] * 5 and results[4].failure == ""
     assert {results[3].conditioning_of(k) for k in range(5)} == {"c 3"}
@@ -85,11 +85,11 @@ def test_a_batch_gives_every_sample_the_conditioning_of_its_prompt():
 
 
 def test_a_failure_on_either_way_takes_its_own_request_alone():
-    broken = {("rollout", (1, 0)), ("rollout", (1, 2)), ("reward", 2)}
+    broken = {("rollout", (1, 0, 2)), ("rollout", (1, 2, 2)), ("reward", 2)}
     own = collector(Wire(broken))
     sampled = own.sample([group(n) for n in (1, 2, 3)], SPEC, POLICY, step=0, chunk_size=2)
     results = by_id(own.score(sampled, "set", step=0, total=15))
-    assert "rollout (1, 2) is broken" in results[1].failure, "the first of its chunks that failed"
+    assert "rollout (1, 2, 2) is broken" in results[1].failure, "the first of its chunks that failed"
     assert "reward 2 is broken" in results[2].failure and results[2].score is None
     assert results[3].score is not None
 
