@@ -22,13 +22,11 @@ from core.failures import DataFailure, InfrastructureFailure
 from core.files import atomic_write_text
 from core.pictures import decode_picture, is_data_uri, picture_bytes, picture_name, unchanged_bytes
 from core.progress import Progress
-from core.records import append_records, read_records
-from models.generate.task_lines import Refused, check_record, read_lines
+from core.records import Record, append_records, parse_lines, read_records
+from models.generate.task_lines import Refused, check_record
 
 MAX_ASPECT = 200
 """Longer over shorter edge above which Qwen2.5-VL takes no picture."""
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def read_questions(path: Path) -> list[Question]:
         places = [one if is_data_uri(one) else str((path.parent / one).absolute()) for one in images]
         return make_question(record["question"], places, number)
 
-    questions = read_lines(path, parse, problems)
+    questions = parse_lines(path, parse, problems)
     if problems:
         raise Refused(problems)
     return questions
