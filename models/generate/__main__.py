@@ -22,16 +22,16 @@ from typing import Any
 import recipes
 from models.generate.command_line import (
     add_machine_options,
-    device_of,
-    dtype_of,
+    machine_of,
     machine_problems,
     pool_of,
     run_command,
-    threads_of,
 )
 from models.generate.jobs import Job, Options, Order, job_picture, orders_of_file, orders_of_line
 from models.generate.metadata import WEIGHTS, read_record
 from models.generate.model import ModelSpec, checked, made_on, weights_record
+from models.generate.page import serve
+from models.generate.run import make_pictures, missing_orders
 from models.generate.task_lines import Refused
 from models.sizes import geometry
 
@@ -45,18 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """See the module's head for the exit code."""
     args = _parser().parse_args(argv)
 
-    def work() -> int:
-        problems = _argument_problems(args)
-        if problems:
-            raise Refused(problems)
-        return _generate(args) if args.page is None else _page(args)
-
-    return run_command(work, refused="Nothing was generated", stays="Pictures that are written")
+    work = _generate if args.page is None else _page
+    problems = _argument_problems(args)
+    return run_command(
+        problems, lambda: work(args), refused="Nothing was generated", stays="Pictures that are written"
+    )
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from models.generate.run import make_pictures, missing_orders
-
     if args.from_metadata is not None:
         orders, spec, weights = _again(args)
     else:
@@ -67,7 +63,7 @@ def _generate(args: argparse.Namespace) -> int:
     there = len(orders) - len(missing)
     made, failed = 0, []
     if missing:
-        pool = pool_of(args, spec.device, spec.threads)
+        pool = pool_of(args.workers, spec)
         outcome = make_pictures(missing, spec, weights, pool, batch_size=args.batch_size)
         made, failed = len(outcome.made), outcome.failed
     for line in failed:
@@ -77,8 +73,6 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _page(args: argparse.Namespace) -> int:
-    from models.generate.page import serve
-
     serve(_spec(args), _options(args), args.page)
     return 0
 
@@ -114,16 +108,13 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _spec(args: argparse.Namespace) -> ModelSpec:
-    device = device_of(args)
     spec = ModelSpec(
         model=recipes.resolve(args.model),
         vlm=None if args.vlm is None else recipes.resolve(args.vlm),
         adapter=args.adapter,
-        dtype=dtype_of(args, device),
-        device=device,
-        threads=threads_of(args, device),
         max_sequence_length=args.max_sequence_length,
         position_mode=args.position_mode,
+        **machine_of(args),
     )
     return checked(spec)
 

@@ -15,18 +15,20 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import recipes
+from core.cluster.pool import run_calls
+from core.failures import DataFailure
+from models.folders import check_vlm_folder, vlm_sha256
 from models.generate.command_line import (
     add_machine_options,
-    device_of,
-    dtype_of,
+    machine_of,
     machine_problems,
     pool_of,
     run_command,
-    threads_of,
 )
 from models.generate.task_lines import Refused
+from models.understand.run import Answerer, AnswerSpec, answer_file, arguments, make_question, read_questions
 
 log = logging.getLogger("models.understand")
 
@@ -38,24 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """See the module's head for the exit code."""
     args = _parser().parse_args(argv)
 
-    def work() -> int:
-        problems = _argument_problems(args)
-        if problems:
-            raise Refused(problems)
-        return _ask(args) if args.questions is None else _ask_all(args)
-
-    return run_command(work, refused="Nothing was asked", stays="Answers that are written")
+    work = _ask if args.questions is None else _ask_all
+    problems = _argument_problems(args)
+    return run_command(
+        problems, lambda: work(args), refused="Nothing was asked", stays="Answers that are written"
+    )
 
 
 def _ask(args: argparse.Namespace) -> int:
-    from core.cluster.pool import run_calls
-    from core.failures import DataFailure
-    from models.understand.run import Answerer, arguments, make_question
-
     question = make_question(args.question, [str(image.absolute()) for image in args.image])
     spec = _spec(args)
     calls = [(0, partial(arguments, question))]
-    ((_, result),) = run_calls(Answerer, spec, "answer", calls, pool_of(args, spec.device, spec.threads))
+    ((_, result),) = run_calls(Answerer, spec, "answer", calls, pool_of(args.workers, spec))
     if isinstance(result, DataFailure):
         sys.stderr.write(f"Not answered: {result}\n")
         return 1
@@ -67,11 +63,9 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _ask_all(args: argparse.Namespace) -> int:
-    from models.understand.run import answer_file, read_questions
-
     questions = read_questions(args.questions)
     spec = _spec(args)
-    failed = answer_file(questions, args.output, spec, pool_of(args, spec.device, spec.threads))
+    failed = answer_file(questions, args.output, spec, pool_of(args.workers, spec))
     for line in failed:
         sys.stderr.write(f"{line}\n")
     sys.stdout.write(
@@ -80,24 +74,17 @@ def _ask_all(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _spec(args: argparse.Namespace) -> Any:
+def _spec(args: argparse.Namespace) -> AnswerSpec:
     """Raises Refused for a folder that holds no Qwen2.5-VL."""
-    import recipes
-    from models.folders import check_vlm_folder, vlm_sha256
-    from models.understand.run import AnswerSpec
-
     folder = recipes.resolve(args.vlm)
     problems = check_vlm_folder(folder)
     if problems:
         raise Refused(problems)
-    device = device_of(args)
     return AnswerSpec(
-        str(folder.absolute()),
-        vlm_sha256(folder),
-        dtype_of(args, device),
-        device,
-        threads_of(args, device),
-        args.max_new_tokens,
+        vlm=str(folder.absolute()),
+        vlm_sha256=vlm_sha256(folder),
+        max_new_tokens=args.max_new_tokens,
+        **machine_of(args),
     )
 
 
