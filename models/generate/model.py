@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.failures import DataFailure, InfrastructureFailure
 from core.pictures import decode_picture, picture_name
-from models.folders import METAQUERY_PARTS, PARTS, is_metaquery_folder, model_sha256, vlm_sha256
+from models.folders import METAQUERY_PARTS, PARTS, is_metaquery_folder, model_sha256, t5_length, vlm_sha256
 from models.generate.jobs import Job
 from models.generate.task_lines import Refused
 from models.preflight import model_problems
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-MAX_SEQUENCE_LENGTH = 256
-"""T5 tokens that the released scripts read; a tokenizer that was made for fewer reads those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,7 @@ def checked(spec: ModelSpec) -> ModelSpec:
     if metaquery:
         mode = mode or "flat"
     else:
-        length = length or _t5_length(spec.model)
+        length = length or t5_length(spec.model)
     folders: dict[str, Any] = {name: path and path.absolute() for name, path in spec.folders.items()}
     return replace(spec, **folders, max_sequence_length=length, position_mode=mode)
 
@@ -200,12 +197,6 @@ def _load_pipeline(spec: ModelSpec, dtype: torch.dtype) -> Any:
     return MetaQueryPipeline.from_pretrained(
         spec.model, spec.vlm, torch_dtype=dtype, device=spec.device, position_mode=mode
     )
-
-
-def _t5_length(model: Path) -> int:
-    """What the tokenizer of a small model was made for, where that is less than the released scripts read."""
-    text = (model / "tokenizer_3" / "tokenizer_config.json").read_text(encoding="utf-8")
-    return min(MAX_SEQUENCE_LENGTH, int(json.loads(text).get("model_max_length", MAX_SEQUENCE_LENGTH)))
 
 
 def _adapter_sha256(spec: ModelSpec) -> str | None:

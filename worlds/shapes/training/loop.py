@@ -1,5 +1,6 @@
 """What a stage of training offers, and the loop that all stages share: step, average, log, save, resume."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -15,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from core.files import atomic_write_json
+from core.records import append_records, keep_up_to
 from core.training.optimization import WeightAverage, build_optimizers
 from core.training.schedule import lr_factor
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
@@ -56,6 +59,13 @@ class Stage:
     def export(self, folder: Path) -> dict[str, float]:
         """Write the parts this stage owns in the released layout; returns figures measured on the way."""
         raise NotImplementedError
+
+
+def save_rounded(model: Any, folder: Path, dtype: str) -> float:
+    """Write a copy of a model in a dtype; returns its number of parameters."""
+    rounded = copy.deepcopy(model).to(getattr(torch, dtype))
+    rounded.save_pretrained(folder)
+    return float(sum(p.numel() for p in rounded.parameters()))
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ class TrainingLoop:
             average.copy_(stored)
         self.average.updates = state["average_updates"]
         self.step = state["step"]
-        _drop_lines_after(self.folder / "metrics.jsonl", self.step)
+        keep_up_to(self.folder / "metrics.jsonl", self.step)
         log.info("resumed %s at step %d", path, self.step)
 
     def run(self) -> None:
@@ -159,8 +169,7 @@ class TrainingLoop:
         """Write the averaged weights in the released layout, and what was measured of them."""
         figures = self._with_average(lambda: self.stage.export(folder))
         log.info("exported step %d to %s: %s", self.step, folder, figures)
-        record = {"step": self.step, **figures}
-        (self.folder / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        atomic_write_json(self.folder / "export.json", {"step": self.step, **figures})
 
     def save(self) -> None:
         state = {
@@ -212,8 +221,8 @@ class TrainingLoop:
         line["lr_factor"] = lr_factor(self.step - 1, self.recipe.steps, self.recipe.optimization)
         line["samples_per_second"] = count * self.recipe.batch_size / seconds
         self._sums.clear()
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **{k: round(v, 6) for k, v in line.items()}}) + "\n")
+        rounded = {name: round(value, 6) for name, value in line.items()}
+        append_records(self.folder / "metrics.jsonl", [{"step": self.step, **rounded}])
 
     def _write_samples(self) -> None:
         grid = self._with_average(self.stage.sample_grid)
@@ -235,10 +244,3 @@ class TrainingLoop:
             self.average.swap()
             for module in self.stage.modules:
                 module.train()
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their old lines go."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
