@@ -7,21 +7,17 @@ GenEval files load unchanged.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from core.records import parse_lines
 
 if TYPE_CHECKING:
     from PIL import Image
 
-
 Task = Literal["t2i", "edit"]
-
-
 TASKS: tuple[Task, ...] = ("edit", "t2i")
-
-
 _DATA_URI = "data:image/"
 
 
@@ -46,34 +42,17 @@ class Prompt:
 
 def load_prompts(path: str | Path, task: Task) -> list[Prompt]:
     """Read a prompt set; raises `PromptFileError` with every bad line as `file:line: problem`."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptFileError([f"{path}: cannot be read ({error})"]) from error
-    prompts: list[Prompt] = []
     problems: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(_parse_line(line, len(prompts), task, path.parent))
-        except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
-    if not prompts and not problems:
-        problems.append(f"{path}: holds no prompts")
+    folder = Path(path).parent
+    prompts = parse_lines(
+        Path(path), lambda _, record: _parse_record(record, task, folder), problems, what="prompts"
+    )
     if problems:
         raise PromptFileError(problems)
-    return prompts
+    return [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
 
 
-def _parse_line(line: str, index: int, task: Task, folder: Path) -> Prompt:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+def _parse_record(record: dict[str, Any], task: Task, folder: Path) -> Prompt:
     text = record.pop("prompt", None)
     if not isinstance(text, str) or not text.strip():
         raise ValueError("key 'prompt' must be a non-empty string")
@@ -81,13 +60,10 @@ def _parse_line(line: str, index: int, task: Task, folder: Path) -> Prompt:
     if not isinstance(metadata, dict):
         raise ValueError(f"key 'metadata' must be an object, found {type(metadata).__name__}")
     image = record.pop("image", None)
-    if task == "t2i":
-        if image is not None:
-            raise ValueError("key 'image' belongs to editing prompts; this set is used for text-to-image")
-        reference = None
-    else:
-        reference = _reference(image, folder)
-    return Prompt(index, task, text, reference, {**record, **metadata})
+    if task == "t2i" and image is not None:
+        raise ValueError("key 'image' belongs to editing prompts; this set is used for text-to-image")
+    reference = None if task == "t2i" else _reference(image, folder)
+    return Prompt(0, task, text, reference, {**record, **metadata})
 
 
 def _reference(image: object, folder: Path) -> str:

@@ -1,7 +1,8 @@
 """Append-only record files: one JSON object per line, each with the global `step` it belongs to.
 
 A process killed in the middle of an append leaves a torn last line; a run resumed from an earlier checkpoint
-leaves records of steps that will be done again. `keep_up_to` clears both.
+leaves records of steps that will be done again. `keep_up_to` clears both. Files of lines that people write are read by
+`parse_lines`, which names every bad one.
 """
 
 import json
@@ -9,13 +10,14 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from core.files import atomic_write_text
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
@@ -81,3 +83,41 @@ def open_records(
         raise FileExistsError(
             f"{path} holds the records of an earlier run; resume that run, or choose another output folder"
         )
+
+
+def parse_lines(
+    path: Path, parse: Callable[[int, Record], T], problems: list[str], *, what: str = "lines"
+) -> list[T]:
+    """What `parse` made of every good line's number (from 1) and object, in a file that people write.
+
+    Blank lines are passed over. `problems` gets one `file:line: problem` for each thing that is wrong: for each of
+    the `problems` of the ValueError that `parse` raises, or for it. A file without any line holds no `what`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line separators
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: cannot be read ({error})")
+        return []
+    found: list[T] = []
+    known = len(problems)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(parse(number, json_object(line)))
+        except ValueError as error:
+            problems += [f"{path}:{number}: {cause}" for cause in getattr(error, "problems", [str(error)])]
+    if not found and len(problems) == known:
+        problems.append(f"{path}: holds no {what}")
+    return found
+
+
+def json_object(text: str) -> Record:
+    """The JSON object that a text is. Raises ValueError."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    return record

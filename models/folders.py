@@ -15,6 +15,8 @@ PARTS = ("transformer", "vae", *TEXT_PARTS, "scheduler")
 METAQUERY_PARTS = ("transformer", "vae", "scheduler", "conditioner")
 """UniPic2-MetaQuery's folder; its Qwen2.5-VL is a folder of its own."""
 
+MAX_SEQUENCE_LENGTH = 256
+"""T5 tokens that the released scripts read."""
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -47,6 +49,12 @@ def check_vlm_folder(folder: str | Path) -> list[str]:
         if kind != "qwen2_5_vl":
             problems.append(f"{folder / 'config.json'}: model_type is {kind!r}, expected 'qwen2_5_vl'")
     return problems
+
+
+def t5_length(folder: str | Path) -> int:
+    """T5 tokens that a Kontext folder reads: as many as its tokenizer was made for, as the released scripts at most."""
+    text = (Path(folder) / "tokenizer_3" / "tokenizer_config.json").read_text(encoding="utf-8")
+    return min(MAX_SEQUENCE_LENGTH, int(json.loads(text).get("model_max_length", MAX_SEQUENCE_LENGTH)))
 
 
 def model_sha256(folder: Path, parts: Sequence[str] = PARTS) -> str:

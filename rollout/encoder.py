@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import torch
@@ -53,24 +54,14 @@ class Encoder:
         torch.set_num_threads(spec.threads)
         self.spec = spec
         dtype = torch_dtype(spec.dtype)
+        options: Any = {"dtype": dtype, "device": spec.device, "cache_bytes": spec.cache_bytes}
         self.text: SD3TextEncoder | MetaQueryEncoder
         if spec.vlm_path is None:
-            self.text = SD3TextEncoder.from_pretrained(
-                spec.model_path,
-                dtype=dtype,
-                device=spec.device,
-                max_sequence_length=spec.max_sequence_length,
-                cache_bytes=spec.cache_bytes,
-            )
+            options["max_sequence_length"] = spec.max_sequence_length
+            self.text = SD3TextEncoder.from_pretrained(spec.model_path, **options)
         else:
-            self.text = MetaQueryEncoder.from_pretrained(
-                spec.model_path,
-                spec.vlm_path,
-                dtype=dtype,
-                device=spec.device,
-                position_mode=spec.position_mode,
-                cache_bytes=spec.cache_bytes,
-            )
+            options["position_mode"] = spec.position_mode
+            self.text = MetaQueryEncoder.from_pretrained(spec.model_path, spec.vlm_path, **options)
         self.vae = load_vae(spec.model_path, dtype=dtype, device=spec.device)
 
     def ready(self) -> WorkerInfo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -36,7 +35,6 @@ from rollout.sampler import (
     sample_trajectories,
 )
 
-log = logging.getLogger(__name__)
 ROLLOUT_ADAPTER = "rollout"
 
 

@@ -22,16 +22,16 @@ from typing import Any
 import recipes
 from models.generate.command_line import (
     add_machine_options,
-    device_of,
-    dtype_of,
+    machine_of,
     machine_problems,
     pool_of,
     run_command,
-    threads_of,
 )
-from models.generate.jobs import Options, Order, job_picture, orders_of_file, orders_of_line
-from models.generate.metadata import WEIGHTS, job_of, read_record
-from models.generate.model import ModelSpec, made_on, model_spec, weights_record
+from models.generate.jobs import Job, Options, Order, job_picture, orders_of_file, orders_of_line
+from models.generate.metadata import WEIGHTS, read_record
+from models.generate.model import ModelSpec, checked, made_on, weights_record
+from models.generate.page import serve
+from models.generate.run import make_pictures, missing_orders
 from models.generate.task_lines import Refused
 from models.sizes import geometry
 
@@ -43,32 +43,28 @@ PATHS = ("model", "vlm", "adapter", "output", "prompts", "image", "from_metadata
 
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's head for the exit code."""
-    words = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
 
-    def work() -> int:
-        problems = _word_problems(words)
-        if problems:
-            raise Refused(problems)
-        return _generate(words) if words.page is None else _page(words)
-
-    return run_command(work, refused="Nothing was generated", stays="Pictures that are written")
+    work = _generate if args.page is None else _page
+    problems = _argument_problems(args)
+    return run_command(
+        problems, lambda: work(args), refused="Nothing was generated", stays="Pictures that are written"
+    )
 
 
-def _generate(words: argparse.Namespace) -> int:
-    from models.generate.run import make_pictures, missing_orders
-
-    if words.from_metadata is not None:
-        orders, spec, weights = _again(words)
+def _generate(args: argparse.Namespace) -> int:
+    if args.from_metadata is not None:
+        orders, spec, weights = _again(args)
     else:
-        spec = _spec(words)
-        orders = _orders(words, spec)
+        spec = _spec(args)
+        orders = _orders(args, spec)
         weights = weights_record(spec)
-    missing = missing_orders(orders, weights, overwrite=words.overwrite)
+    missing = missing_orders(orders, weights, overwrite=args.overwrite)
     there = len(orders) - len(missing)
     made, failed = 0, []
     if missing:
-        pool = pool_of(words, spec.device, spec.threads)
-        outcome = make_pictures(missing, spec, weights, pool, batch_size=words.batch_size)
+        pool = pool_of(args.workers, spec)
+        outcome = make_pictures(missing, spec, weights, pool, batch_size=args.batch_size)
         made, failed = len(outcome.made), outcome.failed
     for line in failed:
         sys.stderr.write(f"{line}\n")
@@ -76,98 +72,90 @@ def _generate(words: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _page(words: argparse.Namespace) -> int:
-    from models.generate.page import serve
-
-    serve(_spec(words), _options(words), words.page)
+def _page(args: argparse.Namespace) -> int:
+    serve(_spec(args), _options(args), args.page)
     return 0
 
 
-def _word_problems(words: argparse.Namespace) -> list[str]:
-    """Words that contradict each other, and numbers out of range."""
-    sources = [getattr(words, name) is not None for name in ("prompt", "prompts", "from_metadata", "page")]
-    paged = words.page is not None
+def _argument_problems(args: argparse.Namespace) -> list[str]:
+    """Arguments that contradict each other, and numbers out of range."""
+    sources = [getattr(args, name) is not None for name in ("prompt", "prompts", "from_metadata", "page")]
+    paged = args.page is not None
     checks = [
         (sum(sources) == 1, "give one of --prompt, --prompts, --from-metadata and --page"),
-        (paged or words.output is not None, "give --output, a PNG file, or with --prompts a folder"),
+        (paged or args.output is not None, "give --output, a PNG file, or with --prompts a folder"),
         (
-            words.image is None or words.prompts is None,
+            args.image is None or args.prompts is None,
             "--image belongs to --prompt; a line of --prompts has its own",
         ),
-        (words.model is not None or words.from_metadata is not None, "give --model, a model folder"),
-        (not paged or words.workers == 0, "--page works in this process: leave --workers out"),
-        (words.num_images >= 1, f"--num-images {words.num_images}: must be 1 or more"),
-        (words.batch_size >= 1, f"--batch-size {words.batch_size}: must be 1 or more"),
+        (args.model is not None or args.from_metadata is not None, "give --model, a model folder"),
+        (not paged or args.workers == 0, "--page works in this process: leave --workers out"),
+        (args.num_images >= 1, f"--num-images {args.num_images}: must be 1 or more"),
+        (args.batch_size >= 1, f"--batch-size {args.batch_size}: must be 1 or more"),
     ]
     problems = [message for fine, message in checks if not fine]
-    if words.from_metadata is not None:
+    if args.from_metadata is not None:
         fixed = (*PICTURE_OPTIONS, "dtype", "max_sequence_length", "position_mode")
-        given = [key for key in fixed if getattr(words, key) is not None]
-        given += ["num_images"] if words.num_images != 1 else []
+        given = [key for key in fixed if getattr(args, key) is not None]
+        given += ["num_images"] if args.num_images != 1 else []
         problems += [f"--{key.replace('_', '-')}: --from-metadata takes it from the picture" for key in given]
-    return problems + machine_problems(words, PATHS)
+    return problems + machine_problems(args, PATHS)
 
 
-def _options(words: argparse.Namespace) -> Options:
-    given = {key: getattr(words, key) for key in PICTURE_OPTIONS}
+def _options(args: argparse.Namespace) -> Options:
+    given = {key: getattr(args, key) for key in PICTURE_OPTIONS}
     return Options(**{key: value for key, value in given.items() if value is not None})
 
 
-def _spec(words: argparse.Namespace) -> ModelSpec:
-    device = device_of(words)
-    return model_spec(
-        recipes.resolve(words.model),
-        vlm=None if words.vlm is None else recipes.resolve(words.vlm),
-        adapter=words.adapter,
-        dtype=dtype_of(words, device),
-        device=device,
-        threads=threads_of(words, device),
-        max_sequence_length=words.max_sequence_length,
-        position_mode=words.position_mode,
+def _spec(args: argparse.Namespace) -> ModelSpec:
+    spec = ModelSpec(
+        model=recipes.resolve(args.model),
+        vlm=None if args.vlm is None else recipes.resolve(args.vlm),
+        adapter=args.adapter,
+        max_sequence_length=args.max_sequence_length,
+        position_mode=args.position_mode,
+        **machine_of(args),
     )
+    return checked(spec)
 
 
-def _orders(words: argparse.Namespace, spec: ModelSpec) -> list[Order]:
-    options, model, count = _options(words), geometry(spec.model), words.num_images
-    if words.prompts is not None:
-        return orders_of_file(words.prompts, words.output, options, model=model, count=count)
-    image = None if words.image is None else str(words.image.absolute())
+def _orders(args: argparse.Namespace, spec: ModelSpec) -> list[Order]:
+    options, model, count = _options(args), geometry(spec.model), args.num_images
+    if args.prompts is not None:
+        return orders_of_file(args.prompts, args.output, options, model=model, count=count)
+    image = None if args.image is None else str(args.image.absolute())
     return orders_of_line(
-        words.prompt, image, words.output, options, model=model, count=count, origin="--prompt"
+        args.prompt, image, args.output, options, model=model, count=count, origin="--prompt"
     )
 
 
-def _again(words: argparse.Namespace) -> tuple[list[Order], ModelSpec, dict[str, Any]]:
-    """The order, model and weights of a picture that was made before; words may say where its parts are now.
+def _again(args: argparse.Namespace) -> tuple[list[Order], ModelSpec, dict[str, Any]]:
+    """The order, model and weights of a picture that was made before; arguments may say where its parts are now.
 
     Raises Refused when a part is not the one that made the picture.
     """
     try:
-        record = read_record(words.from_metadata)
-        job = job_of(record)
-        if words.image is not None:
-            job = replace(job, image=str(words.image.absolute()))
+        record = read_record(args.from_metadata)
+        job = Job(**{field.name: record[field.name] for field in fields(Job)})
+        if args.image is not None:
+            job = replace(job, image=str(args.image.absolute()))
         job_picture(job)
     except ValueError as error:
         raise Refused([str(error)]) from error
-    model, vlm, adapter = (
-        Path(place) if place is not None else None
-        for place in (getattr(words, name) or record[name] for name in ("model", "vlm", "adapter"))
-    )
-    assert model is not None
-    spec = model_spec(
-        model,
-        vlm=vlm,
-        adapter=adapter,
+    places = {name: getattr(args, name) or record[name] for name in ("model", "vlm", "adapter")}
+    folders: dict[str, Any] = {name: place and Path(place) for name, place in places.items()}
+    spec = ModelSpec(
+        **folders,
         dtype=record["dtype"],
-        device=words.device or record["device"],
-        threads=words.threads or record["threads"],
+        device=args.device or record["device"],
+        threads=args.threads or record["threads"],
         max_sequence_length=record["max_sequence_length"],
         position_mode=record["position_mode"],
     )
+    spec = checked(spec)
     weights = weights_record(spec)
     other = [
-        f"{words.from_metadata}: its {key} is {record[key]}, and here it is {weights[key]}"
+        f"{args.from_metadata}: its {key} is {record[key]}, and here it is {weights[key]}"
         for key in WEIGHTS
         if weights[key] != record[key]
     ]
@@ -177,7 +165,7 @@ def _again(words: argparse.Namespace) -> tuple[list[Order], ModelSpec, dict[str,
     for key in ("device", "threads", "version", "libraries", "batch"):
         if now[key] != record[key]:
             log.warning("%s was %s, and is %s: the last bits may differ", key, record[key], now[key])
-    return [Order(job, words.output, str(words.from_metadata))], spec, weights
+    return [Order(job, args.output, str(args.from_metadata))], spec, weights
 
 
 def _parser() -> argparse.ArgumentParser:

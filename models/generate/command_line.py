@@ -29,7 +29,7 @@ def add_machine_options(group: Any) -> None:
     group.add_argument("--threads", type=int, help="CPU threads of each worker")
 
 
-def machine_problems(words: argparse.Namespace, paths: Sequence[str]) -> list[str]:
+def machine_problems(args: argparse.Namespace, paths: Sequence[str]) -> list[str]:
     """Machine options out of range, and those of the options `paths` that a submitted job cannot take.
 
     Its driver runs in a temporary copy of the working directory, which other nodes do not see.
@@ -38,14 +38,14 @@ def machine_problems(words: argparse.Namespace, paths: Sequence[str]) -> list[st
     from core.logs import submitted_job
 
     problems = []
-    if words.workers < 0:
-        problems.append(f"--workers {words.workers}: must be 0 (this process) or more")
-    if words.threads is not None and words.threads < 1:
-        problems.append(f"--threads {words.threads}: must be 1 or more")
+    if args.workers < 0:
+        problems.append(f"--workers {args.workers}: must be 0 (this process) or more")
+    if args.threads is not None and args.threads < 1:
+        problems.append(f"--threads {args.threads}: must be 1 or more")
     if not submitted_job():
         return problems
     for name in paths:
-        given = getattr(words, name)
+        given = getattr(args, name)
         for path in given if isinstance(given, list) else [given]:
             if path is not None and not Path(path).is_absolute() and not recipes.is_packaged(path):
                 problems.append(
@@ -55,42 +55,40 @@ def machine_problems(words: argparse.Namespace, paths: Sequence[str]) -> list[st
     return problems
 
 
-def device_of(words: argparse.Namespace) -> str:
-    """As asked for, else the GPU where this machine has one."""
-    if words.device is not None:
-        return words.device
-    import torch
+def machine_of(args: argparse.Namespace) -> dict[str, Any]:
+    """`dtype`, `device` and `threads` as asked for.
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    Else the GPU where this machine has one, and the dtype that the device computes fast; few threads beside a GPU,
+    and without one the CPUs of this machine shared out to the workers.
+    """
+    device = args.device
+    if device is None:
+        import torch
 
-
-def dtype_of(words: argparse.Namespace, device: str) -> str:
-    """As asked for, else what the device computes fast."""
-    return words.dtype or ("float32" if device == "cpu" else "bfloat16")
-
-
-def threads_of(words: argparse.Namespace, device: str) -> int:
-    """As asked for; else few beside a GPU, and otherwise the CPUs of this machine shared out to the workers."""
-    if words.threads is not None:
-        return words.threads
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     cpus = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-    return max(1, cpus // max(1, words.workers)) if device == "cpu" else min(4, cpus)
+    threads = max(1, cpus // max(1, args.workers)) if device == "cpu" else min(4, cpus)
+    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
+    return {"dtype": dtype, "device": device, "threads": args.threads or threads}
 
 
-def pool_of(words: argparse.Namespace, device: str, threads: int) -> PoolSpec:
-    """One GPU and `threads` CPUs for each worker."""
-    return PoolSpec(words.workers, cpus=threads, gpus=0.0 if device == "cpu" else 1.0)
+def pool_of(workers: int, spec: Any) -> PoolSpec:
+    """One GPU, where the spec's device is one, and its `threads` as CPUs for each worker."""
+    return PoolSpec(workers, cpus=spec.threads, gpus=0.0 if spec.device == "cpu" else 1.0)
 
 
-def run_command(work: Callable[[], int], *, refused: str, stays: str) -> int:
+def run_command(problems: list[str], work: Callable[[], int], *, refused: str, stays: str) -> int:
     """The exit code of `work`: its own, 2 where it was refused, 3 where it was stopped; with the reason on stderr.
 
     Args:
+        problems: of the arguments; where there are any, the command is refused.
         refused: what did not happen, as the message begins.
         stays: what is kept of a run that was stopped.
     """
     start_logging()
     try:
+        if problems:
+            raise Refused(problems)
         return work()
     except Refused as error:
         sys.stderr.write(f"{refused}:\n{error}\n")

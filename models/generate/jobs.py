@@ -16,31 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from core.pictures import decode_picture, is_data_uri, picture_bytes, picture_name, unchanged_bytes
-from models.generate.task_lines import Refused, check_record, read_lines
+from core.records import parse_lines
+from models.generate.task_lines import Refused, check_record, kinds_of
 from models.sizes import ModelGeometry, choose_size
 
 MAX_SEED = 2**63 - 1
 
-LINE_KEYS: dict[str, type] = {
-    "prompt": str,
-    "image": str,
-    "seed": int,
-    "output": str,
-    "negative_prompt": str,
-    "height": int,
-    "width": int,
-    "aspect_ratio": str,
-    "longer_edge": int,
-    "steps": int,
-    "guidance": float,
-    "metadata": dict,
-}
 SIZE_KEYS = ("height", "width", "aspect_ratio", "longer_edge")
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line's word on every picture; a line may say otherwise."""
+    """What the command line says of every picture; a line may say otherwise."""
 
     seed: int = 42
     negative_prompt: str = ""
@@ -50,6 +37,15 @@ class Options:
     longer_edge: int | None = None
     steps: int = 50
     guidance: float = 3.5
+
+
+LINE_KEYS: dict[str, type] = {
+    "prompt": str,
+    "image": str,
+    "output": str,
+    "metadata": dict,
+    **kinds_of(Options),
+}
 
 
 @dataclass(frozen=True)
@@ -109,16 +105,8 @@ def orders_of_line(
         problems.append(str(error))
     if problems or size is None:
         raise Refused(problems)
-    job = Job(
-        prompt,
-        options.negative_prompt,
-        image,
-        sha256,
-        *size,
-        options.steps,
-        float(options.guidance),
-        options.seed,
-    )
+    steps, guidance, seed = options.steps, float(options.guidance), options.seed
+    job = Job(prompt, options.negative_prompt, image, sha256, *size, steps, guidance, seed)
     orders = []
     for seed in range(job.seed, job.seed + count):
         path = output if count == 1 else output.with_name(f"{output.stem}_{seed}{output.suffix}")
@@ -151,7 +139,7 @@ def orders_of_file(
             origin=f"{path}:{number}",
         )
 
-    orders = [order for found in read_lines(path, parse, problems) for order in found]
+    orders = [order for found in parse_lines(path, parse, problems) for order in found]
     problems += list(_twice(orders))
     if problems:
         raise Refused(problems)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from core.records import Record, json_object
 from models.generate.jobs import Job
-from models.generate.task_lines import check_record, json_object
+from models.generate.task_lines import check_record, kinds_of
 
 KEY = "unipic-rl"
 
@@ -31,40 +30,20 @@ WEIGHTS: dict[str, type] = {
     "max_sequence_length": int,
     "position_mode": str,
 }
-_JOB: dict[str, type] = {
-    "prompt": str,
-    "negative_prompt": str,
-    "image": str,
-    "image_sha256": str,
-    "height": int,
-    "width": int,
-    "steps": int,
-    "guidance": float,
-    "seed": int,
-}
+_JOB = kinds_of(Job)
 DECIDING = tuple(key for key in (*_JOB, *WEIGHTS) if key != "image")
-_MAY_BE_NULL = {
-    "image",
-    "image_sha256",
-    "vlm",
-    "vlm_sha256",
-    "adapter",
-    "adapter_sha256",
-    "max_sequence_length",
-    "position_mode",
-}
-
-Record = dict[str, Any]
-
-
-def job_of(record: Record) -> Job:
-    """The job of a checked record."""
-    return Job(**{field.name: record[field.name] for field in fields(Job)})
-
-
-def job_record(job: Job) -> Record:
-    """The job's part of a record."""
-    return asdict(job)
+_MAY_BE_NULL = set(
+    [
+        "image",
+        "image_sha256",
+        "vlm",
+        "vlm_sha256",
+        "adapter",
+        "adapter_sha256",
+        "max_sequence_length",
+        "position_mode",
+    ]
+)
 
 
 def png_bytes(pixels: np.ndarray, record: Record) -> bytes:

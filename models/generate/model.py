@@ -10,13 +10,13 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.failures import DataFailure, InfrastructureFailure
 from core.pictures import decode_picture, picture_name
-from models.folders import METAQUERY_PARTS, PARTS, is_metaquery_folder, model_sha256, vlm_sha256
+from models.folders import METAQUERY_PARTS, PARTS, is_metaquery_folder, model_sha256, t5_length, vlm_sha256
 from models.generate.jobs import Job
 from models.generate.task_lines import Refused
 from models.preflight import model_problems
@@ -27,11 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_SEQUENCE_LENGTH = 256
-"""T5 tokens that the released scripts read; a tokenizer that was made for fewer reads those."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What a generator is built from, on any node.
 
@@ -41,56 +38,43 @@ class ModelSpec:
         position_mode: what positions MetaQuery's VLM sees; None for Kontext.
     """
 
-    model: str
-    vlm: str | None
-    adapter: str | None
+    model: Path
+    vlm: Path | None = None
+    adapter: Path | None = None
     dtype: str
     device: str
     threads: int
-    max_sequence_length: int | None
-    position_mode: str | None
+    max_sequence_length: int | None = None
+    position_mode: str | None = None
+
+    @property
+    def folders(self) -> dict[str, Path | None]:
+        """Where the model's parts are."""
+        return {"model": self.model, "vlm": self.vlm, "adapter": self.adapter}
 
 
-def model_spec(
-    model: Path,
-    *,
-    vlm: Path | None = None,
-    adapter: Path | None = None,
-    dtype: str,
-    device: str,
-    threads: int,
-    max_sequence_length: int | None = None,
-    position_mode: str | None = None,
-) -> ModelSpec:
-    """Check the folders and fill in what they say.
+def checked(spec: ModelSpec) -> ModelSpec:
+    """The spec with absolute paths, and with what its folders say where it says nothing.
 
     Raises:
         Refused: everything that is missing or does not fit.
     """
-    metaquery = is_metaquery_folder(model)
-    problems = model_problems(model, vlm, model_key="--model", vlm_key="--vlm")
-    if position_mode is not None and not metaquery:
+    metaquery, length, mode = is_metaquery_folder(spec.model), spec.max_sequence_length, spec.position_mode
+    problems = model_problems(spec.model, spec.vlm, model_key="--model", vlm_key="--vlm")
+    if mode is not None and not metaquery:
         problems.append(
-            f"--position-mode {position_mode}: {model} is a Kontext folder (it has no conditioner/), which has none"
+            f"--position-mode {mode}: {spec.model} is a Kontext folder (it has no conditioner/), which has none"
         )
-    if max_sequence_length is not None and metaquery:
-        problems.append(f"--max-sequence-length {max_sequence_length}: MetaQuery reads prompts whole")
+    if length is not None and metaquery:
+        problems.append(f"--max-sequence-length {length}: MetaQuery reads prompts whole")
     if problems:
         raise Refused(problems)
     if metaquery:
-        position_mode = position_mode or "flat"
+        mode = mode or "flat"
     else:
-        max_sequence_length = max_sequence_length or _t5_length(model)
-    return ModelSpec(
-        str(model.absolute()),
-        None if vlm is None else str(vlm.absolute()),
-        None if adapter is None else str(adapter.absolute()),
-        dtype,
-        device,
-        threads,
-        max_sequence_length,
-        position_mode,
-    )
+        length = length or t5_length(spec.model)
+    folders: dict[str, Any] = {name: path and path.absolute() for name, path in spec.folders.items()}
+    return replace(spec, **folders, max_sequence_length=length, position_mode=mode)
 
 
 def weights_record(spec: ModelSpec) -> dict[str, Any]:
@@ -104,7 +88,7 @@ def weights_record(spec: ModelSpec) -> dict[str, Any]:
     parts = PARTS if spec.vlm is None else METAQUERY_PARTS
     return {
         "adapter_sha256": _adapter_sha256(spec),
-        "model_sha256": model_sha256(Path(spec.model), parts),
+        "model_sha256": model_sha256(spec.model, parts),
         "vlm_sha256": None if spec.vlm is None else vlm_sha256(spec.vlm),
         "dtype": spec.dtype,
         "max_sequence_length": spec.max_sequence_length,
@@ -197,10 +181,9 @@ def made_on(spec: ModelSpec) -> dict[str, Any]:
     import core
 
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    places = {"model": spec.model, "vlm": spec.vlm, "adapter": spec.adapter}
-    return places | {
-        "device": spec.device, "threads": spec.threads, "version": core.__version__, "libraries": libraries,
-    }  # fmt: skip
+    places = {name: path and str(path) for name, path in spec.folders.items()}
+    machine = {"device": spec.device, "threads": spec.threads}
+    return places | machine | {"version": core.__version__, "libraries": libraries}
 
 
 def _load_pipeline(spec: ModelSpec, dtype: torch.dtype) -> Any:
@@ -216,12 +199,6 @@ def _load_pipeline(spec: ModelSpec, dtype: torch.dtype) -> Any:
     )
 
 
-def _t5_length(model: Path) -> int:
-    """What the tokenizer of a small model was made for, where that is less than the released scripts read."""
-    text = (model / "tokenizer_3" / "tokenizer_config.json").read_text(encoding="utf-8")
-    return min(MAX_SEQUENCE_LENGTH, int(json.loads(text).get("model_max_length", MAX_SEQUENCE_LENGTH)))
-
-
 def _adapter_sha256(spec: ModelSpec) -> str | None:
     """Over tensors and settings alike: the same tensors with another alpha draw something else."""
     if spec.adapter is None:
@@ -231,7 +208,7 @@ def _adapter_sha256(spec: ModelSpec) -> str | None:
     from models.lora.load import load_adapter
 
     try:
-        settings, adapter = load_adapter(Path(spec.model), Path(spec.adapter), "float32")
+        settings, adapter = load_adapter(spec.model, spec.adapter, "float32")
     except (ValueError, OSError, KeyError, SafetensorError) as error:
         raise Refused([f"--adapter {spec.adapter}: {error}"]) from error
     decides = [adapter.sha256, settings.rank, settings.alpha, sorted(settings.targets)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from models.generate.jobs import Options, job_picture, orders_of_line
-from models.generate.metadata import job_record, png_bytes
+from models.generate.metadata import png_bytes
 from models.generate.model import Generator, ModelSpec, made_on, weights_record
 from models.generate.task_lines import Refused
 from models.sizes import geometry
@@ -32,16 +32,10 @@ class Page:
         """
         self.count += 1
         options = replace(self.options, seed=int(seed), steps=int(steps), guidance=guidance)
-        (order,) = orders_of_line(
-            prompt,
-            picture,
-            self.folder / f"{self.count:05d}.png",
-            options,
-            model=self.geometry,
-            origin="page",
-        )
+        output = self.folder / f"{self.count:05d}.png"
+        (order,) = orders_of_line(prompt, picture, output, options, model=self.geometry, origin="page")
         (pixels,) = self.generator.generate([order.job], [job_picture(order.job)])
-        order.output.write_bytes(png_bytes(pixels, self.record | job_record(order.job)))
+        order.output.write_bytes(png_bytes(pixels, self.record | asdict(order.job)))
         return str(order.output)
 
 
@@ -58,9 +52,9 @@ def serve(spec: ModelSpec, options: Options, port: int) -> None:
     with tempfile.TemporaryDirectory(prefix="unipic-rl-") as folder:
         page = Page(spec, options, Path(folder))
 
-        def draw(*words: Any) -> str:
+        def draw(*inputs: Any) -> str:
             try:
-                return page.draw(*words)
+                return page.draw(*inputs)
             except (ValueError, RuntimeError) as error:
                 raise gradio.Error(str(error)) from error
 
@@ -74,5 +68,5 @@ def serve(spec: ModelSpec, options: Options, port: int) -> None:
                 gradio.Slider(0, 10, options.guidance, label="Guidance"),
             ],
             gradio.Image(label="Picture", type="filepath", format="png"),
-            title=Path(spec.model).name,
+            title=spec.model.name,
         ).launch(server_port=port)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from core.failures import DataFailure
 from core.files import atomic_write_bytes
 from core.progress import Progress
 from models.generate.jobs import Job, Order, job_picture
-from models.generate.metadata import differences, job_record, png_bytes, read_record
+from models.generate.metadata import differences, png_bytes, read_record
 from models.generate.model import Generator, ModelSpec, made_on
 from models.generate.task_lines import Refused
 
@@ -86,7 +86,7 @@ def make_pictures(
                     lost.append((batch, result))
                     continue
                 for order, pixels in zip(batch, result, strict=True):
-                    record = common | job_record(order.job) | {"batch": len(batch)}
+                    record = common | asdict(order.job) | {"batch": len(batch)}
                     atomic_write_bytes(order.output, png_bytes(pixels, record))
                     outcome.made.append(order.output)
                 bar.advance(len(batch))
@@ -123,5 +123,5 @@ def _standing(order: Order, weights: dict[str, Any]) -> str | None:
         found = read_record(order.output)
     except ValueError as error:
         return str(error)
-    other = differences(found, weights | job_record(order.job))
+    other = differences(found, weights | asdict(order.job))
     return f"{order.output} was made with other settings: {', '.join(other)}" if other else ""

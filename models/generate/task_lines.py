@@ -1,14 +1,11 @@
-"""JSONL files of tasks for the command lines: every bad line is named before anything starts. Needs no torch."""
+"""What the command lines check of a record before anything starts. Needs no torch."""
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from collections.abc import Collection, Mapping
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 
 class Refused(ValueError):
@@ -19,42 +16,10 @@ class Refused(ValueError):
         self.problems = problems
 
 
-def read_lines(path: Path, parse: Callable[[int, dict[str, Any]], T], problems: list[str]) -> list[T]:
-    """What `parse` made of every good line's number (from 1) and object; blank lines are passed over.
-
-    Args:
-        parse: raises ValueError, or Refused where several things are wrong.
-        problems: gets one `file:line: what` for each thing that is wrong.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: cannot be read ({error})")
-        return []
-    found: list[T] = []
-    known = len(problems)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(parse(number, json_object(line)))
-        except ValueError as error:
-            causes = error.problems if isinstance(error, Refused) else [str(error)]
-            problems += [f"{path}:{number}: {cause}" for cause in causes]
-    if not found and len(problems) == known:
-        problems.append(f"{path}: holds no lines")
-    return found
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The JSON object that a text is. Raises ValueError."""
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-    return record
+def kinds_of(record: type) -> dict[str, type]:
+    """The type of every field of a dataclass, None apart."""
+    hints = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(record).items()}
+    return {name: next(kind for kind in kinds if kind is not NoneType) for name, kinds in hints.items()}
 
 
 def check_record(

@@ -92,14 +92,11 @@ def attach_lora(
     _initialise(parameters, seed)
     for parameter in parameters.values():
         parameter.requires_grad_(trainable)
-    report = LoraReport(matched=len(matched), parameters=sum(p.numel() for p in parameters.values()))
+    count = sum(p.numel() for p in parameters.values())
     logger.info(
-        "LoRA %r: %d linear layers matched, %.2f M parameters",
-        adapter_name,
-        report.matched,
-        report.parameters / 1e6,
+        "LoRA %r: %d linear layers matched, %.2f M parameters", adapter_name, len(matched), count / 1e6
     )
-    return report
+    return LoraReport(len(matched), count)
 
 
 def attached_adapters(transformer: nn.Module) -> list[str]:
@@ -236,9 +233,8 @@ def _inject(transformer: SD3Transformer2DModel, config: LoraConfig, name: str) -
         transformer.add_adapter(config, name)
     for parameter in trained:
         parameter.requires_grad_(True)
-    if (
-        selected
-    ):  # one selection holds for all layers, so also for those that only the new adapter has wrapped
+    if selected:
+        # One selection holds for all layers, so also for those that only the new adapter has wrapped.
         for layer in _lora_layers(transformer):
             layer._active_adapter, layer._disable_adapters = selected[0]
 

@@ -1,7 +1,6 @@
 """Adapters as files: a PEFT folder, a diffusers LoRA file beside it, the merged transformer."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from core.files import atomic_write_bytes
 from models.components import save_component
 from models.kontext import KontextTransformer
 from models.lora.attach import LoraSettings, State
@@ -20,8 +20,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_FILE = Path("diffusers") / "pytorch_lora_weights.safetensors"
 
-# LoraConfig keys whose default is what `attach_lora` makes; an adapter that differs computes something else.
-_PLAIN = (
+_PLAIN = [
     "use_dora",
     "use_rslora",
     "lora_bias",
@@ -29,13 +28,14 @@ _PLAIN = (
     "alpha_pattern",
     "layer_replication",
     "use_bdlora",
-)
+]
+"""LoraConfig keys whose default is what `attach_lora` makes; an adapter that differs computes something else."""
 
 
 def save_adapter(
     state: Mapping[str, torch.Tensor], folder: str | Path, *, rank: int, alpha: float, targets: Sequence[str]
 ) -> None:
-    """Write an adapter for both worlds; each file appears whole or not at all.
+    """Write an adapter for PEFT and for diffusers; each file appears whole or not at all.
 
     `PeftModel.from_pretrained(transformer, folder)` reads `adapter_config.json` and
     `adapter_model.safetensors`; `pipeline.load_lora_weights(folder / "diffusers")` reads the file there. The
@@ -45,24 +45,14 @@ def save_adapter(
     folder = Path(folder)
     config = _config_json(rank, alpha, targets)
     ordered = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
-    diffusers_metadata = {f"transformer.{key}": value for key, value in config.items()}
-    _write(
-        folder / DIFFUSERS_FILE,
-        safetensors.torch.save(
-            {f"transformer.{name}": tensor for name, tensor in ordered.items()},
-            {
-                "format": "pt",
-                "lora_adapter_metadata": json.dumps(diffusers_metadata, indent=2, sort_keys=True),
-            },
-        ),
-    )
-    _write(folder / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
-    _write(
-        folder / PEFT_WEIGHTS,
-        safetensors.torch.save(
-            {PEFT_PREFIX + name: tensor for name, tensor in ordered.items()}, {"format": "pt"}
-        ),
-    )
+    for_diffusers = {f"transformer.{name}": tensor for name, tensor in ordered.items()}
+    settings = {f"transformer.{key}": value for key, value in config.items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+    atomic_write_bytes(folder / DIFFUSERS_FILE, safetensors.torch.save(for_diffusers, metadata))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    atomic_write_bytes(folder / PEFT_CONFIG, text.encode())
+    for_peft = {PEFT_PREFIX + name: tensor for name, tensor in ordered.items()}
+    atomic_write_bytes(folder / PEFT_WEIGHTS, safetensors.torch.save(for_peft, {"format": "pt"}))
 
 
 def read_adapter(folder: str | Path) -> tuple[State, LoraSettings]:
@@ -73,11 +63,9 @@ def read_adapter(folder: str | Path) -> tuple[State, LoraSettings]:
         ValueError: not a plain LoRA of linear layers, or tensors that disagree with the configured rank.
     """
     folder = Path(folder)
-    for name in (PEFT_CONFIG, PEFT_WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name}: missing; an adapter is a PEFT folder with {PEFT_CONFIG}"
-            )
+    for path in (folder / PEFT_CONFIG, folder / PEFT_WEIGHTS):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing; an adapter is a PEFT folder with {PEFT_CONFIG}")
     config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
     targets = config.get("target_modules")
     odd = sorted(key for key in _PLAIN if config.get(key))
@@ -155,14 +143,3 @@ def _config_json(rank: int, alpha: float, targets: Sequence[str]) -> dict[str, o
         key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
     }
     return json.loads(json.dumps(values, default=str))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file in one step: write beside it, flush to disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -15,18 +15,20 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import recipes
+from core.cluster.pool import run_calls
+from core.failures import DataFailure
+from models.folders import check_vlm_folder, vlm_sha256
 from models.generate.command_line import (
     add_machine_options,
-    device_of,
-    dtype_of,
+    machine_of,
     machine_problems,
     pool_of,
     run_command,
-    threads_of,
 )
 from models.generate.task_lines import Refused
+from models.understand.run import Answerer, AnswerSpec, answer_file, arguments, make_question, read_questions
 
 log = logging.getLogger("models.understand")
 
@@ -36,26 +38,20 @@ PATHS = ("vlm", "image", "questions", "output")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's head for the exit code."""
-    words = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
 
-    def work() -> int:
-        problems = _word_problems(words)
-        if problems:
-            raise Refused(problems)
-        return _ask(words) if words.questions is None else _ask_all(words)
-
-    return run_command(work, refused="Nothing was asked", stays="Answers that are written")
+    work = _ask if args.questions is None else _ask_all
+    problems = _argument_problems(args)
+    return run_command(
+        problems, lambda: work(args), refused="Nothing was asked", stays="Answers that are written"
+    )
 
 
-def _ask(words: argparse.Namespace) -> int:
-    from core.cluster.pool import run_calls
-    from core.failures import DataFailure
-    from models.understand.run import Answerer, arguments, make_question
-
-    question = make_question(words.question, [str(image.absolute()) for image in words.image])
-    spec = _spec(words)
+def _ask(args: argparse.Namespace) -> int:
+    question = make_question(args.question, [str(image.absolute()) for image in args.image])
+    spec = _spec(args)
     calls = [(0, partial(arguments, question))]
-    ((_, result),) = run_calls(Answerer, spec, "answer", calls, pool_of(words, spec.device, spec.threads))
+    ((_, result),) = run_calls(Answerer, spec, "answer", calls, pool_of(args.workers, spec))
     if isinstance(result, DataFailure):
         sys.stderr.write(f"Not answered: {result}\n")
         return 1
@@ -66,52 +62,43 @@ def _ask(words: argparse.Namespace) -> int:
     return 0
 
 
-def _ask_all(words: argparse.Namespace) -> int:
-    from models.understand.run import answer_file, read_questions
-
-    questions = read_questions(words.questions)
-    spec = _spec(words)
-    failed = answer_file(questions, words.output, spec, pool_of(words, spec.device, spec.threads))
+def _ask_all(args: argparse.Namespace) -> int:
+    questions = read_questions(args.questions)
+    spec = _spec(args)
+    failed = answer_file(questions, args.output, spec, pool_of(args.workers, spec))
     for line in failed:
         sys.stderr.write(f"{line}\n")
     sys.stdout.write(
-        f"{len(questions) - len(failed)} of {len(questions)} questions answered in {words.output}\n"
+        f"{len(questions) - len(failed)} of {len(questions)} questions answered in {args.output}\n"
     )
     return 1 if failed else 0
 
 
-def _spec(words: argparse.Namespace) -> Any:
+def _spec(args: argparse.Namespace) -> AnswerSpec:
     """Raises Refused for a folder that holds no Qwen2.5-VL."""
-    import recipes
-    from models.folders import check_vlm_folder, vlm_sha256
-    from models.understand.run import AnswerSpec
-
-    folder = recipes.resolve(words.vlm)
+    folder = recipes.resolve(args.vlm)
     problems = check_vlm_folder(folder)
     if problems:
         raise Refused(problems)
-    device = device_of(words)
     return AnswerSpec(
-        str(folder.absolute()),
-        vlm_sha256(folder),
-        dtype_of(words, device),
-        device,
-        threads_of(words, device),
-        words.max_new_tokens,
+        vlm=str(folder.absolute()),
+        vlm_sha256=vlm_sha256(folder),
+        max_new_tokens=args.max_new_tokens,
+        **machine_of(args),
     )
 
 
-def _word_problems(words: argparse.Namespace) -> list[str]:
+def _argument_problems(args: argparse.Namespace) -> list[str]:
     checks = [
-        ((words.question is None) != (words.questions is None), "give either --question or --questions"),
-        ((words.questions is None) == (words.output is None), "--output FILE.jsonl goes with --questions"),
+        ((args.question is None) != (args.questions is None), "give either --question or --questions"),
+        ((args.questions is None) == (args.output is None), "--output FILE.jsonl goes with --questions"),
         (
-            not words.image or words.questions is None,
+            not args.image or args.questions is None,
             "--image belongs to --question; a line of --questions has its own",
         ),
-        (words.max_new_tokens >= 1, f"--max-new-tokens {words.max_new_tokens}: must be 1 or more"),
+        (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be 1 or more"),
     ]
-    return [message for fine, message in checks if not fine] + machine_problems(words, PATHS)
+    return [message for fine, message in checks if not fine] + machine_problems(args, PATHS)
 
 
 def _parser() -> argparse.ArgumentParser:

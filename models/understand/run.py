@@ -11,24 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from core.cluster.pool import PoolSpec, run_calls
 from core.failures import DataFailure, InfrastructureFailure
 from core.files import atomic_write_text
 from core.pictures import decode_picture, is_data_uri, picture_bytes, picture_name, unchanged_bytes
 from core.progress import Progress
-from core.records import append_records, read_records
-from models.generate.task_lines import Refused, check_record, read_lines
+from core.records import Record, append_records, parse_lines, read_records
+from models.generate.task_lines import Refused, check_record
 
 MAX_ASPECT = 200
 """Longer over shorter edge above which Qwen2.5-VL takes no picture."""
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,9 @@ class Question:
     line: int = 0
 
     @property
-    def identity(self) -> Record:
+    def identity(self) -> tuple[str, ...]:
         """Equal for questions with the same answer."""
-        return {"question": self.question, "images_sha256": list(self.images_sha256)}
+        return self.question, *self.images_sha256
 
 
 class Answerer:
@@ -142,18 +139,16 @@ def read_questions(path: Path) -> list[Question]:
     def parse(number: int, record: Record) -> Question:
         image = record.get("image")
         images = image if isinstance(image, list) else [] if image is None else [image]
-        wrong = check_record(
-            record | {"image": images}, {"question": str, "image": list, "metadata": dict}, ("question",)
-        )
-        wrong += [
-            f"key 'image' must hold paths, found {one!r:.60}" for one in images if not isinstance(one, str)
-        ]
+        kinds = {"question": str, "image": list, "metadata": dict}
+        wrong = check_record(record | {"image": images}, kinds, ("question",))
+        odd = [one for one in images if not isinstance(one, str)]
+        wrong += [f"key 'image' must hold paths, found {one!r:.60}" for one in odd]
         if wrong:
             raise Refused(wrong)
         places = [one if is_data_uri(one) else str((path.parent / one).absolute()) for one in images]
         return make_question(record["question"], places, number)
 
-    questions = read_lines(path, parse, problems)
+    questions = parse_lines(path, parse, problems)
     if problems:
         raise Refused(problems)
     return questions
@@ -168,23 +163,25 @@ def answer_file(questions: Sequence[Question], output: Path, spec: AnswerSpec, p
         Refused: `output` holds something else.
     """
     records = _known(output, spec)
-    done = {
-        json.dumps({key: record[key] for key in ("question", "images_sha256")}): record for record in records
-    }
-    left = [question for question in questions if json.dumps(question.identity) not in done]
+    done = {(record["question"], *record["images_sha256"]): record for record in records}
+    left = [question for question in questions if question.identity not in done]
     output.parent.mkdir(parents=True, exist_ok=True)
     _write(output, records)  # without a torn last line, on which nothing may be appended
     failed = []
     with Progress().phase("answer", total=len(left), unit="question") as bar:
-        for question, result in _answers(left, spec, pool):
+        calls = ((key, partial(arguments, question)) for key, question in enumerate(left))
+        for key, result in run_calls(Answerer, spec, "answer", calls, pool) if left else ():
+            question = left[key]
             bar.advance()
             if isinstance(result, DataFailure):
                 failed.append(f"line {question.line}: {question.question!r:.80} is not answered: {result}")
                 continue
-            record = _record(question, result, spec)
-            done[json.dumps(question.identity)] = record
-            append_records(output, [record])
-    found = ((question, done.get(json.dumps(question.identity))) for question in questions)
+            answer, shown = result
+            head = {"line": question.line, "question": question.question, "images": list(question.images)}
+            made = {"answer": answer, "shown": shown, "images_sha256": list(question.images_sha256)}
+            done[question.identity] = head | made | spec.deciding
+            append_records(output, [done[question.identity]])
+    found = ((question, done.get(question.identity)) for question in questions)
     _write(output, [record | {"line": question.line} for question, record in found if record is not None])
     return failed
 
@@ -198,26 +195,6 @@ def arguments(question: Question) -> tuple[Question, list[bytes]]:
         raise DataFailure(str(error)) from error
 
 
-def _answers(
-    questions: Sequence[Question], spec: AnswerSpec, pool: PoolSpec
-) -> Iterator[tuple[Question, Any]]:
-    if not questions:
-        return
-    calls = ((key, partial(arguments, question)) for key, question in enumerate(questions))
-    for key, result in run_calls(Answerer, spec, "answer", calls, pool):
-        yield questions[key], result
-
-
-def _record(question: Question, result: tuple[str, list[tuple[int, int]]], spec: AnswerSpec) -> Record:
-    answer, shown = result
-    head = {"line": question.line, "question": question.question, "images": list(question.images)}
-    return (
-        head
-        | {"answer": answer, "shown": shown, "images_sha256": list(question.images_sha256)}
-        | spec.deciding
-    )
-
-
 def _known(output: Path, spec: AnswerSpec) -> list[Record]:
     """The answers that are there. Raises Refused where they are not of this VLM with these settings."""
     if not output.exists():
@@ -227,23 +204,15 @@ def _known(output: Path, spec: AnswerSpec) -> list[Record]:
     except (ValueError, OSError) as error:
         raise Refused([str(error)]) from error
     wanted = {"answer", "question", "images_sha256", *spec.deciding}
-    problems = []
     for number, record in enumerate(records, 1):
         if wanted - record.keys():
-            problems.append(f"{output}:{number}: is not an answer of this command; choose another --output")
-            break
+            raise Refused([f"{output}:{number}: is not an answer of this command; choose another --output"])
         other = [
-            f"{key} {record[key]!r}, now {value!r}"
-            for key, value in spec.deciding.items()
-            if record[key] != value
+            f"{key} {record[key]!r}, now {now!r}" for key, now in spec.deciding.items() if record[key] != now
         ]
         if other:
-            problems.append(
-                f"{output}:{number}: was answered with {', '.join(other)}; choose another --output"
-            )
-            break
-    if problems:
-        raise Refused(problems)
+            said = ", ".join(other)
+            raise Refused([f"{output}:{number}: was answered with {said}; choose another --output"])
     return records
 
 

@@ -303,11 +303,13 @@ def test_a_page_draws_as_the_command_line_does_and_asks_for_gradio(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from models.generate.jobs import Options
-    from models.generate.model import model_spec
+    from models.generate.model import ModelSpec, checked
 
     words = ["--model", str(folder), "--prompt", "a star", "--output", str(tmp_path / "a.png"), *QUICK]
     assert main(words) == 0
-    page = Page(model_spec(folder, dtype="float32", device="cpu", threads=1), Options(), tmp_path)
+    page = Page(
+        checked(ModelSpec(model=folder, dtype="float32", device="cpu", threads=1)), Options(), tmp_path
+    )
     drawn = Path(page.draw("a star", None, 42.0, 3.0, 3.5))
     assert drawn.read_bytes() == (tmp_path / "a.png").read_bytes()
     monkeypatch.setitem(sys.modules, "gradio", None)

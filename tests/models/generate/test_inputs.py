@@ -12,7 +12,7 @@ from PIL import Image
 from models.generate.__main__ import main
 from models.generate.jobs import Job, Options, job_picture, orders_of_line
 from models.generate.metadata import png_bytes, read_record
-from models.generate.model import Generator, ModelSpec, model_spec
+from models.generate.model import Generator, ModelSpec, checked
 from models.generate.task_lines import Refused
 from models.sizes import geometry
 from models.understand.__main__ import main as understand
@@ -24,7 +24,7 @@ def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
 
 def spec_of(kind: str, folder: Path, metaquery_folders: tuple[Path, Path]) -> ModelSpec:
     model, vlm = (folder, None) if kind == "kontext" else metaquery_folders
-    return model_spec(model, vlm=vlm, dtype="float32", device="cpu", threads=1)
+    return checked(ModelSpec(model=model, vlm=vlm, dtype="float32", device="cpu", threads=1))
 
 
 def jobs_of(spec: ModelSpec, prompts: list[str], image: Path | None) -> list[Job]:
@@ -253,13 +253,15 @@ def test_words_that_contradict_each_other_are_refused_together(
         assert message in said
     model, vlm = metaquery_folders
     with pytest.raises(Refused, match="is a MetaQuery folder .* give its Qwen2.5-VL as --vlm"):
-        model_spec(model, dtype="float32", device="cpu", threads=1)
+        checked(ModelSpec(model=model, dtype="float32", device="cpu", threads=1))
     with pytest.raises(Refused, match="--max-sequence-length 9: MetaQuery reads prompts whole"):
-        model_spec(model, vlm=vlm, dtype="float32", device="cpu", threads=1, max_sequence_length=9)
+        checked(
+            ModelSpec(model=model, vlm=vlm, dtype="float32", device="cpu", threads=1, max_sequence_length=9)
+        )
     with pytest.raises(Refused, match="--vlm=.* is a Kontext folder"):
-        model_spec(folder, vlm=vlm, dtype="float32", device="cpu", threads=1)
+        checked(ModelSpec(model=folder, vlm=vlm, dtype="float32", device="cpu", threads=1))
     with pytest.raises(Refused, match="no such model folder"):
-        model_spec(tmp_path / "gone", dtype="float32", device="cpu", threads=1)
+        checked(ModelSpec(model=tmp_path / "gone", dtype="float32", device="cpu", threads=1))
     words = ["--model", str(folder), "--prompt", "x", "--output", str(tmp_path / "a.png")]
     assert main([*words, "--adapter", str(tmp_path / "none")]) == 2
     assert "an adapter is a PEFT folder" in capsys.readouterr().err

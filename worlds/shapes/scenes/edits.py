@@ -110,34 +110,57 @@ def in_split(source: Scene, split: str) -> bool:
     return (digest[0] % HELDOUT_SHARE == 0) == (split == "heldout")
 
 
-def _pick(rng: np.random.Generator, source: Scene) -> tuple[int, Shape, str]:
+def instruction_of(edit: Edit, source: Scene) -> str:
+    """The edit in words; where `anywhere` is right, without a place."""
+    if edit.background is not None:
+        return f"make the background {edit.background}"
+    new = edit.result
+    if edit.index is None:
+        assert new is not None
+        where = "" if edit.anywhere else f" at the {PLACES[new.cell]}"
+        return f"add {noun(new.shape, new.color)}{where}"
+    item = source.objects[edit.index]
+    name = f"the {item.color} {item.shape}"
+    if new is None:
+        return f"remove {name}"
+    if edit.kind == "move":
+        return f"move {name} to the {PLACES[new.cell]}"
+    if edit.kind == "recolour":
+        return f"make {name} {new.color}"
+    return f"replace {name} with {noun(new.shape, new.color)}"
+
+
+def moved(item: Shape, cell: int) -> Shape:
+    """An object in another cell, as far from its centre: so the target of a move follows from its words."""
+    x = GRID[cell % 3] + item.x - GRID[item.cell % 3]
+    y = GRID[cell // 3] + item.y - GRID[item.cell // 3]
+    return replace(item, x=x, y=y)
+
+
+def _pick(rng: np.random.Generator, source: Scene) -> tuple[int, Shape]:
     index = int(rng.integers(len(source.objects)))
-    item = source.objects[index]
-    return index, item, f"the {item.color} {item.shape}"
+    return index, source.objects[index]
 
 
-def _recolour(rng: np.random.Generator, source: Scene) -> tuple[Edit, str]:
-    index, item, name = _pick(rng, source)
+def _recolour(rng: np.random.Generator, source: Scene) -> Edit:
+    index, item = _pick(rng, source)
     color = sample_name(rng, (c for c in COLORS if c != item.color))
-    return Edit("recolour", index, replace(item, color=color)), f"make {name} {color}"
+    return Edit("recolour", index, replace(item, color=color))
 
 
-def _replace(rng: np.random.Generator, source: Scene) -> tuple[Edit, str]:
-    index, item, name = _pick(rng, source)
+def _replace(rng: np.random.Generator, source: Scene) -> Edit:
+    index, item = _pick(rng, source)
     shape = sample_name(rng, (s for s in SHAPES if s != item.shape))
-    color = sample_name(rng, COLORS)
-    edit = Edit("replace", index, replace(item, shape=shape, color=color))
-    return edit, f"replace {name} with {noun(shape, color)}"
+    return Edit("replace", index, replace(item, shape=shape, color=sample_name(rng, COLORS)))
 
 
-def _remove(rng: np.random.Generator, source: Scene) -> tuple[Edit, str]:
-    index, _, name = _pick(rng, source)
-    return Edit("remove", index), f"remove {name}"
+def _remove(rng: np.random.Generator, source: Scene) -> Edit:
+    return Edit("remove", _pick(rng, source)[0])
 
 
-def _background(rng: np.random.Generator, source: Scene) -> tuple[Edit, str]:
+def _background(rng: np.random.Generator, source: Scene) -> Edit:
     background = sample_name(rng, (b for b in BACKGROUNDS if b != source.background))
-    return Edit("background", background=background), f"make the background {background}"
+    return Edit("background", background=background)
 
 
 def _free_cells(source: Scene, but: int | None = None) -> list[int]:
@@ -146,30 +169,24 @@ def _free_cells(source: Scene, but: int | None = None) -> list[int]:
     return [cell for cell in range(len(PLACES)) if free_of(cell, others)]
 
 
-def _move(rng: np.random.Generator, source: Scene) -> tuple[Edit, str] | None:
-    index, item, name = _pick(rng, source)
+def _move(rng: np.random.Generator, source: Scene) -> Edit | None:
+    index, item = _pick(rng, source)
     cells = [cell for cell in _free_cells(source, index) if cell != item.cell]
     if not cells:
         return None
-    cell = cells[int(rng.integers(len(cells)))]
-    # The offset from the cell's centre goes along, so that the target follows from source and instruction.
-    x = GRID[cell % 3] + item.x - GRID[item.cell % 3]
-    y = GRID[cell // 3] + item.y - GRID[item.cell // 3]
-    return Edit("move", index, replace(item, x=x, y=y)), f"move {name} to the {PLACES[cell]}"
+    return Edit("move", index, moved(item, cells[int(rng.integers(len(cells)))]))
 
 
-def _add(rng: np.random.Generator, source: Scene) -> tuple[Edit, str] | None:
+def _add(rng: np.random.Generator, source: Scene) -> Edit | None:
     cells = _free_cells(source)
     if not cells:
         return None
     cell = cells[int(rng.integers(len(cells)))]
     item = place(rng, sample_name(rng, SHAPES), sample_name(rng, COLORS), cell)
-    anywhere = bool(rng.integers(2))
-    where = "" if anywhere else f" at the {PLACES[cell]}"
-    return Edit("add", result=item, anywhere=anywhere), f"add {noun(item.shape, item.color)}{where}"
+    return Edit("add", result=item, anywhere=bool(rng.integers(2)))
 
 
-_MAKERS: dict[str, Callable[[np.random.Generator, Scene], tuple[Edit, str] | None]] = {
+_MAKERS: dict[str, Callable[[np.random.Generator, Scene], Edit | None]] = {
     "recolour": _recolour,
     "add": _add,
     "remove": _remove,
@@ -181,21 +198,21 @@ OBJECT_COUNTS = {"add": (1, MAX_OBJECTS - 1), "remove": (2, MAX_OBJECTS)}
 """Least and most objects of the source, where not 1 to 3: a target has one to three objects as well."""
 
 
-def _distinct(scene: Scene) -> bool:
+def distinct(scene: Scene) -> bool:
+    """Whether no two objects are alike in shape and colour."""
     return len({(item.shape, item.color) for item in scene.objects}) == len(scene.objects)
 
 
 def edit_scene(rng: Rng, source: Scene, kind: str) -> EditExample | None:
     """One try at a random edit of a kind on a scene; None where it is not possible or makes two objects alike."""
     rng = np.random.default_rng(rng)
-    made = _MAKERS[kind](rng, source)
-    if made is None:
+    edit = _MAKERS[kind](rng, source)
+    if edit is None:
         return None
-    edit, instruction = made
     target = edit.apply(source)
-    if not _distinct(target):
+    if not distinct(target):
         return None
-    return EditExample(source, instruction, target, {"edit": edit.to_json(source)}, kind)
+    return EditExample(source, instruction_of(edit, source), target, {"edit": edit.to_json(source)}, kind)
 
 
 def sample_edit(rng: Rng, split: str, kind: str | None = None) -> EditExample:

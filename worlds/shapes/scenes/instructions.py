@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from worlds.shapes.scenes.captions import COUNT_WORDS, OPPOSITE, Caption
-from worlds.shapes.scenes.edits import Edit
+from worlds.shapes.scenes.edits import Edit, moved
 from worlds.shapes.scenes.world import BACKGROUNDS, COLORS, GRID, PLACES, SHAPES, Scene, Shape, free_of
 
 
@@ -86,10 +86,7 @@ def _remove(match: re.Match[str], source: Scene) -> Edit:
 
 def _move(match: re.Match[str], source: Scene) -> Edit:
     index, item = _named(match, source)
-    cell = PLACES.index(match["place"])
-    x = GRID[cell % 3] + item.x - GRID[item.cell % 3]
-    y = GRID[cell // 3] + item.y - GRID[item.cell // 3]
-    return Edit("move", index, replace(item, x=x, y=y))
+    return Edit("move", index, moved(item, PLACES.index(match["place"])))
 
 
 def _add(match: re.Match[str], source: Scene) -> Edit:

@@ -24,6 +24,7 @@ from core.seeds import numpy_generator
 from worlds.shapes.scenes.render import render_batch
 from worlds.shapes.scenes.world import Scene
 from worlds.shapes.training.evaluate import mean_interval
+from worlds.shapes.training.vision import load_exactly
 from worlds.shapes.training.vlm_edits import PAIR_KINDS, pair_question, sample_pair
 from worlds.shapes.training.vlm_questions import (
     SCENE_KINDS,
@@ -93,14 +94,7 @@ class Vlm:
         """Raises ValueError for a folder whose weights do not fit its config one for one."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-        model, report = loaded
-        wrong = {key: sorted(names) for key, names in report.items() if names}
-        if wrong:
-            raise ValueError(f"{folder}: weights and config.json differ: {wrong}")
-        self.model: Any = model.eval()
+        self.model = load_exactly(Qwen2_5_VLForConditionalGeneration, folder, dtype=torch.float32).eval()
 
     @torch.no_grad()
     def answer(self, pictures: list[list[Image.Image]], texts: list[str]) -> list[str]:

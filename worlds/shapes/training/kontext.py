@@ -21,7 +21,7 @@ from models.sampling import sample_latents, sigma_table
 from pretrain.flow.loss import add_noise, draw_sigmas, prompt_dropout_mask, velocity_error
 from worlds.shapes.training.config import KontextRecipe
 from worlds.shapes.training.evaluate import TASKS, Base, heldout_questions, score
-from worlds.shapes.training.loop import Look, Stage, StageLoss
+from worlds.shapes.training.loop import Look, Stage, StageLoss, save_rounded
 from worlds.shapes.training.pool import Pool, load_pool, load_text
 
 _PREVIEWS = 12
@@ -81,14 +81,12 @@ class KontextStage(Stage):
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write `transformer/` and `scheduler/`, and copy the other parts beside them: a whole base."""
-        rounded = new_transformer(self.recipe, self.pool)
-        rounded.load_state_dict(self.transformer.state_dict())
-        rounded.to(getattr(torch, self.recipe.export_dtype)).save_pretrained(folder / "transformer")
+        parameters = save_rounded(self.transformer, folder / "transformer", self.recipe.export_dtype)
         self.scheduler.save_pretrained(folder / "scheduler")
         shutil.copytree(Path(self.recipe.vae) / "vae", folder / "vae", dirs_exist_ok=True)
         for part in TEXT_PARTS:
             shutil.copytree(Path(self.recipe.text) / part, folder / part, dirs_exist_ok=True)
-        return {"parameters": float(sum(p.numel() for p in rounded.parameters()))}
+        return {"parameters": parameters}
 
     def _prompt(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.pool.prompt_embeds[rows], self.pool.pooled_embeds[rows]

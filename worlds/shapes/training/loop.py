@@ -1,5 +1,6 @@
 """What a stage of training offers, and the loop that all stages share: step, average, log, save, resume."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from core.files import atomic_write_json
 from core.recipe import ConfigError
 from core.records import append_records, keep_up_to
 from core.training.ema import MovingAverage
@@ -59,6 +61,13 @@ class Stage:
     def export(self, folder: Path) -> dict[str, float]:
         """Write the parts this stage owns in the released layout; returns figures measured on the way."""
         raise NotImplementedError
+
+
+def save_rounded(model: Any, folder: Path, dtype: str) -> float:
+    """Write a copy of a model in a dtype; returns its number of parameters."""
+    rounded = copy.deepcopy(model).to(getattr(torch, dtype))
+    rounded.save_pretrained(folder)
+    return float(sum(p.numel() for p in rounded.parameters()))
 
 
 @dataclass(frozen=True)
@@ -161,8 +170,7 @@ class TrainingLoop:
         """Write the averaged weights in the released layout, and what was measured of them."""
         figures = self._with_average(lambda: self.stage.export(folder))
         log.info("exported step %d to %s: %s", self.step, folder, figures)
-        record = {"step": self.step, **figures}
-        (self.folder / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        atomic_write_json(self.folder / "export.json", {"step": self.step, **figures})
 
     def save(self) -> None:
         state = {
@@ -213,8 +221,8 @@ class TrainingLoop:
         line["lr_factor"] = lr_factor(self.step - 1, self.recipe.steps, self.recipe.optimization)
         line["samples_per_second"] = count * self.recipe.batch_size / seconds
         self._sums.clear()
-        record = {"step": self.step, **{k: round(v, 6) for k, v in line.items()}}
-        append_records(self.folder / "metrics.jsonl", [record])
+        rounded = {name: round(value, 6) for name, value in line.items()}
+        append_records(self.folder / "metrics.jsonl", [{"step": self.step, **rounded}])
 
     def _write_samples(self) -> None:
         grid = self._with_average(self.stage.sample_grid)

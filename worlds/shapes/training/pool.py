@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.components import load_vae
-from models.folders import TEXT_PARTS
+from models.folders import TEXT_PARTS, t5_length
 from models.latents import encode_images
 from models.text import SD3TextEncoder
 from worlds.shapes.scenes.world import Scene
@@ -42,16 +42,10 @@ class Pool:
     pooled_embeds: Tensor
 
 
-def text_length(text_folder: str | Path) -> int:
-    """T5 tokens a base was made for: its third tokenizer's `model_max_length`."""
-    config = Path(text_folder) / "tokenizer_3" / "tokenizer_config.json"
-    return int(json.loads(config.read_text(encoding="utf-8"))["model_max_length"])
-
-
 def load_text(folder: str | Path) -> SD3TextEncoder:
     """SD3's three text encoders of a folder, on the CPU in float32, reading as many tokens as they were made for."""
     return SD3TextEncoder.from_pretrained(
-        folder, dtype=torch.float32, device="cpu", max_sequence_length=text_length(folder)
+        folder, dtype=torch.float32, device="cpu", max_sequence_length=t5_length(folder)
     )
 
 

@@ -1,7 +1,7 @@
 """Stage `text`: tiny CLIP x2 and T5 on the captions and instructions of the shapes world."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers import (
 from core.seeds import numpy_generator
 from worlds.shapes.scenes.world import SIZE
 from worlds.shapes.training.config import TextRecipe
-from worlds.shapes.training.loop import Stage, StageLoss
+from worlds.shapes.training.loop import Stage, StageLoss, save_rounded
 from worlds.shapes.training.shapes import edit_batch, t2i_batch, to_tensor
 from worlds.shapes.training.tokenizers import clip_tokenizer, t5_tokenizer
 
@@ -52,7 +52,7 @@ class TextStage(Stage):
     def loss(self, step: int) -> StageLoss:
         prompts, before, after = self._batch(step)
         pictures = self.vision(before, after)
-        ids = self._clip_ids(prompts)
+        ids = _ids(self.clip_tokenizer, prompts)
         contrastive = torch.stack(
             [
                 _contrastive_loss(clip(input_ids=ids).text_embeds, picture, self.vision.temperature)
@@ -60,9 +60,8 @@ class TextStage(Stage):
             ]
         ).mean()
         rng = numpy_generator(self.recipe.seed, step, _SPAN_STREAM)
-        masked = self._t5_ids([_mask_span(prompt, rng) for prompt in prompts])
-        labels = self._t5_ids(prompts)
-        labels = labels.masked_fill(labels == self.t5_tokenizer.pad_token_id, -100)
+        masked = _ids(self.t5_tokenizer, [_mask_span(prompt, rng) for prompt in prompts])
+        labels = self._labels(prompts)
         restored = self.t5(input_ids=masked, labels=labels)
         accuracy = _token_accuracy(restored.logits, labels)
         figures = {"contrastive": contrastive.item(), "t5": restored.loss.item(), "t5_accuracy": accuracy}
@@ -71,23 +70,19 @@ class TextStage(Stage):
     def export(self, folder: Path) -> dict[str, float]:
         """Write `text_encoder{,_2,_3}/` and `tokenizer{,_2,_3}/`; probe what a batch of captions tells."""
         prompts, before, after = self._batch(_PROBE_STEP, self.recipe.probe_captions)
-        pictures, ids = self.vision(before, after), self._clip_ids(prompts)
+        pictures, ids = self.vision(before, after), _ids(self.clip_tokenizer, prompts)
         figures = {}
-        dtype = getattr(torch, self.recipe.export_dtype)
         for suffix, clip, picture in zip(("", "_2"), self.clips, pictures, strict=True):
             embeds = clip(input_ids=ids).text_embeds
             figures[f"retrieval_of_64{suffix}"] = _retrieval_accuracy(embeds, picture, 64)
-            exported = CLIPTextModelWithProjection(cast(CLIPTextConfig, clip.config))
-            exported.load_state_dict(clip.state_dict())
-            exported.to(dtype).save_pretrained(folder / f"text_encoder{suffix}")
+            save_rounded(clip, folder / f"text_encoder{suffix}", self.recipe.export_dtype)
             self.clip_tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-        labels = self._t5_ids(prompts)
-        labels = labels.masked_fill(labels == self.t5_tokenizer.pad_token_id, -100)
-        copied = self.t5(input_ids=self._t5_ids(prompts), labels=labels)
+        labels = self._labels(prompts)
+        copied = self.t5(input_ids=_ids(self.t5_tokenizer, prompts), labels=labels)
         figures["t5_copy_accuracy"] = _token_accuracy(copied.logits, labels)
         encoder = T5EncoderModel(self.t5.config)
         encoder.load_state_dict({k: v for k, v in self.t5.state_dict().items() if k in encoder.state_dict()})
-        encoder.to(dtype).save_pretrained(folder / "text_encoder_3")
+        save_rounded(encoder, folder / "text_encoder_3", self.recipe.export_dtype)
         self.t5_tokenizer.save_pretrained(folder / "tokenizer_3")
         return figures
 
@@ -100,17 +95,10 @@ class TextStage(Stage):
         before = torch.cat([blank, to_tensor(edit.sources)])
         return t2i.prompts + edit.prompts, before, to_tensor(t2i.scenes + edit.targets)
 
-    def _clip_ids(self, prompts: list[str]) -> Tensor:
-        return self.clip_tokenizer(
-            prompts, padding="max_length", max_length=self.recipe.model.clip_length, truncation=True,
-            return_tensors="pt",
-        ).input_ids  # fmt: skip
-
-    def _t5_ids(self, prompts: list[str]) -> Tensor:
-        return self.t5_tokenizer(
-            prompts, padding="max_length", max_length=self.recipe.model.t5_length, truncation=True,
-            return_tensors="pt",
-        ).input_ids  # fmt: skip
+    def _labels(self, prompts: list[str]) -> Tensor:
+        """T5's tokens of the texts, padding masked."""
+        ids = _ids(self.t5_tokenizer, prompts)
+        return ids.masked_fill(ids == self.t5_tokenizer.pad_token_id, -100)
 
     def _new_clip(self, width: int) -> CLIPTextModelWithProjection:
         model, tokenizer = self.recipe.model, self.clip_tokenizer
@@ -148,6 +136,14 @@ class TextStage(Stage):
                 decoder_start_token_id=tokenizer.pad_token_id,
             )
         )
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> Tensor:
+    """Token ids, padded or cut to the tokenizer's length."""
+    length = tokenizer.model_max_length
+    return tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 class _PictureEncoder(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from core.training.randomness import torch_generator
 from worlds.shapes.scenes.render import render_batch
 from worlds.shapes.scenes.world import BACKGROUNDS, COLORS, PLACES, SHAPES, Scene
 from worlds.shapes.training.config import Disturbance, VisionModel, VisionRecipe
-from worlds.shapes.training.loop import Stage, StageLoss
+from worlds.shapes.training.loop import Stage, StageLoss, save_rounded
 from worlds.shapes.training.vlm_questions import scene_of_split
 
 VLM_SIZE = 28
@@ -64,13 +64,10 @@ class VisionStage(Stage):
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write `visual/`; probe what it tells of held-out pictures."""
-        rounded = Qwen2_5_VisionTransformerPretrainedModel(self.visual.config)
-        rounded.load_state_dict(self.visual.state_dict())
-        rounded.to(getattr(torch, self.recipe.export_dtype)).save_pretrained(folder / "visual")
+        parameters = save_rounded(self.visual, folder / "visual", self.recipe.export_dtype)
         chunks = range(-(-self.recipe.probe_pictures // _CHUNK))
         shares = [self._read(_PROBE_STEP + chunk, _CHUNK, "heldout")[1] for chunk in chunks]
-        parameters = sum(p.numel() for p in rounded.parameters())
-        return {"heldout_cells_right": sum(shares) / len(shares), "parameters": float(parameters)}
+        return {"heldout_cells_right": sum(shares) / len(shares), "parameters": parameters}
 
     def _read(self, step: int, count: int, split: str) -> tuple[Tensor, float]:
         rng = numpy_generator(self.recipe.seed, step, _SCENES)
@@ -204,3 +201,12 @@ def vision_features(visual: Qwen2_5_VisionTransformerPretrainedModel, pixels: Te
         hidden = hidden + attention.proj(mixed.transpose(1, 2).reshape(n, count, -1))
         hidden = hidden + block.mlp(block.norm2(hidden))
     return visual.merger(hidden.view(n * count, -1)).view(n, count, -1)
+
+
+def load_exactly(kind: Any, folder: str | Path, **options: Any) -> Any:
+    """A transformers model of a folder. Raises ValueError where its weights do not fit its config one for one."""
+    model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+    wrong = {key: sorted(names) for key, names in report.items() if names}
+    if wrong:
+        raise ValueError(f"{folder}: weights and config.json differ: {wrong}")
+    return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from core.seeds import numpy_generator
 from rewards.editreward.settings import RESULT_RUBRIC, RUBRIC
 from worlds.shapes.scenes.world import COLORS, SHAPES
 from worlds.shapes.training.config import VlmModel, VlmRecipe
-from worlds.shapes.training.loop import Stage, StageLoss
+from worlds.shapes.training.loop import Stage, StageLoss, save_rounded
 from worlds.shapes.training.tokenizers import vlm_tokenizer
 from worlds.shapes.training.vision import (
     MAX_PIXELS,
@@ -31,6 +31,7 @@ from worlds.shapes.training.vision import (
     MIN_PIXELS,
     PATCH_SIZE,
     cell_labels,
+    load_exactly,
     vision_features,
 )
 from worlds.shapes.training.vlm_batch import Packer, VlmBatch
@@ -86,14 +87,12 @@ class VlmStage(Stage):
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write the released layout: model, tokenizer, image processor, chat template."""
-        rounded = Qwen2_5_VLForConditionalGeneration(self.model.config)
-        rounded.load_state_dict(self.model.state_dict())
-        rounded.to(getattr(torch, self.recipe.export_dtype)).save_pretrained(folder)
+        parameters = save_rounded(self.model, folder, self.recipe.export_dtype)
         self.tokenizer.save_pretrained(folder)
         Qwen2VLImageProcessor(
             patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
         ).save_pretrained(folder)
-        return {"parameters": float(sum(p.numel() for p in rounded.parameters()))}
+        return {"parameters": parameters}
 
 
 class PictureComparer(nn.Module):
@@ -186,15 +185,10 @@ def read_rows(
 
 
 def _load_tower(folder: Path) -> Qwen2_5_VisionTransformerPretrainedModel:
-    """Raises FileNotFoundError where there is none, ValueError where its weights do not fit its config one for one."""
+    """Raises FileNotFoundError where there is none, and as `load_exactly`."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no vision tower there; make it with recipes/shapes/vision.yaml")
-    loaded: Any = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(folder, output_loading_info=True)
-    tower, report = loaded
-    wrong = {key: sorted(names) for key, names in report.items() if names}
-    if wrong:
-        raise ValueError(f"{folder}: weights and config.json differ: {wrong}")
-    return tower.float()
+    return load_exactly(Qwen2_5_VisionTransformerPretrainedModel, folder).float()
 
 
 def corpus(recipe: VlmRecipe) -> list[str]:

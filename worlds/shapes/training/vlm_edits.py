@@ -6,14 +6,22 @@ The result may be right, untouched, the result of another instruction, or right 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rewards.editreward.settings import PLACEHOLDER, RUBRIC
-from worlds.shapes.scenes.captions import noun
-from worlds.shapes.scenes.edits import KINDS, OBJECT_COUNTS, Edit, EditExample, edit_scene, in_split
-from worlds.shapes.scenes.world import MAX_OBJECTS, PLACES, Scene, sample_name
+from worlds.shapes.scenes.edits import (
+    KINDS,
+    OBJECT_COUNTS,
+    Edit,
+    EditExample,
+    distinct,
+    edit_scene,
+    in_split,
+    instruction_of,
+)
+from worlds.shapes.scenes.world import MAX_OBJECTS, Scene, sample_name
 from worlds.shapes.training.vlm_questions import SCENE_KINDS, Question, scene_of_split, scene_question
 
 OUTCOMES = {"right": 0.35, "untouched": 0.1, "wrong": 0.15, "other": 0.1, "extra": 0.3}
@@ -64,14 +72,16 @@ def sample_pair(rng: np.random.Generator, split: str) -> EditPair:
 
 def _edit(rng: np.random.Generator, source: Scene, kind: str) -> EditExample | None:
     low, high = OBJECT_COUNTS.get(kind, (1, MAX_OBJECTS))
-    names = {(item.shape, item.color) for item in source.objects}
-    if not low <= len(source.objects) <= high or len(names) < len(source.objects):
-        return None
-    return edit_scene(rng, source, kind)
+    possible = low <= len(source.objects) <= high and distinct(source)
+    return edit_scene(rng, source, kind) if possible else None
 
 
 def _edit_of(example: EditExample) -> Edit:
     return Edit.from_json(example.metadata["edit"])[0]
+
+
+def _contents(scene: Scene) -> set[tuple[str, str, int]]:
+    return {(item.shape, item.color, item.cell) for item in scene.objects}
 
 
 def carried_out(edit: Edit, source: Scene, result: Scene) -> bool:
@@ -79,7 +89,7 @@ def carried_out(edit: Edit, source: Scene, result: Scene) -> bool:
     if edit.background is not None:
         return result.background == edit.background
     changed = None if edit.index is None else source.objects[edit.index]
-    found = {(item.shape, item.color, item.cell) for item in result.objects}
+    found = _contents(result)
     cells = {item.cell for item in result.objects}
     if edit.result is None:
         return changed is not None and changed.cell not in cells
@@ -87,8 +97,9 @@ def carried_out(edit: Edit, source: Scene, result: Scene) -> bool:
     if changed is not None and edit.kind == "move" and changed.cell in cells:
         return False
     if edit.anywhere:
-        before = {(item.shape, item.color, item.cell) for item in source.objects}
-        return any((shape, color) == (wanted.shape, wanted.color) for shape, color, _ in found - before)
+        return any(
+            (shape, color) == (wanted.shape, wanted.color) for shape, color, _ in found - _contents(source)
+        )
     return (wanted.shape, wanted.color, wanted.cell) in found
 
 
@@ -99,7 +110,7 @@ def rest_kept(edit: Edit, source: Scene, result: Scene) -> bool:
     """
     if edit.background is None and result.background != source.background:
         return False
-    found = {(item.shape, item.color, item.cell) for item in result.objects}
+    found = _contents(result)
     kept = {(item.shape, item.color, item.cell) for i, item in enumerate(source.objects) if i != edit.index}
     places = set() if edit.index is None else {source.objects[edit.index].cell}
     if edit.result is not None and not edit.anywhere:
@@ -108,29 +119,13 @@ def rest_kept(edit: Edit, source: Scene, result: Scene) -> bool:
     return kept <= found and len(surplus) <= int(edit.anywhere)
 
 
-def change_text(edit: Edit, source: Scene) -> str:
-    """The edit as the instruction that leaves nothing open."""
-    if edit.background is not None:
-        return f"make the background {edit.background}"
-    new = edit.result
-    if edit.index is None:
-        assert new is not None
-        return f"add {noun(new.shape, new.color)} at the {PLACES[new.cell]}"
-    item = source.objects[edit.index]
-    name = f"the {item.color} {item.shape}"
-    if new is None:
-        return f"remove {name}"
-    if edit.kind == "move":
-        return f"move {name} to the {PLACES[new.cell]}"
-    if edit.kind == "recolour":
-        return f"make {name} {new.color}"
-    return f"replace {name} with {noun(new.shape, new.color)}"
-
-
 def _change(rng: np.random.Generator, pair: EditPair) -> tuple[str, str] | None:
     if pair.outcome == "untouched":
         return "What was changed?", "nothing"
-    return None if pair.done is None else ("What was changed?", change_text(pair.done, pair.source))
+    if pair.done is None:
+        return None
+    # The instruction that leaves nothing open.
+    return "What was changed?", instruction_of(replace(pair.done, anywhere=False), pair.source)
 
 
 _DEEDS = {
@@ -162,9 +157,8 @@ def _kept(rng: np.random.Generator, pair: EditPair) -> tuple[str, str]:
 
 def _rubric(rng: np.random.Generator, pair: EditPair) -> tuple[str, str]:
     """The edit reward's own text; the answer says whether the instruction was carried out and the rest kept."""
-    right = carried_out(pair.edit, pair.source, pair.result) and rest_kept(
-        pair.edit, pair.source, pair.result
-    )
+    asked = (pair.edit, pair.source, pair.result)
+    right = carried_out(*asked) and rest_kept(*asked)
     return RUBRIC.replace(PLACEHOLDER, pair.instruction), "well" if right else "badly"
 
 
