@@ -29,11 +29,11 @@ from typing import Any, TypeAlias
 
 from core.files import atomic_write_text
 from core.prompts import load_prompts
+from core.recipe import ConfigError
 from core.seeds import derive_seed
 from rewards.geneval.clauses import check_clauses
 from rewards.geneval.names import CLASS_NAMES
 from rewards.geneval.prompt_config import (
-    PromptConfigError,
     TrainPromptConfig,
     load_config,
     nearest,
@@ -287,7 +287,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.output.resolve() in [path.resolve() for path in arguments.exclude]:
         problems.append(f"--output: {arguments.output} is also a test set, which it would replace")
     if problems:
-        raise PromptConfigError(problems)
+        raise ConfigError(problems)
 
 
 def _warn(config: TrainPromptConfig, arguments: argparse.Namespace) -> None:

@@ -289,7 +289,8 @@ def test_what_is_wrong_is_said_before_anything_is_asked(
     assert label(recipe, *words) == 2
     said = capsys.readouterr().err
     for part in (
-        "did you mean 'base_url'", "label.max_asks=9 must be in [1, 5]", "label.second_opinions=2", "several shards are called edits-00000.tar",
+        "did you mean 'base_url'", "label.max_asks=9 must be in [1, 5]", "label.second_opinions=2",
+        "several shards are called edits-00000.tar",
         "holds the shards to label",
     ):  # fmt: skip
         assert part in said
