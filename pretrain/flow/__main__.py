@@ -12,6 +12,7 @@ from functools import partial
 
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
+from core.recipe_help import add_help_config
 from core.shards.errors import DataError
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.validate import load_recipe
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and print the plan; no Ray, no GPU"
     )
+    add_help_config(parser, FlowRecipe)
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
     options = parser.parse_intermixed_args(arguments)
     start_logging()

@@ -30,6 +30,7 @@ from typing import Any, TypeAlias
 from core.files import atomic_write_text
 from core.prompts import load_prompts
 from core.recipe import ConfigError
+from core.recipe_help import add_help_config
 from core.seeds import derive_seed
 from rewards.geneval.clauses import check_clauses
 from rewards.geneval.names import CLASS_NAMES
@@ -240,6 +241,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write train prompts in GenEval's format, with the given test sets left out."
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl", help="the file to write")
     parser.add_argument("--num", required=True, type=int, help="how many prompts")
+    add_help_config(parser, TrainPromptConfig)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same file (default: 0)")
     parser.add_argument(
         "--config", metavar="YAML", help="keys of TrainPromptConfig in rewards/geneval/prompt_config.py"

@@ -25,12 +25,14 @@ from core.files import file_sha256, folder_manifest
 from core.logs import start_logging
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError
+from core.recipe_help import add_help_config
 from rewards.editreward.data.generate_config import (
     BASE,
     GenerateSection,
     Header,
     load_section,
     section_problems,
+    section_recipe,
 )
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
 
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe", help="YAML file with a section `generate`, e.g. recipes/editreward_generate.yaml"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_help_config(parser, section_recipe("generate", GenerateSection))
     parser.add_argument("--dry-run", action="store_true", help="check and print the plan; no Ray, no GPU")
 
 

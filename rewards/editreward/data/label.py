@@ -25,7 +25,9 @@ import recipes
 from core.files import atomic_write_json
 from core.logs import start_logging
 from core.recipe import ConfigError
-from rewards.editreward.data.generate_config import Header, load_section
+from core.recipe_help import add_help_config
+from rewards.editreward.config import Header
+from rewards.editreward.data.generate_config import load_section, section_recipe
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
 from rewards.editreward.data.label_config import (
     LabelSection,
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe", help="YAML file with a section `label`, for example recipes/editreward_label.yaml"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_help_config(parser, section_recipe("label", LabelSection))
     parser.add_argument(
         "--dry-run", action="store_true", help="check and print the cost; asks nobody anything"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import recipes
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
+from core.recipe_help import add_help_config
 from rewards.editreward.config import Recipe
 from rewards.editreward.data.shards import DataError
 from rewards.editreward.settings import FILE, SettingsError
@@ -33,6 +34,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe and overrides."""
     parser.add_argument("recipe", help="YAML file, for example recipes/editreward.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_help_config(parser, Recipe)
 
 
 def run(arguments: argparse.Namespace) -> int:

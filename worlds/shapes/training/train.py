@@ -11,7 +11,9 @@ import torch
 
 from core.logs import start_logging
 from core.recipe import ConfigError
+from core.recipe_help import add_help_config
 from worlds.shapes.training.config import (
+    RECIPES,
     KontextRecipe,
     Recipe,
     TextRecipe,
@@ -66,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="YAML file, see recipes/shapes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_help_config(parser, {f"stage {name}": schema for name, schema in RECIPES.items()})
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
     options = parser.parse_intermixed_args(arguments)
     start_logging()
