@@ -6,11 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from core.recipe_help import add_help_config
+
 
 def add_recipe_arguments(
-    parser: argparse.ArgumentParser, example: str, *, dry_run: str = "", resume: bool = False
+    parser: argparse.ArgumentParser, example: str, schema: type, *, dry_run: str = "", resume: bool = False
 ) -> None:
-    """Recipe and overrides, `--dry-run` if there is a help text for it, and `--resume`."""
+    """Recipe and overrides, `--help-config`, `--dry-run` if there is a help text for it, and `--resume`."""
+    add_help_config(parser, schema)
     parser.add_argument("recipe", help=f"YAML file, for example {example}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     if dry_run:

@@ -50,7 +50,6 @@ class RewardConfig:
     constant_steps: AtLeast0 = 10
     """The run stops when all scores of this many steps in a row are equal; 0: never."""
     service: ServiceConfig | None = None
-    """Where `python -m rewards.serve RECIPE` scores for this run; null: the reward is loaded by the run's workers."""
 
 
 @dataclass
@@ -62,7 +61,6 @@ class StagePartConfig:
     prompts: str = MISSING
     """JSONL file of prompts."""
     rewards: list[RewardConfig] = field(default_factory=list)
-    """What scores the samples; their weighted sum is trained on."""
 
 
 @dataclass
@@ -88,9 +86,7 @@ class ServedStage:
     prompts: str | None = None
     """JSONL file of prompts, on the first of which a reward is tried."""
     rewards: list[RewardConfig] = field(default_factory=list)
-    """Served, unless `--reward` names others."""
     parts: list[StagePartConfig] = field(default_factory=list)
-    """Of a joint stage, the tasks with their prompts and rewards."""
     steps: Any = None
     """Read by `rl.train`."""
     rehearsal: Any = None
@@ -112,7 +108,6 @@ class ServedEvaluation:
     open_ended: ClassVar[bool] = True
 
     tasks: list[ServedEvaluationTask] = field(default_factory=list)
-    """Held-out prompts of a task and the rewards that score them."""
 
 
 REST = ("name", "output_dir", "seed", "rollout", "learner", "resources", "checkpoint", "gallery")
@@ -124,9 +119,7 @@ class ServedRecipe:
     """What `rewards.serve` reads of a run's recipe."""
 
     model: ServedModel = field(default_factory=ServedModel)
-    """Size of the pictures."""
     stages: list[ServedStage] = field(default_factory=list)
-    """Stages of the run."""
     evaluation: ServedEvaluation = field(default_factory=ServedEvaluation)
     """Held-out evaluation of the run."""
 

@@ -20,6 +20,7 @@ import recipes
 from core.logs import start_logging
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError, read_recipe
+from core.recipe_help import add_help_config
 from rewards.base import RewardError, RewardSet, reward_label
 from rewards.recipe import REST, ServedRecipe, served_sets
 from rewards.service.wire import read_token
@@ -106,6 +107,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reward", action="append", default=[], metavar="LABEL", help="only this one (repeatable)"
     )
+    add_help_config(parser, ServedRecipe)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8100, help="0 picks a free one; it is printed")
     parser.add_argument(

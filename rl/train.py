@@ -9,6 +9,7 @@ from pathlib import Path
 
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
+from core.recipe_help import add_help_config
 from rl.loop.checkpoint import CheckpointError, check_same_recipe, find_checkpoint, read_state
 from rl.recipe.schema import RunConfig, load_config
 from rl.recipe.validate import broken_rules, find_problems
@@ -38,6 +39,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and print the plan; no Ray, no GPU"
     )
+    add_help_config(parser, RunConfig)
     parser.add_argument("--resume", default=None, metavar="auto|PATH", help="continue from a checkpoint")
     return parser.parse_intermixed_args(argv)
 

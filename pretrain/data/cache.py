@@ -22,6 +22,7 @@ from core.failures import DataError
 from core.logs import start_logging
 from core.progress import Progress
 from core.recipe import ConfigError, read_recipe
+from core.recipe_help import add_help_config
 from pretrain.data.config import DataConfig, DataRecipe, broken_data_rules
 from pretrain.data.encode import Broken, Job, ShardEncoder
 
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="YAML file with a data: section")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_help_config(parser, DataRecipe)
     parser.add_argument("--workers", type=int, default=1, help="processes, each with its own encoders")
     parser.add_argument(
         "--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th shard from the I-th"

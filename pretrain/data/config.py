@@ -99,7 +99,6 @@ class DataConfig:
     """What batches are made of, and how."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    """Collections of samples; those of a task are mixed by weight."""
     edit_share: Share = 0.5
     """Share of batches that are editing; batches alternate, they never mix tasks."""
     aspect_buckets: bool = True
@@ -120,7 +119,6 @@ class DataConfig:
     cache_dir: str = ""
     """Shared folder of the sources' indexes and of what is encoded ahead; not needed for `shapes` alone."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    """What is encoded ahead."""
     index_workers: Count = 4
     """Processes that index, when an index is missing or its files have changed."""
     workers: Count = 2
@@ -136,7 +134,6 @@ class DataRecipe:
     """The only section of a recipe that `pretrain.data.cache` reads."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """What batches are made of."""
 
 
 def data_problems(data: DataConfig) -> list[str]:

@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_recipe_arguments(
         parser,
         "recipes/pretrain_kontext_sd35m.yaml",
+        FlowRecipe,
         dry_run="check everything and print the plan; no Ray, no GPU",
         resume=True,
     )

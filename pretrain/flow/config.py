@@ -55,7 +55,6 @@ class ModelSection:
     conditioner: str | None = None
     """Folder that holds `conditioner/`; null starts fresh queries and a fresh connector."""
     connector: ConnectorSection = field(default_factory=ConnectorSection)
-    """Sizes of a fresh one."""
     position_mode: PositionMode = "flat"
     """How the VLM sees positions."""
     max_sequence_length: Count = 256
@@ -174,13 +173,9 @@ class FlowRecipe:
     stage: Literal["kontext", "align", "unified"] = MISSING
     """kontext: the transformer with its own text encoders; align, unified: prompts through VLM and conditioner."""
     model: ModelSection = field(default_factory=ModelSection)
-    """Where training starts."""
     train: TrainSection = field(default_factory=TrainSection)
-    """Which parts are trained."""
     references: ReferencesSection = field(default_factory=ReferencesSection)
-    """Where the reference of an edit goes."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What batches are made of."""
     steps: Count = MISSING
     """Length of the learning-rate schedule."""
     stop_step: AtLeast0 = 0
@@ -192,9 +187,7 @@ class FlowRecipe:
     timestep_shift: Positive = 3.0
     """Shift of the logit-normal(0, 1) noise levels."""
     optimization: OptimizationSection = field(default_factory=OptimizationSection)
-    """How weights move."""
     deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
-    """Memory against communication."""
     log_every: Count = 50
     """Steps between records of metrics.jsonl; each holds means since the one before."""
     save_every: Count = 1000
@@ -202,11 +195,9 @@ class FlowRecipe:
     keep_checkpoints: Count = 2
     """How many of the last ones are kept."""
     samples: SamplesSection = field(default_factory=SamplesSection)
-    """Pictures to look at."""
     export_dtype: ModelDtype = "bfloat16"
     """Type of the exported weights."""
     resources: ResourcesSection = field(default_factory=ResourcesSection)
-    """Ranks and their hardware."""
 
     @property
     def run_dir(self) -> Path:

@@ -1,36 +1,28 @@
-"""The keys of a train-prompt set: YAML over defaults, unknown keys refused, all problems reported at once."""
+"""The keys of a train-prompt set: YAML over defaults, all problems reported at once."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import random
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from annotated_types import Ge, Le
 
+from core.keys import AtLeast0, NonNegative, Seed, Whole
+from core.recipe import read_recipe, value_problems
 from core.seeds import derive_seed
 from rewards.geneval.detection import RELATIONS
 from rewards.geneval.names import CLASS_NAMES, COLORS
-from rewards.geneval.prompt_grammar import NUMBERS, WORDINGS
+from rewards.geneval.prompt_grammar import NUMBERS
 
 MAX_COUNT = len(NUMBERS) - 1
 """The rules keep 16 detections of a class, so a surplus over 15 is the last that can be seen."""
-
-
-class PromptConfigError(ValueError):
-    """A prompt configuration cannot be used; `problems` holds one line for each thing to mend."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__("\n".join(f"- {problem}" for problem in problems))
-        self.problems = problems
 
 
 @dataclass
@@ -39,103 +31,83 @@ class TagWeights:
     2025), which leaves out `single_object`: every prompt of it over GenEval's classes is a test prompt.
     """
 
-    single_object: float = 0.0
-    two_object: float = 1.0
-    counting: float = 5.0
-    colors: float = 1.0
-    position: float = 7.0
-    color_attr: float = 3.0
+    single_object: NonNegative = 0.0
+    """A photo of a bench."""
+    two_object: NonNegative = 1.0
+    """A bench and a bear."""
+    counting: NonNegative = 5.0
+    """Four benches."""
+    colors: NonNegative = 1.0
+    """A red bench."""
+    position: NonNegative = 7.0
+    """A bench left of a bear."""
+    color_attr: NonNegative = 3.0
+    """A red bench and a blue bear."""
 
 
 @dataclass
 class TrainPromptConfig:
-    """What prompts are made of; the defaults are what GenEval's own are made of.
-
-    `uncolored`: classes that never get a colour (GenEval colours no person). `counts`: the numbers asked for
-    by `counting`. `unseen_classes` are held out, or `unseen_count` classes chosen by `unseen_seed`. `wording`:
-    `geneval` (as the official prompts) or `english` (correct plurals); `plurals` (class -> plural) goes before
-    either. `repeats`: a tag whose prompts are used up starts over in a new order, instead of being an error.
-    """
+    """What prompts are made of; the defaults are what GenEval's own are made of."""
 
     classes: list[str] = field(default_factory=lambda: list(CLASS_NAMES))
+    """Objects that are asked for."""
     uncolored: list[str] = field(default_factory=lambda: ["person"])
+    """Classes that never get a colour (GenEval colours no person)."""
     colors: list[str] = field(default_factory=lambda: list(COLORS))
+    """Colours that are asked for."""
     relations: list[str] = field(default_factory=lambda: list(RELATIONS))
-    counts: list[int] = field(default_factory=lambda: [2, 3, 4])
+    """Positions that are asked for."""
+    counts: list[Annotated[Whole, Ge(2), Le(MAX_COUNT)]] = field(default_factory=lambda: [2, 3, 4])
+    """Numbers that `counting` asks for."""
     tag_weights: TagWeights = field(default_factory=TagWeights)
     unseen_classes: list[str] = field(default_factory=list)
-    unseen_count: int = 0
-    unseen_seed: int = 0
-    wording: str = "geneval"
+    """Classes that are held out, by name."""
+    unseen_count: AtLeast0 = 0
+    """Classes that are held out, by number."""
+    unseen_seed: Seed = 0
+    """What those are drawn from."""
+    wording: Literal["geneval", "english"] = "geneval"
+    """As the official prompts, or with correct plurals."""
     plurals: dict[str, str] = field(default_factory=dict)
+    """Plural of a class, before either wording."""
     repeats: bool = False
+    """A tag whose prompts are used up starts over in a new order, instead of being an error."""
 
 
 def load_config(path: str | Path | None) -> TrainPromptConfig:
-    """Read a YAML file over the defaults; without a file, the defaults.
-
-    Raises PromptConfigError with every problem found.
-    """
-    if path is None:
-        return TrainPromptConfig()
-    try:
-        loaded = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise PromptConfigError([f"{path}: cannot be read ({error})"]) from error
-    if not isinstance(loaded, DictConfig):
-        raise PromptConfigError(
-            [f"{path}: must be a mapping with keys {', '.join(_keys(TrainPromptConfig))}"]
-        )
-    problems = list(_unknown(map(str, loaded), _keys(TrainPromptConfig), "unknown key"))
-    weights = loaded.get("tag_weights")
-    if isinstance(weights, DictConfig):
-        problems += _unknown(map(str, weights), _keys(TagWeights), "tag_weights: unknown key")
-    elif "tag_weights" in loaded:
-        problems.append(f"tag_weights: {weights!r} is not a mapping of {', '.join(_keys(TagWeights))}")
-    if problems:
-        raise PromptConfigError(problems)
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainPromptConfig), loaded))
-    except OmegaConfBaseException as error:
-        key = f"key '{error.full_key}': " if getattr(error, "full_key", None) else ""
-        raise PromptConfigError([f"{path}: {key}{str(error).splitlines()[0]}"]) from error
-    assert isinstance(config, TrainPromptConfig)
-    problems = find_problems(config)
-    if problems:
-        raise PromptConfigError(problems)
-    return config
+    """Read a YAML file over the defaults; without a file, the defaults. Raises ConfigError with every problem found."""
+    return (
+        TrainPromptConfig() if path is None else read_recipe(path, [], TrainPromptConfig, rules=_broken_rules)
+    )
 
 
 def find_problems(config: TrainPromptConfig) -> list[str]:
-    """Every rule that the values break; empty when prompts can be made of them."""
-    problems = list(_unknown([config.wording], WORDINGS, "wording: unknown name"))
-    problems += _unknown(config.colors, COLORS, "colors: unknown name")
-    problems += _unknown(config.relations, RELATIONS, "relations: unknown name")
-    problems += _unknown(config.unseen_classes, config.classes, "unseen_classes: unknown name")
+    """Every value and every rule that cannot be; empty when prompts can be made of them."""
+    return value_problems(config) + _broken_rules(config)
+
+
+def _broken_rules(config: TrainPromptConfig) -> list[str]:
+    problems = [
+        *_unknown(config.colors, COLORS, "colors"),
+        *_unknown(config.relations, RELATIONS, "relations"),
+    ]
+    problems += _unknown(config.unseen_classes, config.classes, "unseen_classes")
     # The default of `uncolored` names a class that a list of one's own may lack.
     names = [*config.classes, *CLASS_NAMES]
-    problems += _unknown(config.uncolored, names, "uncolored: unknown name")
-    problems += _unknown(config.plurals, names, "plurals: unknown name")
+    problems += [*_unknown(config.uncolored, names, "uncolored"), *_unknown(config.plurals, names, "plurals")]
     for key in ("classes", "colors", "relations", "counts", "unseen_classes"):
         values = [normalized(str(value)) for value in getattr(config, key)]
         problems += [
             f"{key}: {v!r} is there twice" for v in sorted({v for v in values if values.count(v) > 1})
         ]
         problems += [f"{key}: an entry holds no word"] if "" in values else []
-    problems += [f"counts: {n} is not in 2..{MAX_COUNT}" for n in config.counts if not 2 <= n <= MAX_COUNT]
-    if not 0 <= config.unseen_count <= len(config.classes):
+    if config.unseen_count > len(config.classes):
         problems.append(
             f"unseen_count: {config.unseen_count} is not in 0..{len(config.classes)}, the classes"
         )
     if config.unseen_classes and config.unseen_count:
         problems.append("unseen_classes and unseen_count: give the list or the number, not both")
-    weights = dataclasses.asdict(config.tag_weights)
-    problems += [
-        f"tag_weights.{tag}: {weight} is not a number of at least 0"
-        for tag, weight in weights.items()
-        if not (math.isfinite(weight) and weight >= 0)
-    ]
-    if not any(weights.values()):
+    if not any(dataclasses.asdict(config.tag_weights).values()):
         problems.append("tag_weights: all are 0; give at least one tag some")
     return problems
 
@@ -165,11 +137,7 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"known: {', '.join(known)}" if len(known) <= 12 else f"it is none of the {len(known)} known"
 
 
-def _keys(schema: type) -> list[str]:
-    return [item.name for item in dataclasses.fields(schema)]
-
-
-def _unknown(names: Iterable[str], known: Collection[str], what: str) -> Iterator[str]:
+def _unknown(names: Iterable[str], known: Collection[str], key: str) -> Iterator[str]:
     for name in names:
         if name not in known:
-            yield f"{what} '{name}': {nearest(name, known)}"
+            yield f"{key}: unknown name '{name}': {nearest(name, known)}"

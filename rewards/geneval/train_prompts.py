@@ -29,10 +29,11 @@ from typing import Any, TypeAlias
 
 from core.files import atomic_write_text
 from core.prompts import load_prompts
+from core.recipe import ConfigError
+from core.recipe_help import add_help_config
 from core.seeds import derive_seed
 from rewards.geneval.names import CLASS_NAMES
 from rewards.geneval.prompt_config import (
-    PromptConfigError,
     TrainPromptConfig,
     load_config,
     nearest,
@@ -239,6 +240,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write train prompts in GenEval's format, with the given test sets left out."
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl", help="the file to write")
     parser.add_argument("--num", required=True, type=int, help="how many prompts")
+    add_help_config(parser, TrainPromptConfig)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same file (default: 0)")
     parser.add_argument(
         "--config", metavar="YAML", help="keys of TrainPromptConfig in rewards/geneval/prompt_config.py"
@@ -286,7 +288,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.output.resolve() in [path.resolve() for path in arguments.exclude]:
         problems.append(f"--output: {arguments.output} is also a test set, which it would replace")
     if problems:
-        raise PromptConfigError(problems)
+        raise ConfigError(problems)
 
 
 def _warn(config: TrainPromptConfig, arguments: argparse.Namespace) -> None:

@@ -73,7 +73,6 @@ class ModelConfig:
     compile: bool = False
     """Compile the transformer's blocks in rollout workers and learner; wants `learner.old_log_prob: replay`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapters."""
 
 
 @dataclass
@@ -171,7 +170,6 @@ class LearnerConfig:
     drop_last_steps: AtLeast0 = 1
     """Last steps that are not trained, whose log-probability is at the mercy of rounding."""
     ema: EmaConfig = field(default_factory=EmaConfig)
-    """The average that is shipped."""
 
 
 @dataclass
@@ -199,11 +197,8 @@ class StageConfig:
     steps: Count = MISSING
     """Rollout steps."""
     rewards: list[RewardConfig] = field(default_factory=list)
-    """What scores the samples; their weighted sum is trained on."""
     parts: list[StagePartConfig] = field(default_factory=list)
-    """Of a joint stage, the tasks with prompts and rewards of their own."""
     rehearsal: RehearsalConfig | None = None
-    """What is rehearsed meanwhile; null: nothing."""
 
 
 @dataclass
@@ -217,7 +212,6 @@ class EvaluationTaskConfig:
     num_prompts: AtLeast2 = 512
     """How many of them, from the first."""
     rewards: list[RewardConfig] = field(default_factory=list)
-    """What scores the pictures."""
 
 
 @dataclass
@@ -225,7 +219,6 @@ class EvaluationConfig:
     """ODE sampling on held-out prompts before, between and after the stages, paired by prompt and seed."""
 
     tasks: list[EvaluationTaskConfig] = field(default_factory=list)
-    """What is evaluated, a task each."""
     num_steps: Count = 28
     """Denoising steps."""
     guidance_scale: NonNegative = 4.5
@@ -311,21 +304,13 @@ class RunConfig:
     seed: Seed = 0
     """What prompts, noise and fresh weights are drawn from."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """How samples are drawn."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
-    """How the policy learns from them."""
     stages: list[StageConfig] = field(default_factory=list)
-    """What is trained, one stage after the other."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """What progress is measured on."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
-    """Processes and their hardware."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What a run is resumed from."""
     gallery: GalleryConfig = field(default_factory=GalleryConfig)
-    """Pictures to look at."""
 
 
 def load_config(

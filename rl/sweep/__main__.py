@@ -29,7 +29,8 @@ from pathlib import Path
 from core.files import atomic_write_json, atomic_write_text
 from core.logs import start_logging
 from core.recipe import ConfigError
-from rl.sweep.config import SweepConfig, load_sweep, row_recipe, run_name
+from core.recipe_help import add_help_config
+from rl.sweep.config import SweepConfig, SweepFile, load_sweep, row_recipe, run_name
 from rl.sweep.table import collect_rows, table_document, table_markdown
 
 log = logging.getLogger("rl.sweep")
@@ -74,6 +75,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", help="key=value of the recipe, for every row; values.NAME=... of the grid"
     )
+    add_help_config(parser, SweepFile)
     parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the grid's seeds")
     parser.add_argument("--output-dir", metavar="DIR", help="instead of the grid's output_dir")

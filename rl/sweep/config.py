@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from omegaconf import DictConfig, OmegaConf
+from annotated_types import MinLen
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 import recipes
-from core.recipe import ConfigError, read_recipe, to_yaml
+from core.keys import Count, FolderName, Positive, Seed
+from core.recipe import ConfigError, read_recipe, to_yaml, value_problems
 from rl.recipe.schema import load_config
 
 _VALUE = "values."
@@ -19,15 +21,18 @@ _VALUE = "values."
 
 @dataclass
 class SweepRow:
-    """One row of the table: `changes` to the recipe, nothing but the `untrained` model, or what another row's run was
-    at a `moment` (`after_<stage>`), which costs no run of its own.
-    """
+    """One row of the table: a changed recipe, the untrained model, or what another row's run was half-way."""
 
-    name: str = "???"
+    name: str = MISSING
+    """What the row is called; its runs are `NAME-seedK`."""
     changes: dict[str, Any] = field(default_factory=dict)
+    """Keys of the recipe with this row's values; lists are replaced whole."""
     untrained: bool = False
+    """Nothing but the model before any training."""
     of: str | None = None
+    """The row whose run this one is read from, which costs no run of its own."""
     moment: str | None = None
+    """Of that run: `after_<stage>`."""
 
     @property
     def trains(self) -> bool:
@@ -37,18 +42,24 @@ class SweepRow:
 
 @dataclass
 class SweepFile:
-    """A grid file. `timeout_s` limits one run, `parallel` says how many are under way at once, `changes` hold for
-    every row, and `values` are what the rest of the file may name as `${values.NAME}`, to be set on the command line.
-    """
+    """A grid file."""
 
-    name: str = "???"
-    recipe: str = "???"
+    name: FolderName = MISSING
+    """What the grid, and its folder in `output_dir`, is called."""
+    recipe: str = MISSING
+    """The recipe that rows change, relative to the grid's own folder."""
     output_dir: str = "runs"
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    timeout_s: float = 7 * 86400.0
-    parallel: int = 1
+    """Folder of grids."""
+    seeds: Annotated[list[Seed], MinLen(1)] = field(default_factory=lambda: [0, 1, 2])
+    """A run of each row for each."""
+    timeout_s: Positive = 7 * 86400.0
+    """Time limit of one run, in seconds."""
+    parallel: Count = 1
+    """Runs under way at once."""
     values: dict[str, Any] = field(default_factory=dict)
+    """What the rest of the file may name as `${values.NAME}`, to be set on the command line."""
     changes: dict[str, Any] = field(default_factory=dict)
+    """Keys of the recipe with their values in every row."""
     rows: list[SweepRow] = field(default_factory=list)
 
 
@@ -96,10 +107,10 @@ def load_sweep(
     """
     path = recipes.resolve(grid)
     values = [item for item in overrides if item.startswith(_VALUE)]
-    found = read_recipe(path, values, SweepFile)
+    found = read_recipe(path, values, SweepFile, defer_values=True)
     given = {"seeds": seeds or None, "parallel": parallel, "output_dir": output_dir}
     found = replace(found, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
-    problems = [*_unknown_values(path, values), *_row_problems(found, only or [])]
+    problems = [*_unknown_values(path, values), *value_problems(found), *_row_problems(found, only or [])]
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     rows = tuple(row for row in found.rows if only is None or row.name in only)
@@ -143,10 +154,6 @@ def _row_problems(found: SweepFile, only: list[str]) -> Iterator[str]:
             yield f"no row is named {name!r}; rows are {names}"
     if not trained:
         yield "rows is empty; name at least one that trains"
-    if not found.seeds:
-        yield "seeds is empty; give at least one"
-    if found.parallel < 1:
-        yield f"parallel={found.parallel} must be at least 1"
     for row in found.rows:
         if (row.of is None) != (row.moment is None):
             yield f"row {row.name!r}: of and moment belong together; give both or neither"

@@ -30,6 +30,7 @@ from rewards.editreward.data.generate_config import (
     Header,
     load_section,
     section_problems,
+    section_recipe,
 )
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
 
@@ -45,7 +46,8 @@ SHAPING = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe with a section `generate`, overrides, and the dry run."""
     dry_run = "check and print the plan; no Ray, no GPU"
-    add_recipe_arguments(parser, "recipes/editreward_generate.yaml", dry_run=dry_run)
+    schema = section_recipe("generate", GenerateSection)
+    add_recipe_arguments(parser, "recipes/editreward_generate.yaml", schema, dry_run=dry_run)
 
 
 def run(arguments: argparse.Namespace) -> int:

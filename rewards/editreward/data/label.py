@@ -24,7 +24,8 @@ import recipes
 from core.command_line import add_recipe_arguments
 from core.files import atomic_write_json
 from core.recipe import ConfigError
-from rewards.editreward.data.generate_config import Header, load_section
+from rewards.editreward.config import Header
+from rewards.editreward.data.generate_config import load_section, section_recipe
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
 from rewards.editreward.data.label_config import (
     LabelSection,
@@ -58,7 +59,8 @@ NAMED = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe with a section `label`, overrides, and the dry run."""
     dry_run = "check and print the cost; asks nobody anything"
-    add_recipe_arguments(parser, "recipes/editreward_label.yaml", dry_run=dry_run)
+    schema = section_recipe("label", LabelSection)
+    add_recipe_arguments(parser, "recipes/editreward_label.yaml", schema, dry_run=dry_run)
 
 
 def run(arguments: argparse.Namespace) -> int:

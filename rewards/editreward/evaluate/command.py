@@ -52,7 +52,7 @@ REFUSALS = (ValueError,)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe that trained, the model, and what to compare it with."""
-    add_recipe_arguments(parser, "recipes/editreward.yaml")
+    add_recipe_arguments(parser, "recipes/editreward.yaml", Recipe)
     parser.add_argument("--model", type=Path, help="exported folder; default: model/ in the run's folder")
     out = "folder to write; default: evaluation-SPLIT/ beside the model"
     parser.add_argument("--out", type=Path, help=out)

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(
         parser,
         "recipes/editreward.yaml",
+        Recipe,
         dry_run="check and print memory and speed; no Ray, no GPU",
         resume=True,
     )

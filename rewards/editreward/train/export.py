@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import recipes
 from core.command_line import add_recipe_arguments
 from core.files import atomic_write_json, atomic_write_text, publish_folder, verify_folder
+from rewards.editreward.config import Recipe
 from rewards.editreward.model_folder import ARCHITECTURE, MODEL
 from rewards.editreward.settings import FILE, EditRewardSettings, load_settings
 from rewards.editreward.validate import load_recipe
@@ -32,7 +33,7 @@ SHARD_SIZE = "5GB"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe that trained, and where to read and write."""
-    add_recipe_arguments(parser, "recipes/editreward.yaml")
+    add_recipe_arguments(parser, "recipes/editreward.yaml", Recipe)
     parser.add_argument("--checkpoint", type=Path, help="folder under best/; default: the run's best")
     parser.add_argument(
         "--out", type=Path, help=f"model folder to write; default: {MODEL}/ in the run's folder"

@@ -75,7 +75,6 @@ class VaeRecipe(Recipe):
     """The VAE, on drawn scenes."""
 
     model: VaeModel = field(default_factory=VaeModel)
-    """Its sizes."""
     l1_weight: NonNegative = 1.0
     """Weight of the absolute error beside the squared error (which weighs 1)."""
     kl_weight: NonNegative = 1e-3
@@ -113,7 +112,6 @@ class TextRecipe(Recipe):
     """The text encoders, trained against a picture encoder that is thrown away."""
 
     model: TextModel = field(default_factory=TextModel)
-    """Their sizes."""
     vocabulary_captions: Count = 20000
     """Captions and instructions, each, from which the tokenizers are made."""
     vision_width: Count = 32
@@ -161,7 +159,6 @@ class KontextRecipe(Recipe):
     """The transformer, by flow matching on text-to-image and editing."""
 
     model: TransformerModel = field(default_factory=TransformerModel)
-    """Its sizes."""
     vae: str = MISSING
     """Folder that holds `vae/`."""
     text: str = MISSING
@@ -217,7 +214,6 @@ class VisionRecipe(Recipe):
     """The vision tower of the VLM."""
 
     model: VisionModel = field(default_factory=VisionModel)
-    """Its sizes."""
     disturbance: Disturbance = field(default_factory=Disturbance)
     """What is done to pictures."""
     probe_pictures: Count = 2000
@@ -243,7 +239,6 @@ class VlmRecipe(Recipe):
     """The language model that answers questions about pictures."""
 
     model: VlmModel = field(default_factory=VlmModel)
-    """Its sizes."""
     vision: str = MISSING
     """Folder that holds `visual/`, the trained tower; it stays as it is."""
     disturbance: Disturbance = field(default_factory=Disturbance)

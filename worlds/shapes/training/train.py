@@ -11,7 +11,13 @@ import torch
 
 from core.logs import start_logging
 from core.recipe import ConfigError
-from worlds.shapes.training.config import KontextRecipe, Recipe, load_recipe
+from core.recipe_help import add_help_config
+from worlds.shapes.training.config import (
+    RECIPES,
+    KontextRecipe,
+    Recipe,
+    load_recipe,
+)
 from worlds.shapes.training.kontext import KontextStage, ScoreTargets
 from worlds.shapes.training.loop import EndRule, Stage, TrainingLoop
 from worlds.shapes.training.text import TextStage
@@ -43,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="YAML file, see recipes/shapes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_help_config(parser, {f"stage {name}": schema for name, schema in RECIPES.items()})
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
     options = parser.parse_intermixed_args(arguments)
     start_logging()
