@@ -134,6 +134,12 @@ class BatchOrder:
                 )  # fmt: skip
             key = mixed(self._seed, _SOURCES, number, int(bucket))
             self._source_cycle[task, int(bucket)] = Cycle(mass[bucket], key)
+        cycles = [self._source_cycle[task, int(bucket)] for bucket in np.flatnonzero(by_bucket.slots)]
+        for source in np.flatnonzero(mass.sum(axis=0)):
+            if not any(cycle.slots[source] for cycle in cycles):
+                log.warning(
+                    "data.sources[%d]: its weight is too small to be drawn even once in a cycle", source
+                )
 
 
 class Cycle:

@@ -78,12 +78,12 @@ def load(settings: DetectorSettings, device: torch.device) -> Mask2Former:
     path = Path(settings.checkpoint)
     _import_mmdet()
     weights, meta = read_checkpoint(path, trust=settings.trust_checkpoint)
-    model, config, ops = build_model(settings)
-    load_strictly(model, weights, path)
     names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES") or ()
     problems = class_order_problems(dict(enumerate(names)))
     if problems:
         raise FatalRewardError(f"checkpoint {path}: not COCO's order of classes: {'; '.join(problems[:3])}")
+    model, config, ops = build_model(settings)
+    load_strictly(model, weights, path)
     label = describe(settings, device, ops, weights_sha256(path))
     logger.info("geneval detector: %s, checkpoint %s", label, path)
     return Mask2Former(model.to(device), config, settings, label)
@@ -96,7 +96,7 @@ def build_model(settings: DetectorSettings) -> tuple[Any, Any, str]:
     FatalRewardError when mmdet cannot be imported or the config cannot be built.
     """
     mmdet, ops = _import_mmdet()
-    path = Path(settings.config) if settings.config else _published_config(mmdet.__path__)
+    path = Path(settings.config) if settings.config else published_config(mmdet.__path__)
     from mmdet.registry import MODELS
     from mmengine.config import Config
 
@@ -133,7 +133,7 @@ def describe(settings: DetectorSettings, device: torch.device, ops: str, sha256:
     )
 
 
-def _published_config(places: Iterable[str]) -> Path:
+def published_config(places: Iterable[str]) -> Path:
     """mmdet's wheel keeps its configs under `.mim`; a source checkout beside the package."""
     for place in places:
         for folder in (Path(place) / ".mim", Path(place).parent):

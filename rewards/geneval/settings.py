@@ -43,7 +43,7 @@ class DetectorSettings:
     trust_checkpoint: bool = False
 
     def problems(self) -> list[str]:
-        """Every wrong value, as a sentence that names the key and the way out."""
+        """Every wrong value, as a sentence that names the key and the remedy."""
         if self.backend not in BACKENDS:
             return [f"detector is {self.backend!r}; choose one of {', '.join(BACKENDS)}"]
         found = []

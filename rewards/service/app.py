@@ -54,6 +54,7 @@ def build_app(rewards: Sequence[HostedReward], settings: ServiceSettings) -> Fas
         ("/v1/score/{label}", "POST", service.score),
     ):
         app.add_api_route(path, handler, methods=[method], response_model=None)
+    app.add_exception_handler(Fault, _answer)
     return app
 
 
@@ -70,23 +71,21 @@ class RewardService:
         return JSONResponse({"status": "alive"})
 
     async def readyz(self, request: Request) -> Response:
-        """200 once every reward has passed its trial, else 503; the reasons are told to who has the token."""
+        """200 once every reward has passed its trial, else 503; the reasons go to who has the token."""
         reasons = {label: reward.problems for label, reward in self._rewards.items() if reward.problems}
         if not reasons:
             return JSONResponse({"ready": True})
-        told: Any = reasons if self._authorized(request) else sorted(reasons)
-        return JSONResponse({"ready": False, "not_ready": told}, 503)
+        shown: Any = reasons if self._authorized(request) else sorted(reasons)
+        return JSONResponse({"ready": False, "not_ready": shown}, 503)
 
     async def metrics_text(self, request: Request) -> Response:
         """Prometheus' text format."""
-        if not self._authorized(request):
-            return _response(_unauthorized())
+        self._authorize(request)
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def list_rewards(self, request: Request) -> Response:
         """What is served, by label: its name, params and their hash, file and sha256, and whether it is ready."""
-        if not self._authorized(request):
-            return _response(_unauthorized())
+        self._authorize(request)
         listed = {label: _describe(reward) for label, reward in self._rewards.items()}
         return JSONResponse({"rewards": listed, "max_request_bytes": self._settings.max_request_bytes})
 
@@ -96,8 +95,7 @@ class RewardService:
         self._metrics.requests.labels(known).inc()
         with self._metrics.in_flight.labels(known).track_inprogress():
             try:
-                if not self._authorized(request):
-                    raise _unauthorized()
+                self._authorize(request)
                 return JSONResponse(await self._score(label, request))
             except asyncio.CancelledError:  # the grace period after SIGTERM is over
                 fault = Fault(Cause.UNAVAILABLE, "the service is stopping", 1.0)
@@ -107,7 +105,7 @@ class RewardService:
                 fault = error
         logger.warning("reward %s: not scored (%s): %s", known or "unknown", fault.cause.value, fault)
         self._metrics.failures.labels(known, fault.cause.value).inc()
-        return _response(fault)
+        return await _answer(request, fault)
 
     async def _score(self, label: str, request: Request) -> dict[str, Any]:
         reward = self._rewards.get(label)
@@ -137,6 +135,10 @@ class RewardService:
             "sha256": reward.loaded.source.sha256,
         }
 
+    def _authorize(self, request: Request) -> None:
+        if not self._authorized(request):
+            raise Fault(Cause.UNAUTHORIZED, "the bearer token is missing or wrong")
+
     def _authorized(self, request: Request) -> bool:
         if self._settings.token_env is None:
             return True
@@ -145,12 +147,8 @@ class RewardService:
         return hmac.compare_digest(given.encode(), expected.encode())
 
 
-def _response(fault: Fault) -> Response:
+async def _answer(_: Request, fault: Any) -> Response:
     return JSONResponse(fault.content(), fault.status, fault.headers())
-
-
-def _unauthorized() -> Fault:
-    return Fault(Cause.UNAUTHORIZED, "the bearer token is missing or wrong")
 
 
 def _describe(reward: HostedReward) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from transformers import (
 
 from rewards.geneval.clip_colors import TEMPLATES
 from rewards.geneval.lab_colors import SRGB
-from rewards.geneval.mask2former import build_model
+from rewards.geneval.mask2former import build_model, published_config
+from rewards.geneval.mmcv_ops import prepare_ops
 from rewards.geneval.names import COLORS
 from rewards.geneval.settings import DetectorSettings
 from worlds.shapes.scenes.world import COLORS as SHAPE_COLORS
@@ -35,13 +36,53 @@ RIDGE = 0.3
 def save_swin_s(path: Path, *, seed: int = 0) -> Path:
     """The published Swin-S Mask2Former with random weights, saved as mmengine saves; surer than random of its
     classes, so that scores spread over [0, 1]."""
+    _save_mmdet(path, DetectorSettings(), seed)
+    return path
+
+
+def _save_mmdet(path: Path, settings: DetectorSettings, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, _, _ = build_model(DetectorSettings())
+        model, _, _ = build_model(settings)
     with torch.no_grad():
         model.panoptic_head.cls_embed.weight.mul_(60)
     torch.save({"meta": {"epoch": 50}, "state_dict": model.state_dict()}, path)
-    return path
+
+
+TINY_MMDET = """
+_base_ = ["{published}"]
+_attention = dict(embed_dims=32, num_heads=4)
+_ffn = dict(embed_dims=32, feedforward_channels=64)
+model = dict(
+    backbone=dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4]),
+    panoptic_head=dict(
+        in_channels=[16, 32, 64, 128],
+        feat_channels=32,
+        out_channels=32,
+        positional_encoding=dict(num_feats=16),
+        pixel_decoder=dict(
+            positional_encoding=dict(num_feats=16),
+            encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=_attention, ffn_cfg=_ffn)),
+        ),
+        transformer_decoder=dict(
+            num_layers=2,
+            layer_cfg=dict(self_attn_cfg=_attention, cross_attn_cfg=_attention, ffn_cfg=_ffn),
+        ),
+    ),
+)
+"""
+
+
+def save_tiny_mmdet(folder: Path) -> DetectorSettings:
+    """The published config with a hundredth of the weights, saved as `save_swin_s` does; at the scale SMALL."""
+    prepare_ops()
+    import mmdet
+
+    config = folder / "tiny.py"
+    config.write_text(TINY_MMDET.format(published=published_config(mmdet.__path__)))
+    settings = DetectorSettings(config=str(config), checkpoint=str(folder / "tiny.pth"), scale=SMALL)
+    _save_mmdet(folder / "tiny.pth", settings, seed=0)
+    return settings
 
 
 def save_tiny_hub(folder: Path, *, classes: int = 80, seed: int = 0) -> Path:

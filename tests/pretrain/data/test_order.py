@@ -124,6 +124,13 @@ def test_weights_are_shares_of_samples_whatever_the_sizes_of_sources():
     assert counts[2] == 0
 
 
+def test_a_source_too_small_for_its_cycle_is_left_out_aloud(caplog):
+    square = Sizes(*[(64, 64)] * 3)
+    order = order_of(("t2i", 1, square), ("t2i", 1e-5, square), ("t2i", 1 / 4096, square))
+    assert {draw.source for step in range(CYCLE_LENGTH) for draw in draws(order, step)} == {0, 2}
+    assert [record.args for record in caplog.records] == [(1,)]
+
+
 def test_order_depends_on_the_seed():
     sizes = Sizes(*[(64, 64)] * 50)
     first, second = order_of(("t2i", 1, sizes)), order_of(("t2i", 1, sizes), seed=1)

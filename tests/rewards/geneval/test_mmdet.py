@@ -1,4 +1,4 @@
-"""Backend mask2former: real mmdet classes and the published Swin-S config, random weights, small scale."""
+"""Backend mask2former: real mmdet classes, the published Swin-S config or a thin one, random weights, small scale."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from rewards.geneval.mask2former import Mask2Former, build_model, describe, load
 from rewards.geneval.mmcv_ops import has_compiled_ops, prepare_ops
 from rewards.geneval.names import CLASS_NAMES, class_order_problems
 from rewards.geneval.settings import DetectorSettings
-from tests.fakes.tiny_detectors import SMALL, noise
+from tests.fakes.tiny_detectors import SMALL, noise, save_tiny_mmdet
 
 CPU = torch.device("cpu")
 OBJECT_NAMES = Path(__file__).parents[2] / "data" / "geneval" / "object_names.txt"
@@ -27,8 +27,21 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def detector(swin_s) -> Mask2Former:
-    return load(DetectorSettings(checkpoint=str(swin_s), scale=SMALL), CPU)
+def tiny(tmp_path_factory) -> DetectorSettings:
+    return save_tiny_mmdet(tmp_path_factory.mktemp("mmdet"))
+
+
+@pytest.fixture(scope="module")
+def detector(tiny) -> Mask2Former:
+    return load(tiny, CPU)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _every_mask():
+    """Masks also of objects that cannot count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rewards.geneval.instances.SCORE_THRESHOLD", -1.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +90,12 @@ def test_a_batch_of_four_is_four_singles(detector, pictures, together):
         assert_same(detector.detect([picture])[0], found, tolerance=1e-4)
 
 
-def test_scores_boxes_and_masks_are_those_of_mmdet_s_own_inference(detector, pictures, together):
+def test_scores_boxes_and_masks_are_those_of_mmdet_s_own_inference(tiny, detector, pictures, together):
     """`inference_detector` goes image by image from a file's array; it is told the same scale."""
     from mmdet.apis import inference_detector
     from mmdet.utils import get_test_pipeline_cfg
 
-    model, config, _ = build_model(DetectorSettings())
+    model, config, _ = build_model(tiny)
     assert "http" not in str(config.model), "nothing is left that could be downloaded"
     model.load_state_dict(detector._model.state_dict())
     for step in get_test_pipeline_cfg(config):
@@ -131,7 +144,8 @@ def test_the_network_sees_red_first(detector):
     assert torch.allclose(seen[0].mean((1, 2)), torch.tensor(expected), atol=1e-4)
 
 
-def test_the_label_says_what_scored(detector, swin_s):
+def test_the_label_says_what_scored(swin_s):
+    detector = load(DetectorSettings(checkpoint=str(swin_s), scale=SMALL), CPU)
     assert detector.scoring == "mmdet-160x128"
     assert hashlib.sha256(swin_s.read_bytes()).hexdigest() in detector.label
     assert "(not the published ones)" in detector.label
@@ -142,8 +156,8 @@ def test_the_label_says_what_scored(detector, swin_s):
 
 
 @pytest.mark.parametrize("suffix", ["plain.pth", "mmengine.pth", "weights.safetensors"])
-def test_checkpoints_load_back_safely(swin_s, tmp_path, suffix):
-    weights, _ = read_checkpoint(swin_s, trust=False)
+def test_checkpoints_load_back_safely(tiny, tmp_path, suffix):
+    weights, _ = read_checkpoint(Path(tiny.checkpoint), trust=False)
     path = tmp_path / suffix
     if suffix.startswith("weights"):
         save_file(weights, path)
@@ -213,9 +227,9 @@ def test_keys_are_checked_one_for_one():
         load_strictly(model, {"layers.0.attentions.0.weight": torch.zeros(1)}, Path("w.pth"))
 
 
-def test_other_classes_and_broken_configs_are_refused(detector, swin_s, tmp_path):
+def test_other_classes_and_broken_configs_are_refused(tiny, tmp_path):
     path = tmp_path / "renamed.pth"
-    content = torch.load(swin_s, weights_only=True)
+    content = torch.load(tiny.checkpoint, weights_only=True)
     content["meta"]["dataset_meta"] = {"classes": ["bicycle", "person", *CLASS_NAMES[2:]]}
     torch.save(content, path)
     with pytest.raises(FatalRewardError, match="class 0 is called 'bicycle', which is COCO's class 1"):
@@ -224,7 +238,7 @@ def test_other_classes_and_broken_configs_are_refused(detector, swin_s, tmp_path
 
     panoptic = "mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco-panoptic.py"
     config = next(Path(places[0]).rglob(panoptic))
-    settings = DetectorSettings(checkpoint=str(swin_s), config=str(config))
+    settings = DetectorSettings(checkpoint=tiny.checkpoint, config=str(config))
     with pytest.raises(FatalRewardError, match="does not fit the model"):
         load(settings, CPU)
     model, own, _ = build_model(settings)
