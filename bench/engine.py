@@ -24,6 +24,7 @@ from models.flops import Tokens, rollout_flops, update_flops
 from models.kontext import KontextTransformer
 from models.lora.attach import attach_lora, use_adapter
 from models.lora.targets import DEFAULT_TARGETS
+from models.sampling import sigma_table
 from rl.learner.grpo import gaussian_kl, grpo_loss
 from rollout.sampler import (
     Conditioning,
@@ -32,7 +33,6 @@ from rollout.sampler import (
     Trajectory,
     replay_step,
     sample_trajectories,
-    sigma_table,
 )
 
 _CLIP_RANGE, _KL_BETA, _LEARNING_RATE, _MAX_GRAD_NORM = 1e-4, 0.04, 3e-4, 1.0

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.sizes import SIZES, fill, transformer_config
-from models.components import TOKENIZERS, load_tokenizer, save_component
+from models.components import load_tokenizer, save_component
+from models.folders import TOKENIZERS
 
 TOKENIZER_SOURCE = Path(__file__).resolve().parents[1] / "recipes" / "shapes" / "base"
 TOKENIZER_LENGTHS = (77, 77, 256)

@@ -19,11 +19,12 @@ from models.lora.attach import Adapter, adapter_parameters, hash_state, use_adap
 from models.lora.files import read_adapter
 from rewards.worker import RewardScorer
 from rl.loop.advantages import group_advantages
-from rl.loop.cluster import encoder_spec, replica_spec, training_spec
-from rl.loop.stage_parts import stage_parts
-from rl.loop.turns import Turns
-from rl.recipe.preflight import part_reward_set, stage_set_name
+from rl.loop.cluster import training_spec
+from rl.loop.schedule import StageSchedule
+from rl.recipe.reward_sets import part_reward_set
 from rl.recipe.schema import RunConfig
+from rl.recipe.stage_parts import stage_parts
+from rl.workers.start import encoder_spec, replica_spec
 from rollout.encoder import Encoder
 from rollout.engine import ROLLOUT_ADAPTER, RolloutEngine, SampleRequest
 from rollout.prompts import PromptGroup
@@ -74,12 +75,12 @@ class SignalBench:
         if stage is not None and stage not in names:
             raise SystemExit(f"--stage {stage}: the recipe has {', '.join(names)}")
         self.config, self.stage = config, config.stages[names.index(stage) if stage else 0]
-        self.turns = Turns(self.stage, config)
-        self.engine = RolloutEngine(replica_spec(config))
+        self.schedule = StageSchedule(self.stage, config)
+        self.engine = RolloutEngine(replica_spec(config.model, config.resources))
         if adapter is not None:
             state, _ = read_adapter(adapter)
             self.engine.load_adapter(Adapter(0, hash_state(state), state))
-        self.encoder = Encoder(encoder_spec(config))
+        self.encoder = Encoder(encoder_spec(config.model, config.resources, config.rollout.negative_prompt))
         self.negative = self.encoder.encode_text(config.rollout.negative_prompt)
         self.scorer = RewardScorer(
             [part_reward_set(part, [], config) for part in stage_parts(self.stage)],
@@ -101,8 +102,8 @@ class SignalBench:
         found: list[_Group] = []
         while len(found) < count:
             rollout = len(found) // self.config.rollout.prompts_per_rollout
-            label = stage_set_name(self.turns.of(rollout).part.label)
-            for group in self.turns.groups(rollout)[: count - len(found)]:
+            label = self.schedule.part(rollout).reward_set
+            for group in self.schedule.groups(rollout)[: count - len(found)]:
                 found.append(self._group(group, label, spec, step))
         return found
 

@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -67,6 +69,17 @@ def folder_manifest(folder: str | Path) -> dict[str, str]:
         raise NotADirectoryError(f"{folder} is not a folder, so it has no manifest")
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: file_sha256(folder / name) for name in files if name != COMPLETE}
+
+
+@contextmanager
+def new_folder(final: str | Path) -> Iterator[Path]:
+    """A folder to fill under a temporary name beside `final`; `publish_folder` makes it `final` when the block ends."""
+    final = Path(final)
+    tmp = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    yield tmp
+    publish_folder(tmp, final)
 
 
 def publish_folder(tmp: str | Path, final: str | Path) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 
 def start_logging() -> None:
@@ -17,3 +19,19 @@ def start_logging() -> None:
 def submitted_job() -> bool:
     """Whether this process is the entry point of `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def relative_path_problems(paths: Mapping[str, str | Path | None]) -> list[str]:
+    """One line for each relative path under a submitted job: its driver runs in a temporary copy of the working
+    directory, where results would be lost, and which other nodes do not see.
+
+    paths: what messages begin with, such as `output_dir='runs'`, and the path; None is left out.
+    """
+    if not submitted_job():
+        return []
+    return [
+        f"{named} is relative, and a submitted job runs in a temporary copy of the working directory; give an absolute "
+        "path that every node sees"
+        for named, path in paths.items()
+        if path is not None and not Path(path).is_absolute()
+    ]

@@ -6,14 +6,13 @@
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from core.files import atomic_write_json
-from core.records import append_records, open_records, read_records
+from core.records import read_records
 
 SPANS_FILE = "spans.jsonl"
 
@@ -44,8 +43,8 @@ class Span:
 
 
 @contextmanager
-def timed(spans: list[Span], name: SpanName, worker: str, step: int) -> Iterator[None]:
-    """Append the span of the `with` block to `spans`, also when the block raises.
+def timed(name: SpanName, worker: str, step: int, add: Callable[[Span], None]) -> Iterator[None]:
+    """Hand the span of the `with` block to `add`, also when the block raises.
 
     Its length comes from the monotonic clock, so that a clock set back meanwhile cannot make it negative.
     """
@@ -53,34 +52,7 @@ def timed(spans: list[Span], name: SpanName, worker: str, step: int) -> Iterator
     try:
         yield
     finally:
-        spans.append(Span(name, worker, start, start + time.perf_counter() - began, step))
-
-
-class SpanLog:
-    """The spans of a run in `folder/spans.jsonl`, kept on disk and not in memory.
-
-    `resume_step` and the errors are as in `rl.record.metrics.MetricsWriter`.
-    """
-
-    def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
-        self.path = Path(folder) / SPANS_FILE
-        open_records(self.path, resume_step)
-
-    def add(self, spans: Iterable[Span]) -> None:
-        """Append the spans that workers sent back."""
-        append_records(self.path, (asdict(span) for span in spans))
-
-    def spans(self) -> list[Span]:
-        """All spans of the run so far, in the order they were added."""
-        return read_spans(self.path) if self.path.exists() else []
-
-    def write_chrome_trace(self, path: str | Path) -> None:
-        """Write all spans as a Chrome trace to `path`."""
-        atomic_write_json(path, chrome_trace(self.spans()))
-
-    def idle_shares(self) -> dict[str, float]:
-        """Worker -> idle share of the run so far; see the function of the same name."""
-        return idle_shares(self.spans())
+        add(Span(name, worker, start, start + time.perf_counter() - began, step))
 
 
 def read_spans(path: Path) -> list[Span]:
@@ -120,8 +92,8 @@ def idle_shares(spans: list[Span]) -> dict[str, float]:
     """Worker -> share of the run's working time in which it did nothing, 0 to 1, workers in natural order.
 
     Working time is the union over steps of the time from a step's first start to its last end: a pause
-    between two runs of a resumed job is nobody's idleness, and steps that overlap (`max_staleness` >= 1)
-    count once. A worker's own overlapping spans count once as well.
+    between two runs of a resumed job is nobody's idleness, and steps that overlap count once. A worker's own
+    overlapping spans count once as well.
     """
     by_step: dict[int, list[Span]] = defaultdict(list)
     by_worker: dict[str, list[Interval]] = defaultdict(list)

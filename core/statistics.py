@@ -1,11 +1,11 @@
-"""Bootstrap confidence intervals of a mean and of a paired difference.
+"""Bootstrap confidence intervals: of a mean, of a paired difference, over training seeds, and within strata.
 
 The interval is the percentile bootstrap at 95 % (Efron and Tibshirani, An Introduction to the Bootstrap,
 1993, chapter 13). It covers the choice of prompts only, not training seeds: give one value per prompt
 (average several images of a prompt first), since the resampled units have to be independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,10 +106,28 @@ def seeds_bootstrap(values: NDArray[np.floating], *, resamples: int = 10_000, se
         rng = np.random.default_rng(seed)
         prompts = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
         seeds = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
-        means = (seeds * (prompts @ scored.T)).sum(axis=1) / scored.size
-        tail = 100 * (1 - CONFIDENCE) / 2
-        low, high = (float(bound) for bound in np.percentile(means, [tail, 100 - tail]))
+        low, high = _percentiles((seeds * (prompts @ scored.T)).sum(axis=1) / scored.size)
     return Estimate(float(scored.mean()), low, high, count, missing)
+
+
+def strata_bootstrap(
+    strata: Iterable[Sequence[tuple[float, float]]], *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float | None, float | None]:
+    """Interval of the unweighted mean over strata of sum / weight, from each prompt's (sum, weight).
+
+    How many prompts a stratum has is fixed, so those of every stratum are drawn anew from that stratum; a prompt
+    carries all that was measured on it along, and counts not at all at weight 0. None for both ends where a stratum
+    has fewer than two scored prompts.
+    """
+    scored = [np.array([row for row in rows if row[1] > 0], np.float64).reshape(-1, 2) for rows in strata]
+    if not scored or any(len(rows) < 2 for rows in scored):
+        return None, None
+    rng = np.random.default_rng(seed)
+    means = []
+    for rows in scored:
+        draws = _draws(len(rows), resamples, rng)
+        means.append(np.concatenate([rows[d, 0].sum(axis=1) / rows[d, 1].sum(axis=1) for d in draws]))
+    return _percentiles(np.mean(means, axis=0))
 
 
 def _as_array(values: Values, name: str) -> NDArray[np.float64]:
@@ -127,12 +145,18 @@ def _interval(values: NDArray[np.float64], resamples: int, seed: int) -> tuple[f
         raise ValueError(f"resamples must be at least 1, not {resamples}")
     if len(values) < 2:
         return None, None
-    rng = np.random.default_rng(seed)
-    rows = max(1, INDICES_PER_CHUNK // len(values))
-    means = [
-        values[rng.integers(0, len(values), size=(min(rows, resamples - done), len(values)))].mean(axis=1)
-        for done in range(0, resamples, rows)
-    ]
+    draws = _draws(len(values), resamples, np.random.default_rng(seed))
+    return _percentiles(np.concatenate([values[drawn].mean(axis=1) for drawn in draws]))
+
+
+def _draws(count: int, resamples: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Indices [up to INDICES_PER_CHUNK / count, count] of `resamples` draws with replacement in all."""
+    rows = max(1, INDICES_PER_CHUNK // count)
+    for done in range(0, resamples, rows):
+        yield rng.integers(0, count, size=(min(rows, resamples - done), count))
+
+
+def _percentiles(means: NDArray[np.float64]) -> tuple[float, float]:
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
+    low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)

@@ -1,7 +1,7 @@
-"""What both pipelines share: Euler steps with guidance over the Kontext transformer, sizes, references, adapters."""
+"""What both pipelines share: from noise and prompts to pictures, sizes, references, adapters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from core.pictures import to_rgb
 from models.components import save_component
+from models.conditioning import ConditioningBatch
 from models.latents import (
     decode_latents,
     encode_images,
@@ -30,35 +31,11 @@ from models.lora.attach import (
     load_adapter_state,
 )
 from models.lora.files import read_adapter, save_adapter
+from models.sampling import sample_latents, sigma_table
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Generators = torch.Generator | list[torch.Generator] | None
-
-
-@dataclass(frozen=True)
-class PromptRows:
-    """What N prompts tell the transformer: text N L D, pooled N P."""
-
-    text: torch.Tensor
-    pooled: torch.Tensor
-
-
-@dataclass(frozen=True)
-class DrawingOptions:
-    """The part of a call that does not depend on how prompts are read; see `KontextPipeline.__call__`."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    num_images_per_prompt: int
-    generator: Generators
-    latents: torch.Tensor | None
-    output_type: str
-    return_dict: bool
-
-    def __post_init__(self) -> None:
-        if self.output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {self.output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
 
 
 class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
@@ -88,82 +65,45 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
     def load_adapter(self, folder: str | Path, adapter_name: str = "policy") -> None:
         """Attach an adapter folder written by training (or by PEFT) under a name that is not in use."""
         state, settings = read_adapter(folder)
-        attach_lora(
-            self.transformer,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            targets=settings.targets,
-            adapter_name=adapter_name,
-            trainable=False,
-        )
+        attach_lora(self.transformer, **asdict(settings), adapter_name=adapter_name, trainable=False)
         load_adapter_state(self.transformer, state, adapter_name)
 
     def save_adapter(self, folder: str | Path, adapter_name: str = "policy") -> None:
         """Write an attached adapter as a PEFT folder with the diffusers LoRA file inside."""
         settings = adapter_settings(self.transformer, adapter_name)
-        save_adapter(
-            adapter_state(self.transformer, adapter_name),
-            folder,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            targets=settings.targets,
-        )
+        save_adapter(adapter_state(self.transformer, adapter_name), folder, **asdict(settings))
 
     def _draw(
         self,
-        positive: PromptRows,
-        negative: PromptRows | None,
+        prompts: ConditioningBatch,
         images: list[Image.Image],
         size: tuple[int, int],
-        options: DrawingOptions,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Denoise, decode and convert; N prompts, N or no references of `size`."""
-        rows = [positive] if negative is None else [negative, positive]
-        repeats = options.num_images_per_prompt
-        final = self._denoise(
-            self._noise(options.latents, options.generator, len(positive.text) * repeats, size),
-            torch.cat([row.text.repeat_interleave(repeats, 0) for row in rows]),
-            torch.cat([row.pooled.repeat_interleave(repeats, 0) for row in rows]),
-            self._reference(images, size, repeats),
-            options.num_inference_steps,
-            options.guidance_scale,
-        )
-        output: Any = final
-        if options.output_type != "latent":
-            output = _convert(decode_latents(self.vae, final), options.output_type)
-        return ImagePipelineOutput(images=output) if options.return_dict else (output,)
-
-    def _denoise(
-        self,
-        latents: torch.Tensor,
-        text: torch.Tensor,
-        pooled: torch.Tensor,
-        reference: torch.Tensor | None,
-        steps: int,
+        *,
+        num_inference_steps: int,
         guidance_scale: float,
-    ) -> torch.Tensor:
-        """Euler steps on float32 latents. Text rows are `[negative, positive]` or `[positive]` alone."""
-        dtype, device = self.transformer.dtype, latents.device
-        repeats = len(text) // len(latents)
-        if reference is not None:
-            reference = reference.repeat(repeats, 1, 1, 1).to(device, dtype)
-        text, pooled = text.to(device, dtype), pooled.to(device, dtype)
-        self.scheduler.set_timesteps(steps, device=device)
-        for timestep in self.progress_bar(self.scheduler.timesteps):
-            velocity = self.transformer(
-                latents.repeat(repeats, 1, 1, 1).to(dtype),
-                text,
-                pooled,
-                timestep.expand(len(text)),
-                reference_hidden_states=reference,
-                return_dict=False,
-            )[0].float()
-            if repeats == 2:
-                negative, positive = velocity.chunk(2)
-                velocity = negative + guidance_scale * (positive - negative)
-            # The scheduler returns its first argument's dtype: in bfloat16 it would round the latents.
-            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        return latents
+        num_images_per_prompt: int,
+        generator: Generators,
+        latents: torch.Tensor | None,
+        output_type: str,
+        return_dict: bool,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample, decode and convert; N prompts, with negatives where they are guided, and N or no references."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+        prompts = replace(prompts, reference_latents=self._reference(images, size))
+        rows = torch.arange(len(prompts.prompt_embeds)).repeat_interleave(num_images_per_prompt)
+        final = sample_latents(
+            self.transformer,
+            sigma_table(self.scheduler, num_inference_steps),
+            self._noise(latents, generator, len(rows), size),
+            prompts.rows(rows),
+            max(guidance_scale, 1.0),
+            progress=self.progress_bar,
+        )
+        output: Any = (
+            final if output_type == "latent" else _convert(decode_latents(self.vae, final), output_type)
+        )
+        return ImagePipelineOutput(images=output) if return_dict else (output,)
 
     @staticmethod
     def _images(image: Image.Image | Sequence[Image.Image] | None, count: int) -> list[Image.Image]:
@@ -179,10 +119,8 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
     def _size(self, images: list[Image.Image], height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels of what is generated."""
         factor = vae_factor(self.vae.config)
-        side, multiple = (
-            self.transformer.config.sample_size * factor,
-            self.transformer.config.patch_size * factor,
-        )
+        config = self.transformer.config
+        side, multiple = config.sample_size * factor, config.patch_size * factor
         if (height is None) != (width is None):
             raise ValueError(f"give both height ({height}) and width ({width}), or neither")
         if height is not None and width is not None:
@@ -194,13 +132,10 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             raise ValueError(f"the references suggest different sizes {sorted(sizes)}: give height and width")
         return sizes.pop() if sizes else (side, side)
 
-    def _reference(
-        self, images: list[Image.Image], size: tuple[int, int], repeats: int
-    ) -> torch.Tensor | None:
+    def _reference(self, images: list[Image.Image], size: tuple[int, int]) -> torch.Tensor | None:
         if not images:
             return None
-        pixels = torch.stack([image_to_tensor(image, *size) for image in images])
-        return encode_images(self.vae, pixels).repeat_interleave(repeats, 0)
+        return encode_images(self.vae, torch.stack([image_to_tensor(image, *size) for image in images]))
 
     def _noise(
         self, latents: torch.Tensor | None, generator: Generators, count: int, size: tuple[int, int]

@@ -11,20 +11,12 @@ from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from models.components import (
-    PARTS,
-    TEXT_ENCODERS,
-    TOKENIZERS,
-    check_model_folder,
-    load_scheduler,
-    load_text_encoder,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
-)
-from models.drawing import DrawingOptions, DrawingPipeline, Generators, PromptRows
+from models.components import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
+from models.conditioning import ConditioningBatch
+from models.drawing import DrawingPipeline, Generators
+from models.folders import PARTS, TEXT_ENCODERS, TOKENIZERS, check_model_folder, require
 from models.kontext import KontextTransformer
-from models.text import PromptEmbeds, SD3TextEncoder
+from models.text import SD3TextEncoder, stack_embeds
 
 
 class KontextPipeline(DrawingPipeline):
@@ -85,21 +77,18 @@ class KontextPipeline(DrawingPipeline):
         if unknown:
             raise ValueError(f"unknown components {unknown}: a pipeline has {', '.join(PARTS)}")
         needed = [name for name in PARTS if name not in components]
-        problems = check_model_folder(folder, needed)
-        if problems:
-            raise FileNotFoundError("; ".join(problems))
-        loaders = {
-            "transformer": lambda: load_transformer(folder, dtype=torch_dtype, device=device),
-            "vae": lambda: load_vae(folder, device=device),
-            "scheduler": lambda: load_scheduler(folder),
-        }
+        require(check_model_folder(folder, needed))
         for name in needed:
             if name in TEXT_ENCODERS:
                 components[name] = load_text_encoder(folder, name, dtype=torch_dtype, device=device)
             elif name in TOKENIZERS:
                 components[name] = load_tokenizer(folder, name)
+            elif name == "transformer":
+                components[name] = load_transformer(folder, dtype=torch_dtype, device=device)
+            elif name == "vae":
+                components[name] = load_vae(folder, device=device)
             else:
-                components[name] = loaders[name]()
+                components[name] = load_scheduler(folder)
         return cls(**components)
 
     @torch.no_grad()
@@ -137,23 +126,28 @@ class KontextPipeline(DrawingPipeline):
 
         Raises ValueError for inputs that contradict each other or are missing.
         """
-        options = DrawingOptions(
-            num_inference_steps,
-            guidance_scale,
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            return_dict,
-        )
         given = (prompt_embeds, pooled_prompt_embeds)
-        positive = self._condition("prompt", prompt, given, None, max_sequence_length)
-        count, negative = len(positive.text), None
+        prompts = self._condition("prompt", prompt, given, None, max_sequence_length)
+        count = len(prompts[0])
         if guidance_scale > 1:
             given = (negative_prompt_embeds, negative_pooled_prompt_embeds)
-            negative = self._condition("negative_prompt", negative_prompt, given, count, max_sequence_length)
+            negatives = self._condition("negative_prompt", negative_prompt, given, count, max_sequence_length)
+            batch = ConditioningBatch(*prompts, None, *negatives)
+        else:
+            batch = ConditioningBatch(*prompts)
         images = self._images(image, count)
-        return self._draw(positive, negative, images, self._size(images, height, width), options)
+        return self._draw(
+            batch,
+            images,
+            self._size(images, height, width),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+        )
 
     def _condition(
         self,
@@ -162,25 +156,21 @@ class KontextPipeline(DrawingPipeline):
         given: tuple[torch.Tensor | None, torch.Tensor | None],
         count: int | None,
         max_sequence_length: int,
-    ) -> PromptRows:
-        """Rows of the prompts, or those given; a single one is repeated to `count`."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of the prompts, N L D and pooled N P, or those given; a single one is repeated to `count`."""
         embeds, pooled = given
         if (embeds is None) != (pooled is None):
             raise ValueError(f"{name}_embeds and its pooled companion must be given together")
         if embeds is None or pooled is None:
             if prompt is None:
                 raise ValueError(f"give {name} or {name}_embeds")
-            encoder = self._text_encoder(name, max_sequence_length)
-            encoded: list[PromptEmbeds] = encoder.encode(
-                [prompt] if isinstance(prompt, str) else list(prompt)
-            )
-            embeds = torch.stack([one.prompt_embeds for one in encoded])
-            pooled = torch.stack([one.pooled_prompt_embeds for one in encoded])
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            embeds, pooled = stack_embeds(self._text_encoder(name, max_sequence_length).encode(prompts))
         if count is not None and len(embeds) == 1:
             embeds, pooled = embeds.repeat(count, 1, 1), pooled.repeat(count, 1)
         if len(embeds) != len(pooled) or len(embeds) != (count or len(embeds)):
             raise ValueError(f"{len(embeds)} {name}s ({len(pooled)} pooled) do not fit {count} prompts")
-        return PromptRows(embeds, pooled)
+        return embeds, pooled
 
     def _text_encoder(self, name: str, max_sequence_length: int) -> SD3TextEncoder:
         if any(getattr(self, part) is None for part in (*TEXT_ENCODERS, *TOKENIZERS)):

@@ -1,65 +1,100 @@
-"""ODE sampling of latents with classifier-free guidance, for previews and evaluation."""
+"""Classifier-free guidance, and the Euler steps of an ODE sampler, for pictures, previews, rollouts and replays alike.
+
+Shapes: B samples, C H W latents, T steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from models.conditioning import Conditioning, ConditioningBatch
 from models.kontext import KontextTransformer
+
+CFGGradient = Literal["conditional", "both"]
+
+
+def sigma_table(scheduler: Any, num_steps: int) -> Tensor:
+    """The scheduler's own sigmas [T+1], float32 from 1 to 0. Taken from the library because its static shift
+    is applied twice at the low end; recomputing it gives another schedule."""
+    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler.set_timesteps(num_steps)
+    return scheduler.sigmas.to(torch.float32).cpu()
 
 
 def guided_velocity(
-    transformer: KontextTransformer,
-    latents: Tensor,
-    timestep: Tensor,
-    prompt: tuple[Tensor, Tensor],
-    negative: tuple[Tensor, Tensor],
-    references: Tensor | None,
-    guidance: float,
+    transformer: torch.nn.Module,
+    sample: Tensor,
+    sigma: Tensor,
+    positive: ConditioningBatch,
+    negative: Conditioning | None,
+    guidance_scale: float,
+    *,
+    cfg_gradient: CFGGradient = "conditional",
+    joined: bool = False,
 ) -> Tensor:
-    """u + s (c - u), float32; at guidance 1 the unconditional half is not run.
+    """Velocity [B, C, H, W] with classifier-free guidance `u + s (c - u)`; one forward when s is 1.
 
-    latents B C H W; timestep B; prompt and negative (B L D, B P); the reference stays in both halves. All but the
-    timestep are cast to the transformer's dtype.
+    `cfg_gradient="conditional"` is a semi-gradient: d[u + s (c - u)] has a (1 - s) du part that is dropped, and
+    the unconditional half runs without saving activations. `"both"` is the full gradient.
+
+    `joined` runs both halves as one forward of 2B rows, unconditional first: faster where the batch is small, with
+    other last bits than two forwards of B rows, which rollout and replay need to agree in.
+
+    sample [B, C, H, W] float32; sigma [B]; negative: the run's, unless the samples bring their own. The result is
+    float32 where it is guided, else of the transformer's dtype.
     """
-    dtype = transformer.dtype
-    latents = latents.to(dtype)
-    references = None if references is None else references.to(dtype)
-    prompt, negative = ((embeds.to(dtype), pooled.to(dtype)) for embeds, pooled in (prompt, negative))
-    if guidance == 1:
-        return transformer(latents, *prompt, timestep, reference_hidden_states=references, return_dict=False)[
-            0
-        ].float()
-    both = [torch.cat(pair) for pair in zip(negative, prompt, strict=True)]
-    twice = None if references is None else torch.cat([references, references])
-    output = transformer(
-        torch.cat([latents, latents]),
-        *both,
-        torch.cat([timestep, timestep]),
-        reference_hidden_states=twice,
-        return_dict=False,
-    )[0].float()
-    unconditional, conditional = output.chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    if guidance_scale == 1.0:
+        return _velocity(transformer, sample, sigma, positive)
+    if negative is None and positive.negative_prompt_embeds is None:
+        raise ValueError(f"guidance_scale={guidance_scale} needs the negative prompt's conditioning")
+    negative_rows = positive.unconditional(negative)
+    if joined:
+        both = negative_rows.followed_by(positive)
+        velocity = _velocity(transformer, sample.repeat(2, 1, 1, 1), sigma.repeat(2), both)
+        unconditional, conditional = velocity.chunk(2)
+    else:
+        conditional = _velocity(transformer, sample, sigma, positive)
+        with torch.no_grad() if cfg_gradient == "conditional" else nullcontext():
+            unconditional = _velocity(transformer, sample, sigma, negative_rows)
+    return unconditional.float() + guidance_scale * (conditional.float() - unconditional.float())
 
 
 @torch.no_grad()
 def sample_latents(
     transformer: KontextTransformer,
-    scheduler: FlowMatchEulerDiscreteScheduler,
+    sigmas: Tensor,
     noise: Tensor,
-    prompt: tuple[Tensor, Tensor],
-    negative: tuple[Tensor, Tensor],
-    references: Tensor | None = None,
+    prompts: ConditioningBatch,
+    guidance_scale: float,
     *,
-    guidance: float = 1.0,
-    steps: int = 10,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> Tensor:
-    """Euler steps along the scheduler's sigma table from `noise` (B C H W) to clean latents, in float32."""
-    scheduler.set_timesteps(steps)
-    sigmas = scheduler.sigmas.tolist()
+    """Euler steps along `sigmas` [T+1] from `noise` [B, C, H, W] to clean latents, in float32.
+
+    With guidance the prompts bring negatives of their own. `progress` wraps the steps, for a bar.
+    """
+    prompts = prompts.to(noise.device, transformer.dtype)
     latents = noise
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        timestep = torch.full((len(noise),), 1000 * sigma, device=noise.device)
-        velocity = guided_velocity(transformer, latents, timestep, prompt, negative, references, guidance)
-        latents = latents + (following - sigma) * velocity
+    for t in progress(range(len(sigmas) - 1)):
+        sigma = sigmas[t].expand(len(noise)).to(noise.device)
+        velocity = guided_velocity(transformer, latents, sigma, prompts, None, guidance_scale, joined=True)
+        latents = latents + float(sigmas[t + 1] - sigmas[t]) * velocity.float()
     return latents
+
+
+def _velocity(
+    transformer: torch.nn.Module, sample: Tensor, sigma: Tensor, batch: ConditioningBatch
+) -> Tensor:
+    return transformer(
+        hidden_states=sample.to(batch.prompt_embeds.dtype),
+        encoder_hidden_states=batch.prompt_embeds,
+        pooled_projections=batch.pooled_prompt_embeds,
+        timestep=sigma * 1000.0,
+        reference_hidden_states=batch.reference_latents,
+        return_dict=False,
+    )[0]

@@ -11,14 +11,8 @@ from typing import Any
 import torch
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from models.components import (
-    TEXT_ENCODERS,
-    TEXT_PARTS,
-    TOKENIZERS,
-    check_model_folder,
-    load_text_encoder,
-    load_tokenizer,
-)
+from models.components import load_text_encoder, load_tokenizer
+from models.folders import TEXT_ENCODERS, TEXT_PARTS, TOKENIZERS, check_model_folder, require
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +35,14 @@ class PromptEmbeds:
     def num_bytes(self) -> int:
         """Memory of both tensors in bytes: 2.7 MB for SD3.5 in bfloat16."""
         return self.prompt_embeds.nbytes + self.pooled_prompt_embeds.nbytes
+
+
+def stack_embeds(items: Sequence[PromptEmbeds]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of N prompts: prompt_embeds N L D and pooled N P."""
+    return (
+        torch.stack([item.prompt_embeds for item in items]),
+        torch.stack([item.pooled_prompt_embeds for item in items]),
+    )
 
 
 class EmbedsCache:
@@ -107,9 +109,7 @@ class SD3TextEncoder:
         Raises:
             FileNotFoundError: naming every part that is missing.
         """
-        problems = check_model_folder(folder, TEXT_PARTS)
-        if problems:
-            raise FileNotFoundError("; ".join(problems))
+        require(check_model_folder(folder, TEXT_PARTS))
         encoders = [load_text_encoder(folder, name, dtype=dtype, device=device) for name in TEXT_ENCODERS]
         tokenizers = [load_tokenizer(folder, name) for name in TOKENIZERS]
         return cls(

@@ -17,10 +17,25 @@ from types import ModuleType
 from typing import Any
 
 from rewards.base import RewardLoadError, RewardSpec, reward_label, spec_problems
-from rewards.builtin import BUILTIN_REWARDS
 from rewards.thread import RewardThread
 
 logger = logging.getLogger(__name__)
+
+BUILTIN_REWARDS: dict[str, str] = {
+    "geneval": "rewards.geneval.rewards:GenEval",
+    "geneval_strict": "rewards.geneval.rewards:GenEvalStrict",
+    "geneval_official": "rewards.geneval.rewards:GenEvalOfficial",
+    "judge": "rewards.judge.judge:Judge",
+    "editreward": "rewards.editreward.client:EditReward",
+    "geneval_shapes": "worlds.shapes.scoring.rewards:GenEvalShapes",
+    "edit_shapes": "worlds.shapes.scoring.rewards:EditShapes",
+    "geneval_shapes_template": "worlds.shapes.scoring.template:TemplateGenEval",
+    "edit_shapes_template": "worlds.shapes.scoring.template:TemplateEdit",
+}
+"""Names of the built-in rewards. The module behind a name loads when it is used."""
+
+SERVED_REWARD = "rewards.service.client:ServedReward"
+"""The client in whose hands a reward with a `service` is."""
 
 PROTOCOL_KEYWORDS = ("images", "prompts", "references", "metadata")
 
@@ -91,9 +106,8 @@ def set_problems(specs: Sequence[RewardSpec]) -> list[str]:
 
 
 def _load_served(spec: RewardSpec) -> LoadedReward:
-    from rewards.service.client import ServedReward  # httpx takes a while to import and few runs need it
-
-    owner = ServedReward(spec)
+    client, _ = _resolve(SERVED_REWARD)
+    owner = client(spec)
     logger.info(
         "reward %s: %s is served over HTTP, service.urls: %d", owner.label, spec.name, len(owner.urls)
     )
@@ -129,9 +143,9 @@ def _import_module(name: str, module: str) -> ModuleType:
         return importlib.import_module(module)
     except Exception as error:  # the module's own code may raise anything
         missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        way_out = "; is the package installed, or the working directory its parent?" if missing else ""
+        hint = "; is the package installed, or the working directory its parent?" if missing else ""
         raise RewardLoadError(
-            f"reward {name!r}: cannot import {module}: {describe_error(error)}{way_out}"
+            f"reward {name!r}: cannot import {module}: {describe_error(error)}{hint}"
         ) from error
 
 

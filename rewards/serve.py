@@ -14,15 +14,15 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import recipes
 from core.logs import start_logging
 from core.prompts import Prompt, PromptFileError, load_prompts
-from core.recipe import ConfigError
+from core.recipe import ConfigError, read_recipe
 from rewards.base import RewardError, RewardSet, reward_label
-from rewards.service.token import read_token
-from rl.recipe.preflight import part_reward_set, scored_parts
-from rl.recipe.schema import RunConfig, load_config
+from rewards.recipe import REST, ServedRecipe, served_sets
+from rewards.service.wire import read_token
 
 log = logging.getLogger("rewards.serve")
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
     signal.signal(signal.SIGTERM, _leave)
     try:
-        trials = select_rewards(load_config(arguments.recipe, arguments.overrides), arguments.reward)
+        trials = select_rewards(load_served(arguments.recipe, arguments.overrides), arguments.reward)
         listener = _listen(arguments)
         serve(trials, listener, arguments)
     except (ConfigError, RewardError) as error:
@@ -42,15 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def select_rewards(config: RunConfig, labels: Sequence[str]) -> list[RewardSet]:
+def load_served(recipe: str | Path, overrides: Sequence[str] = ()) -> ServedRecipe:
+    """What a run's recipe says of rewards, the rest unread. Raises ConfigError with every problem of its keys."""
+    return read_recipe(recipe, overrides, ServedRecipe, others=REST)
+
+
+def select_rewards(recipe: ServedRecipe, labels: Sequence[str]) -> list[RewardSet]:
     """The recipe's rewards, or those of `labels`, each alone with an example of its task to be tried on.
 
     Raises ConfigError for a label that is absent, or that means several rewards.
     """
     found: dict[str, RewardSet] = {}
     problems = []
-    for part in scored_parts(config):
-        whole = part_reward_set(part, _prompts(part.prompts, part.task), config)
+    for whole in served_sets(recipe, _prompts):
         for spec in whole.rewards:
             label = reward_label(spec)
             alone = dataclasses.replace(spec, weight=1.0, service=None)

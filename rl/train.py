@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from core.logs import start_logging
-from core.recipe import ConfigError
+from core.recipe import ConfigError, to_yaml
 from rl.loop.checkpoint import CheckpointError, check_same_recipe, find_checkpoint, read_state
-from rl.recipe.schema import RunConfig, load_config, to_yaml
+from rl.recipe.schema import RunConfig, load_config
+from rl.recipe.validate import broken_rules, find_problems
 
 log = logging.getLogger("rl.train")
 
@@ -20,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     start_logging()
     try:
-        config = load_config(arguments.recipe, arguments.overrides)
+        # Values and rules come in one list with what `preflight` finds, where keys and types let it look.
+        config = load_config(arguments.recipe, arguments.overrides, rules=broken_rules, defer_values=True)
         return dry_run(config) if arguments.dry_run else train(config, resume=arguments.resume)
     except (ConfigError, CheckpointError) as error:
         sys.stderr.write(f"This recipe cannot run:\n{error}\n")
@@ -46,7 +48,6 @@ def dry_run(config: RunConfig) -> int:
     from rl.recipe.plan import describe_run
     from rl.recipe.preflight import preflight
     from rl.recipe.reward_plan import reward_lines
-    from rl.recipe.validate import find_problems
 
     problems = preflight(config).problems
     try:
@@ -66,10 +67,10 @@ def dry_run(config: RunConfig) -> int:
 
 def train(config: RunConfig, *, resume: str | None = None) -> int:
     """Check everything, then run (or continue) the recipe on the Ray cluster."""
-    from rl.loop.state import RunState
     from rl.recipe.blind_spots import blind_spots
     from rl.recipe.preflight import preflight
     from rl.recipe.reward_plan import reward_lines
+    from rl.record.state import RunState
 
     checked = preflight(config)
     if checked.problems:
@@ -103,7 +104,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
     try:
         Controller(config, cluster, run_dir, state, checkpoint, fresh=resume is None).run()
     finally:
-        cluster.close()
+        cluster.workers.close()
     return 0
 
 

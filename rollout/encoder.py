@@ -12,18 +12,19 @@ from PIL import Image
 from core.failures import DataFailure
 from core.prompts import Prompt, load_reference
 from models.components import load_vae, torch_dtype
+from models.conditioning import Conditioning
 from models.latents import encode_images, image_to_tensor
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import PositionMode
-from models.text import PromptEmbeds, SD3TextEncoder
-from rollout.sampler import Conditioning
-from rollout.worker import WorkerInfo
+from models.text import SD3TextEncoder
+from rollout.engine import WorkerInfo
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
     """What an encode worker is built from. `cache_bytes` bounds the prompt-embedding cache.
 
+    height, width: px at which pictures are edited where a call names no size.
     `vlm_path`: the Qwen2.5-VL of a MetaQuery model, None for Kontext and its text encoders; `position_mode` and
     `negative_prompt` matter with it alone.
     """
@@ -76,48 +77,45 @@ class Encoder:
         """Answers once the encoders are loaded."""
         return WorkerInfo(f"{os.uname().nodename}:{os.getpid()}", self.spec.device, -1)
 
-    def encode(self, prompts: list[Prompt]) -> list[Conditioning]:
+    def encode(self, prompts: list[Prompt], size: tuple[int, int] | None = None) -> list[Conditioning]:
         """One `Conditioning` per prompt, each independent of the others in the call.
 
-        Raises DataFailure naming a prompt or a reference image that cannot be read.
+        `size`: height and width in px at which pictures are edited, by default the spec's. Raises DataFailure naming
+        a prompt or a reference image that cannot be read.
         """
-        return [self.encode_one(prompt) for prompt in prompts]
+        return [self.encode_one(prompt, size) for prompt in prompts]
 
-    def encode_one(self, prompt: Prompt) -> Conditioning:
+    def encode_one(self, prompt: Prompt, size: tuple[int, int] | None = None) -> Conditioning:
         """The same for a single prompt (Ray hands a list of one over as a list)."""
-        image = None if prompt.reference is None else self._reference(prompt)
-        latents = None if image is None else self._latents(image)
-        embeds = self._embed(prompt, prompt.prompt, image)
-        own: tuple[torch.Tensor, ...] = ()
-        if image is not None and self.spec.vlm_path is not None:
-            negative = self._embed(prompt, self.spec.negative_prompt, image)
-            own = (negative.prompt_embeds, negative.pooled_prompt_embeds)
-        return Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds, latents, *own)
+        height, width = size or (self.spec.height, self.spec.width)
+        if prompt.reference is None:
+            return Conditioning(*self._embed(prompt, prompt.prompt, None))
+        try:
+            image = load_reference(prompt)
+        except ValueError as error:
+            raise DataFailure(str(error)) from error
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        latents = encode_images(self.vae, image_to_tensor(image, height, width)[None])[0].cpu()
+        own = () if self.spec.vlm_path is None else self._embed(prompt, self.spec.negative_prompt, image)
+        return Conditioning(*self._embed(prompt, prompt.prompt, image), latents, *own)
 
     def encode_text(self, text: str) -> Conditioning:
         """Text alone (the negative prompt)."""
         (embeds,) = self.text.encode([text])
         return Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds)
 
-    def _embed(self, prompt: Prompt, text: str, image: Image.Image | None) -> PromptEmbeds:
+    def _embed(
+        self, prompt: Prompt, text: str, image: Image.Image | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """prompt_embeds and pooled_prompt_embeds of a text read beside a picture, where the encoder sees one."""
         if isinstance(self.text, SD3TextEncoder):
-            return self.text.encode([text])[0]
-        try:
-            return self.text.encode([text], [image])[0]
-        except ValueError as error:
-            raise DataFailure(f"prompt {prompt.index} ({prompt.prompt!r}): {error}") from error
-
-    def _reference(self, prompt: Prompt) -> Image.Image:
-        """The reference image at the size at which it is edited."""
-        try:
-            image = load_reference(prompt)
-        except ValueError as error:
-            raise DataFailure(str(error)) from error
-        return image.resize((self.spec.width, self.spec.height), Image.Resampling.LANCZOS)
-
-    def _latents(self, image: Image.Image) -> torch.Tensor:
-        pixels = image_to_tensor(image, self.spec.height, self.spec.width)[None]
-        return encode_images(self.vae, pixels)[0].cpu()
+            (embeds,) = self.text.encode([text])
+        else:
+            try:
+                (embeds,) = self.text.encode([text], [image])
+            except ValueError as error:
+                raise DataFailure(f"prompt {prompt.index} ({prompt.prompt!r}): {error}") from error
+        return embeds.prompt_embeds, embeds.pooled_prompt_embeds
 
 
 EncodeWorker = ray.remote(Encoder)

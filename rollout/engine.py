@@ -26,6 +26,7 @@ from models.lora.attach import (
     load_adapter_state,
     use_adapter,
 )
+from models.sampling import sigma_table
 from rollout.sampler import (
     Conditioning,
     ConditioningBatch,
@@ -33,7 +34,6 @@ from rollout.sampler import (
     Trajectory,
     guided_velocity,
     sample_trajectories,
-    sigma_table,
 )
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,10 @@ ROLLOUT_ADAPTER = "rollout"
 
 @dataclass(frozen=True)
 class ReplicaSpec:
-    """What a replica is built from; enough for a restarted actor to build itself again."""
+    """What a replica is built from; enough for a restarted actor to build itself again.
+
+    height, width: px of what a request without a size of its own asks for.
+    """
 
     model_path: str
     dtype: str
@@ -64,7 +67,7 @@ class SampleRequest:
     request dispatched again after a crash gives the same samples.
 
     `trunk_seed` decides the initial noise that all samples of a branching group share, in whatever chunk they are;
-    None gives each its own.
+    None gives each its own. `size`: height and width in px, by default the replica's.
     """
 
     group_id: int
@@ -72,6 +75,7 @@ class SampleRequest:
     seeds: tuple[int, ...]
     steps: tuple[int, ...]
     trunk_seed: int | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,15 @@ class SampleInfo:
     seconds: float
     started: float
     worker: str
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Who answers: node and process, its device, and the version of the policy that it holds (-1: none)."""
+
+    worker: str
+    device: str
+    policy_version: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,6 @@ class RolloutEngine:
         self.transformer = transformer.eval()
         self.vae = load_vae(spec.model_path, dtype=dtype, device=spec.device)
         self.scheduler = load_scheduler(spec.model_path)
-        self.latent_shape = latent_shape(self.vae, spec.height, spec.width)
         self.version, self.sha256 = -1, ""
 
     def load_adapter(self, adapter: Adapter) -> AdapterReceipt:
@@ -144,6 +156,7 @@ class RolloutEngine:
         positive = ConditioningBatch.stack(
             conditionings, device=self.spec.device, dtype=torch_dtype(self.spec.dtype)
         )
+        shape = latent_shape(self.vae, *(request.size or (self.spec.height, self.spec.width)))
         sigmas = sigma_table(self.scheduler, spec.num_steps)
         generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         trunk = None if request.trunk_seed is None else torch.Generator().manual_seed(request.trunk_seed)
@@ -154,7 +167,7 @@ class RolloutEngine:
                 negative,
                 spec,
                 sigmas,
-                self.latent_shape,
+                shape,
                 generators,
                 request.steps,
                 trunk,
@@ -174,7 +187,8 @@ class RolloutEngine:
         config: Any = self.transformer.config
         dtype = torch_dtype(self.spec.dtype)
         generator = torch.Generator().manual_seed(derive_seed("adapter-probe"))
-        latents = torch.randn((1, *self.latent_shape), generator=generator)
+        shape = latent_shape(self.vae, self.spec.height, self.spec.width)
+        latents = torch.randn((1, *shape), generator=generator)
         text = Conditioning(
             torch.randn((16, config.joint_attention_dim), generator=generator),
             torch.randn((config.pooled_projection_dim,), generator=generator),

@@ -10,83 +10,15 @@ Shapes: B samples, T steps of the schedule, S stochastic steps, C H W latents, L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from core.seeds import derive_seed
+from models.conditioning import Conditioning, ConditioningBatch
+from models.sampling import CFGGradient, guided_velocity
 from rollout.flow_sde import FlowSDEStep, Variant, flow_sde_step
-
-CFGGradient = Literal["conditional", "both"]
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What one prompt tells the transformer: prompt_embeds [L, D], pooled [P], reference latents [C, h, w].
-
-    The negative_* are the negative prompt's, where it is read beside this prompt's picture (MetaQuery, editing);
-    elsewhere the run has one for all.
-    """
-
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
-    reference_latents: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    negative_pooled_prompt_embeds: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ConditioningBatch:
-    """The same for B samples, on the transformer's device and in its dtype."""
-
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
-    reference_latents: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    negative_pooled_prompt_embeds: Tensor | None = None
-
-    @staticmethod
-    def stack(items: Sequence[Conditioning], *, device: Any, dtype: torch.dtype) -> ConditioningBatch:
-        """Raises ValueError where some samples have a reference, or a negative of their own, and others have none."""
-
-        def gather(name: str) -> Tensor | None:
-            tensors = [getattr(item, name) for item in items]
-            if all(tensor is None for tensor in tensors):
-                return None
-            if any(tensor is None for tensor in tensors):
-                what = (
-                    "a reference image" if name == "reference_latents" else "a negative prompt of their own"
-                )
-                raise ValueError(f"samples with and without {what} cannot share a batch")
-            return torch.stack(tensors).to(device=device, dtype=dtype)
-
-        return ConditioningBatch(**{field.name: gather(field.name) for field in fields(ConditioningBatch)})  # type: ignore[arg-type]
-
-    def rows(self, index: Tensor) -> ConditioningBatch:
-        """The samples that `index` [n] int64 names."""
-
-        def pick(name: str) -> Tensor | None:
-            tensor = getattr(self, name)
-            return None if tensor is None else tensor[index]
-
-        return ConditioningBatch(**{field.name: pick(field.name) for field in fields(ConditioningBatch)})  # type: ignore[arg-type]
-
-    def unconditional(self, shared: Conditioning | None) -> ConditioningBatch:
-        """The unconditional rows, with the same reference images: the samples' own negatives, else the `shared` one."""
-        if self.negative_prompt_embeds is not None and self.negative_pooled_prompt_embeds is not None:
-            return ConditioningBatch(
-                self.negative_prompt_embeds, self.negative_pooled_prompt_embeds, self.reference_latents
-            )
-        assert shared is not None
-        size, like = len(self.prompt_embeds), self.prompt_embeds
-        embeds = shared.prompt_embeds.to(device=like.device, dtype=like.dtype)
-        pooled = shared.pooled_prompt_embeds.to(device=like.device, dtype=like.dtype)
-        return ConditioningBatch(
-            embeds.expand(size, *embeds.shape), pooled.expand(size, *pooled.shape), self.reference_latents
-        )
 
 
 @dataclass(frozen=True)
@@ -133,55 +65,6 @@ class Trajectory:
     steps: tuple[int, ...]
     sigmas: Tensor
     final_latents: Tensor
-
-
-def sigma_table(scheduler: Any, num_steps: int) -> Tensor:
-    """The scheduler's own sigmas [T+1], float32 from 1 to 0. Taken from the library because its static shift
-    is applied twice at the low end; recomputing it gives another schedule."""
-    scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(num_steps)
-    return scheduler.sigmas.to(torch.float32).cpu()
-
-
-def guided_velocity(
-    transformer: torch.nn.Module,
-    sample: Tensor,
-    sigma: Tensor,
-    positive: ConditioningBatch,
-    negative: Conditioning | None,
-    guidance_scale: float,
-    *,
-    cfg_gradient: CFGGradient = "conditional",
-) -> Tensor:
-    """Velocity [B, C, H, W] with classifier-free guidance `u + s (c - u)`; one forward when s is 1.
-
-    `cfg_gradient="conditional"` is a semi-gradient: d[u + s (c - u)] has a (1 - s) du part that is dropped, and
-    the unconditional half runs without saving activations. `"both"` is the full gradient.
-
-    sample [B, C, H, W] float32; sigma [B]; negative: the run's, unless the samples bring their own.
-    """
-    conditional = _velocity(transformer, sample, sigma, positive)
-    if guidance_scale == 1.0:
-        return conditional
-    if negative is None and positive.negative_prompt_embeds is None:
-        raise ValueError(f"guidance_scale={guidance_scale} needs the negative prompt's conditioning")
-    negative_rows = positive.unconditional(negative)
-    with torch.no_grad() if cfg_gradient == "conditional" else nullcontext():
-        unconditional = _velocity(transformer, sample, sigma, negative_rows)
-    return unconditional.float() + guidance_scale * (conditional.float() - unconditional.float())
-
-
-def _velocity(
-    transformer: torch.nn.Module, sample: Tensor, sigma: Tensor, batch: ConditioningBatch
-) -> Tensor:
-    return transformer(
-        hidden_states=sample.to(batch.prompt_embeds.dtype),
-        encoder_hidden_states=batch.prompt_embeds,
-        pooled_projections=batch.pooled_prompt_embeds,
-        timestep=sigma * 1000.0,
-        reference_hidden_states=batch.reference_latents,
-        return_dict=False,
-    )[0]
 
 
 @torch.no_grad()

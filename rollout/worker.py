@@ -19,7 +19,7 @@ import torch
 from core.failures import InfrastructureFailure
 from models.kontext import KontextTransformer
 from models.lora.attach import Adapter
-from rollout.engine import AdapterReceipt, ReplicaSpec, RolloutEngine, SampleInfo, SampleRequest
+from rollout.engine import AdapterReceipt, ReplicaSpec, RolloutEngine, SampleInfo, SampleRequest, WorkerInfo
 from rollout.sampler import Conditioning, SamplingSpec, Trajectory
 
 log = logging.getLogger(__name__)
@@ -33,15 +33,6 @@ class Policy:
     version: int
     sha256: str
     adapter: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """Who answers: node, process, device, and memory in bytes (GPU where there is one, else resident)."""
-
-    worker: str
-    device: str
-    policy_version: int
 
 
 class Replica:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.accept.commands import one_thread, process
-from bench.accept.evidence import ROOT, Claim, Clock, claims_table, write
-from core.statistics import Difference, paired_bootstrap
+from bench.accept.commands import judge_endpoint, one_thread, process, train_once
+from bench.accept.evidence import IMAGES, ROOT, Claim, Clock, above, claims_table, conclude, interval
+from core.statistics import Difference, Estimate, paired_bootstrap
 from worlds.shapes.scenes.prompts import edit_lines, write_lines
 
 RUNS = ROOT / "runs" / "accept_editreward"
@@ -44,10 +44,7 @@ def main() -> None:
     served = drive("edit_editreward", "full", clock)
     hacked = drive("reward_hacking", "cautious", clock)
     claims += run_claims(served, hacked)
-    path = write_evidence(claims, clock, served, hacked)
-    sys.stdout.write(path.read_text())
-    if not all(claim.holds for claim in claims):
-        sys.exit(1)
+    write_evidence(claims, clock, served, hacked)
 
 
 # ---- the commands -----------------------------------------------------------------------------------------
@@ -75,11 +72,11 @@ def make_data(clock: Clock) -> None:
     if not labelled("full"):
         with clock.part("generate"):
             command("generate", "full", f"generate.prompts={prompts}")
-        with clock.part("label"), judge_endpoint() as url:
+        with clock.part("label"), judge_endpoint(RUNS) as url:
             command("label", "full", f"label.judge.base_url={url}")
     if not labelled("cautious"):
         some = ",".join(f"{RUNS}/editreward/edits/edits-000{tens}*.tar" for tens in range(4))
-        with clock.part("label cautious"), judge_endpoint("--cautious") as url:
+        with clock.part("label cautious"), judge_endpoint(RUNS, "--cautious") as url:
             command("label", "cautious", f"label.judge.base_url={url}", f"label.shards=[{some}]")
 
 
@@ -110,23 +107,10 @@ def drive(recipe: str, view: str, clock: Clock) -> Path:
         return folder
     model = run_folder(view) / "model"
     with clock.part(recipe), served(model) as url:
-        words = [f"output_dir={RUNS}", f"name={recipe}"]
+        overrides = []
         for reward in ("stages[0].rewards[0]", "evaluation.tasks[0].rewards[2]"):
-            words += [f"{reward}.params.model={model}", f"{reward}.params.urls=[{url}]"]
-        line = [sys.executable, "-m", "rl.train", f"recipes/shapes/{recipe}.yaml", *words]
-        resume = ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
-        subprocess.run([*line, *resume], cwd=ROOT, check=True, timeout=COMMAND_S)
-    return folder
-
-
-@contextlib.contextmanager
-def judge_endpoint(*words: str) -> Iterator[str]:
-    """The exact verifier behind the judge's wire protocol; yields its base URL."""
-    ready = RUNS / "judge.url"
-    ready.unlink(missing_ok=True)
-    line = [sys.executable, "-m", "worlds.shapes.scoring.judge_endpoint", "--port-file", str(ready), *words]
-    with process(line, ready):
-        yield ready.read_text().strip()
+            overrides += [f"{reward}.params.model={model}", f"{reward}.params.urls=[{url}]"]
+        return train_once(f"recipes/shapes/{recipe}.yaml", folder, *overrides, timeout_s=COMMAND_S)
 
 
 @contextlib.contextmanager
@@ -185,13 +169,13 @@ def run_claims(served_run: Path, hacked: Path) -> list[Claim]:
     alarms = alarm_lines(hacked)
     return [
         Claim("driven by the served regressor: the exact verifier's held-out score; interval above 0",
-              show(vars(exact)), above(exact)),
-        Claim("the same by the second scorer; interval above 0", show(vars(second)), above(second)),
-        Claim("the same by the regressor itself", show(vars(learned)), True),
+              interval(exact, signed=True), above(exact.low)),
+        Claim("the same by the second scorer; interval above 0", interval(second, signed=True), above(second.low)),
+        Claim("the same by the regressor itself", interval(learned, signed=True), True),
         Claim("that run raises no alarm", f"{len(alarm_lines(served_run))} lines", not alarm_lines(served_run)),
         Claim("provoked: the reward that a wrong judge has taught rises on held-out prompts; interval above 0",
-              show(vars(wrong_learned)), above(wrong_learned)),
-        Claim("provoked: the exact verifier's score falls; interval below 0", show(vars(wrong_exact)),
+              interval(wrong_learned, signed=True), above(wrong_learned.low)),
+        Claim("provoked: the exact verifier's score falls; interval below 0", interval(wrong_exact, signed=True),
               wrong_exact.high is not None and wrong_exact.high < 0),
         Claim("provoked: the alarm fires", alarms[0] if alarms else "silent", bool(alarms)),
     ]  # fmt: skip
@@ -216,22 +200,16 @@ def alarm_lines(run: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if "hacking" in line] if path.is_file() else []
 
 
-def above(change: Difference) -> bool:
-    return change.low is not None and change.low > 0
-
-
 def show(figure: dict[str, Any]) -> str:
-    numbers = ("-" if figure[key] is None else f"{figure[key]:+.3f}" for key in ("mean", "low", "high"))
-    return "{} [{}, {}]".format(*numbers)
+    return interval(Estimate(figure["mean"], figure["low"], figure["high"], 0), signed=True)
 
 
-def write_evidence(claims: list[Claim], clock: Clock, served_run: Path, hacked: Path) -> Path:
+def write_evidence(claims: list[Claim], clock: Clock, served_run: Path, hacked: Path) -> None:
     """The table of claims, what the steps took, and the curves' files."""
-    images = ROOT / "docs" / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    shutil.copy(RUNS / "editreward/evaluation-test/calibration.png", images / "editreward_calibration.png")
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    shutil.copy(RUNS / "editreward/evaluation-test/calibration.png", IMAGES / "editreward_calibration.png")
     for name, run in (("editreward_edit", served_run), ("reward_hacking", hacked)):
-        shutil.copy(run / "samples" / "before_after_edit.png", images / f"{name}.png")
+        shutil.copy(run / "samples" / "before_after_edit.png", IMAGES / f"{name}.png")
     full = report("full")
     lines = [
         f"`{RECIPE}`: {PROMPTS} prompts of the training split, labels by the exact verifier behind the judge's wire "
@@ -247,7 +225,8 @@ def write_evidence(claims: list[Claim], clock: Clock, served_run: Path, hacked: 
         "`reward_hacking.png`.",
     ]
     data = {"claims": [vars(claim) for claim in claims], "seconds": clock.seconds, "report": full}
-    return write("editreward", "EditReward on the shapes world", lines, data)
+    holds = all(claim.holds for claim in claims)
+    conclude("editreward", "EditReward on the shapes world", lines, data, holds=holds)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from core.statistics import Difference, Estimate
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "evidence"
+IMAGES = ROOT / "docs" / "images"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,25 @@ def write(name: str, title: str, body: list[str], data: dict[str, Any]) -> Path:
         json.dumps({"commit": made_at, "hardware": hardware, **data}, indent=2) + "\n"
     )
     return path
+
+
+def conclude(name: str, title: str, body: list[str], data: dict[str, Any], *, holds: bool) -> None:
+    """Write the evidence and print it; exits 1 where the proof does not hold."""
+    sys.stdout.write(write(name, title, body, data).read_text())
+    if not holds:
+        sys.exit(1)
+
+
+def interval(value: Estimate | Difference, *, signed: bool = False) -> str:
+    """`mean [low, high]`, with signs where it is a difference; `-` for what could not be measured."""
+    form = "+.3f" if signed else ".3f"
+    numbers = (format(x, form) if x is not None else "-" for x in (value.mean, value.low, value.high))
+    return "{} [{}, {}]".format(*numbers)
+
+
+def above(value: float | None, bound: float = 0.0) -> bool:
+    """Whether a figure was measured and lies above a bound."""
+    return value is not None and value > bound
 
 
 class Clock:

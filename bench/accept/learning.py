@@ -10,19 +10,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.accept.commands import train_once
 from bench.accept.evidence import FOLDER as EVIDENCE
-from bench.accept.evidence import ROOT, write
+from bench.accept.evidence import ROOT, above, interval, write
 from bench.accept.learning_pictures import draw_pictures
+from core.recipe import to_yaml
 from core.statistics import Difference, paired_bootstrap
 from rl.loop.checkpoint import check_same_recipe
-from rl.recipe.schema import load_config, to_yaml
+from rl.recipe.schema import load_config
 from worlds.shapes.scenes.prompts import edit_lines, t2i_lines
 
 SEEDS = (1, 2, 3)
@@ -115,17 +116,14 @@ def train(name: str, prompts: dict[str, Path], *changes: str) -> Path:
     Raises ConfigError where a finished one was trained by other settings: its figures are not of this commit.
     """
     folder = FOLDER / name
-    overrides = [f"output_dir={FOLDER}", f"name={name}", *changes]
+    overrides = list(changes)
     for index, task in enumerate(TASKS):
         overrides.append(f"evaluation.tasks[{index}].prompts={prompts[task]}")
         overrides.append(f"evaluation.tasks[{index}].num_prompts={NUM_PROMPTS}")
     if (folder / "summary.json").is_file():
-        check_same_recipe((folder / "config.yaml").read_text(), to_yaml(load_config(RECIPE, overrides)))
-        return folder
-    resume = ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
-    command = [sys.executable, "-m", "rl.train", str(RECIPE), *overrides, *resume]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=3 * LIMIT_S)
-    return folder
+        recipe = load_config(RECIPE, [f"output_dir={FOLDER}", f"name={name}", *overrides])
+        check_same_recipe((folder / "config.yaml").read_text(), to_yaml(recipe))
+    return train_once(str(RECIPE), folder, *overrides, timeout_s=3 * LIMIT_S)
 
 
 def run(seed: int, prompts: dict[str, Path], base: Path) -> dict[str, Any]:
@@ -156,37 +154,30 @@ def claims(folder: Path, base: Path) -> list[Check]:
             Check(f"{task}: gain of at least {GAIN:g} at guidance 1", change, above(change.mean, GAIN))
         )
         best = max(
-            ("before_guidance_2", "before_guidance_3"), key=lambda moment: mean(rewards(base, moment, task))
+            ("before_guidance_2", "before_guidance_3"), key=lambda name: mean(rewards(base, name, task))
         )
         change = paired_bootstrap(rewards(base, best, task), after)
         scale = best.rpartition("_")[2]
         found.append(
             Check(f"{task}: over the base at guidance {scale}, its best", change, above(change.low, 0.0))
         )
-        opinions = (second(folder, moment, task) for moment in ("before", "after_t2i"))
-        change = paired_bootstrap(*opinions)
+        change = paired_bootstrap(
+            *(rewards(folder, when, task, SECOND[task]) for when in ("before", "after_t2i"))
+        )
         found.append(Check(f"{task}: the second scorer's gain", change, above(change.low, 0.0)))
     kept = paired_bootstrap(rewards(folder, "after_edit", "edit"), rewards(folder, "after_t2i", "edit"))
     found.append(Check(f"edit: kept through stage 2 within {LOST:g}", kept, above(kept.low, LOST)))
     return found
 
 
-def rewards(folder: Path, moment: str, task: str) -> list[float | None]:
-    return json.loads((folder / "evaluations" / moment / f"{task}.json").read_text())["rewards"]
-
-
-def second(folder: Path, moment: str, task: str) -> list[float | None]:
-    stored = json.loads((folder / "evaluations" / moment / f"{task}.json").read_text())
-    return stored["components"][SECOND[task]]
+def rewards(folder: Path, evaluation: str, task: str, component: str | None = None) -> list[float | None]:
+    stored = json.loads((folder / "evaluations" / evaluation / f"{task}.json").read_text())
+    return stored["rewards"] if component is None else stored["components"][component]
 
 
 def mean(values: list[float | None]) -> float:
     scored = [value for value in values if value is not None]
     return sum(scored) / len(scored)
-
-
-def above(value: float | None, bound: float) -> bool:
-    return value is not None and value > bound
 
 
 def report(results: dict[int, dict[str, Any]], made: str) -> Path:
@@ -203,7 +194,8 @@ def report(results: dict[int, dict[str, Any]], made: str) -> Path:
         "|---" * (len(results) + 1) + "|",
     ]
     for row, name in enumerate(names):
-        cells = [cell(result["checks"][row]) for result in results.values()]
+        checks = [result["checks"][row] for result in results.values()]
+        cells = [f"{interval(c.change, signed=True)} {'yes' if c.holds else '**no**'}" for c in checks]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     times = [f"{result['seconds'] / 60:.0f} min" for result in results.values()]
     lines += [
@@ -230,11 +222,6 @@ def report(results: dict[int, dict[str, Any]], made: str) -> Path:
         for seed, result in results.items()
     }
     return write("learning", "PDTR on the shapes world, three seeds", lines, {"setting": made, "seeds": data})
-
-
-def cell(check: Check) -> str:
-    change = check.change
-    return f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}] {'yes' if check.holds else '**no**'}"
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.accept.evidence import ROOT
+from bench.accept.evidence import IMAGES, ROOT
 from models.components import load_transformer
 from rl.record.gallery import GallerySample, before_after_sheet
 from worlds.shapes.scenes.render import render_batch
 from worlds.shapes.training.evaluate import TASKS, Base, Question, heldout_questions, score
 
 BASE = ROOT / "recipes" / "shapes" / "base"
-IMAGES = ROOT / "docs" / "images"
 GUIDANCE, STEPS = 1.0, 10
 PROMPTS = 8
 SIDE = 2

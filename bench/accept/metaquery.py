@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.accept.evidence import ROOT, Claim, Clock, claims_table, write
+from bench.accept.evidence import IMAGES, Claim, Clock, above, claims_table, conclude, interval
 from bench.accept.metaquery_runs import (
     ALIGN,
     BOTH,
@@ -34,7 +33,7 @@ from bench.accept.metaquery_runs import (
     train_all,
     training_records,
 )
-from core.statistics import Difference, Estimate, bootstrap_mean, paired_bootstrap
+from core.statistics import Difference, bootstrap_mean, paired_bootstrap
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
 from worlds.shapes.training.evaluate import READERS, TASKS, Base, heldout_questions, score
@@ -42,7 +41,6 @@ from worlds.shapes.training.evaluate import READERS, TASKS, Base, heldout_questi
 NUM_PROMPTS = 1024
 GUIDANCES = (1.0, 2.0)
 FLOOR = 0.5
-IMAGES = ROOT / "docs" / "images"
 GATE = 1e-5
 """Largest gap, nat per element, between a rollout's log-probabilities and the learner's own, in float32."""
 
@@ -86,9 +84,8 @@ def main() -> None:
     keep_pictures(whole)
     body = document(claims, unified, variants, whole, clock)
     data = {"claims": [vars(claim) for claim in claims], "seconds": clock.seconds}
-    sys.stdout.write(write("metaquery", "MetaQuery on the shapes world", body, data).read_text())
-    if not all(claim.holds for claim in claims):
-        sys.exit(1)
+    holds = all(claim.holds for claim in claims)
+    conclude("metaquery", "MetaQuery on the shapes world", body, data, holds=holds)
 
 
 def evaluate(name: str, guidances: tuple[float, ...]) -> Scores:
@@ -122,7 +119,7 @@ def unified_claims(scores: Scores, clock: Clock) -> list[Claim]:
     return times + [
         Claim(
             f"unified, {task} at guidance 1: at least {FLOOR:g}",
-            shown(bootstrap_mean(scores[task, 1.0])),
+            interval(bootstrap_mean(scores[task, 1.0])),
             float(scores[task, 1.0].mean()) >= FLOOR,
         )
         for task in TASKS
@@ -134,8 +131,8 @@ def mixing_claim(variants: dict[str, Scores]) -> Claim:
     change = paired_bootstrap(variants[EDIT_ONLY]["t2i", 1.0], variants[BOTH]["t2i", 1.0])
     return Claim(
         "text-to-image: with its batches mixed in, minus editing alone; interval above 0",
-        signed(change),
-        change.low is not None and change.low > 0,
+        interval(change, signed=True),
+        above(change.low),
     )
 
 
@@ -175,7 +172,7 @@ def document(
         "| unified | guidance | score |",
         "|---|---|---|",
         *(
-            f"| {task} | {guidance:g} | {shown(bootstrap_mean(s))} |"
+            f"| {task} | {guidance:g} | {interval(bootstrap_mean(s))} |"
             for (task, guidance), s in unified.items()
         ),
         "",
@@ -187,14 +184,13 @@ def document(
         "|---|---|---|---|",
     ]
     for name, changes in VARIANTS.items():
-        cells = " | ".join(shown(bootstrap_mean(variants[name][task, 1.0])) for task in TASKS)
+        cells = " | ".join(interval(bootstrap_mean(variants[name][task, 1.0])) for task in TASKS)
         lines.append(f"| {name} | {' '.join(f'`{word}`' for word in changes) or 'nothing'} | {cells} |")
     lines += ["", "| table | paper | here: difference | the paper's direction |", "|---|---|---|---|"]
     for one in DIRECTIONS:
         change = paired_bootstrap(variants[one.less][one.task, 1.0], variants[one.more][one.task, 1.0])
-        lines.append(
-            f"| {one.table} | {one.less} < {one.more}: {one.paper} | {one.task} {signed(change)} | {verdict(change)} |"
-        )
+        here = f"{one.task} {interval(change, signed=True)}"
+        lines.append(f"| {one.table} | {one.less} < {one.more}: {one.paper} | {here} | {verdict(change)} |")
     return [
         *lines,
         "",
@@ -234,14 +230,6 @@ def verdict(change: Difference) -> str:
     if change.low is None or change.high is None or change.low <= 0 <= change.high:
         return "undecided"
     return "holds" if change.low > 0 else "**does not hold**"
-
-
-def shown(value: Estimate) -> str:
-    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-
-
-def signed(change: Difference) -> str:
-    return f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
 
 
 def keep_pictures(whole: Path) -> None:

@@ -9,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from bench.accept.commands import one_thread
+from bench.accept.commands import one_thread, rl_line, train_once
 from bench.accept.evidence import ROOT, Clock
 
 RUNS = ROOT / "runs" / "accept_metaquery"
 VLM = ROOT / "recipes" / "shapes" / "vlm"
 ALIGN, UNIFIED, PDTR = "metaquery_align", "metaquery_unified", "pdtr_metaquery"
+PDTR_RECIPE = f"recipes/shapes/{PDTR}.yaml"
+PDTR_MODEL = f"model.path={RUNS / UNIFIED / 'model'}"
 LIMIT_S = 90 * 60.0
 
 BOTH, ONLY_VLM, ONLY_TRANSFORMER = "both", "reference-vlm", "reference-transformer"
@@ -58,14 +60,8 @@ def train_all(clock: Clock) -> None:
 
 def pdtr(clock: Clock) -> Path:
     """Both stages of PDTR on the unified model, as the recipe says; returns the run's folder."""
-    folder = RUNS / PDTR
-    if not (folder / "summary.json").is_file():
-        resume = ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
-        with clock.part(PDTR):
-            subprocess.run(
-                pdtr_line(PDTR, *resume), cwd=ROOT, env=one_thread(), check=True, timeout=2 * LIMIT_S
-            )
-    return folder
+    with clock.part(PDTR):
+        return train_once(PDTR_RECIPE, RUNS / PDTR, PDTR_MODEL, timeout_s=2 * LIMIT_S)
 
 
 def pdtr_killed(clock: Clock) -> tuple[Path, Path]:
@@ -73,19 +69,11 @@ def pdtr_killed(clock: Clock) -> tuple[Path, Path]:
     straight, killed = RUNS / "pdtr_straight", RUNS / "pdtr_killed"
     with clock.part("resume"):
         for folder in (straight, killed):
-            if (folder / "summary.json").is_file():
-                continue
             if folder is killed and not (folder / "metrics.jsonl").is_file():
-                kill_after(pdtr_line(folder.name, *SHORT), folder / "metrics.jsonl", steps=3)
-            resume = ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
-            line = pdtr_line(folder.name, *SHORT, *resume)
-            subprocess.run(line, cwd=ROOT, env=one_thread(), check=True, timeout=LIMIT_S)
+                line = rl_line(PDTR_RECIPE, folder, PDTR_MODEL, *SHORT)
+                kill_after(line, folder / "metrics.jsonl", steps=3)
+            train_once(PDTR_RECIPE, folder, PDTR_MODEL, *SHORT, timeout_s=LIMIT_S)
     return straight, killed
-
-
-def pdtr_line(name: str, *words: str) -> list[str]:
-    line = [sys.executable, "-m", "rl.train", f"recipes/shapes/{PDTR}.yaml", f"output_dir={RUNS}"]
-    return [*line, f"name={name}", f"model.path={RUNS / UNIFIED / 'model'}", *words]
 
 
 def kill_after(line: list[str], metrics: Path, steps: int) -> None:

@@ -8,18 +8,17 @@ Outcomes are reported with intervals and never required; only a run that does no
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.accept.commands import process
+from bench.accept.commands import judge_endpoint
 from bench.accept.evidence import ROOT, write
 from bench.accept.table4_directions import (
     METRICS,
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     began = time.monotonic()
-    with judge_endpoint() as url:
+    with tempfile.TemporaryDirectory() as folder, judge_endpoint(Path(folder)) as url:
         words = [f"values.judge={url}", f"values.editreward={arguments.editreward}", *arguments.overrides]
         code = sweep.main([GRID, *words, *_options(arguments)])
     if code:
@@ -80,16 +79,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _options(arguments: argparse.Namespace) -> list[str]:
     options = ["--seeds", *map(str, arguments.seeds)] if arguments.seeds else []
     return options + (["--output-dir", arguments.output_dir] if arguments.output_dir else [])
-
-
-@contextlib.contextmanager
-def judge_endpoint() -> Iterator[str]:
-    """The exact verifier where GPT-4.1 would stand; yields its base URL."""
-    with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder) / "url"
-        line = [sys.executable, "-m", "worlds.shapes.scoring.judge_endpoint", "--port-file", str(ready)]
-        with process(line, ready):
-            yield ready.read_text().strip()
 
 
 def report(grid: SweepConfig, seeds: Sequence[int] | None, wall_s: float) -> tuple[list[str], dict[str, Any]]:

@@ -4,13 +4,12 @@ the committed folder. Resumable: run it again and it goes on where it was.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 
 import torch
 
 from bench.accept.base import COMMITTED, FOLDER, train
-from bench.accept.evidence import write
+from bench.accept.evidence import conclude
 from worlds.shapes.training.evaluate_vlm import as_table, evaluate
 
 STAGES = ("vision", "vlm")
@@ -36,10 +35,7 @@ def main() -> None:
     held = min(overall.values()) >= FLOOR
     body += ["", f"Both answer at least {FLOOR} of them: **{'yes' if held else 'no'}**."]
     data = {name: [asdict(item) for item in table] for name, table in results.items()}
-    path = write("vlm", "The shapes VLM", body, {"seconds": seconds, "accuracy": data})
-    sys.stdout.write(path.read_text())
-    if not held:
-        sys.exit(1)
+    conclude("vlm", "The shapes VLM", body, {"seconds": seconds, "accuracy": data}, holds=held)
 
 
 if __name__ == "__main__":

@@ -5,57 +5,58 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from core.cluster.placement import ActorPlan, ResourcePlan
+from core.cluster.placement import ActorPlan, ResourcePlan, shortage
+from core.failures import ClusterError
 
 log = logging.getLogger(__name__)
 
 
-class ClusterError(RuntimeError):
-    """The cluster cannot hold the plan, or an actor did not start in time."""
-
-
-def connect() -> None:
+def connect(*, worker_logs: bool = True) -> bool:
     """Join the cluster that RAY_ADDRESS names (set under `ray job submit`; `auto` for one on this machine), else start
-    Ray on this machine alone. Never joined by guess: the address file of a cluster that died stalls for minutes."""
+    Ray on this machine alone. Never joined by guess: the address file of a cluster that died stalls for minutes.
+    `worker_logs`: whether this process prints what workers print.
+
+    Returns whether this process was not connected before, so that the caller may shut Ray down.
+    """
     if ray.is_initialized():
-        return
+        return False
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=True)
+        ray.init(address=address, log_to_driver=worker_logs)
     else:
         log.info("RAY_ADDRESS is not set: starting Ray on this machine alone")
-        ray.init(address="local", include_dashboard=False, log_to_driver=True)
+        ray.init(address="local", include_dashboard=False, log_to_driver=worker_logs)
+    return True
 
 
-def reserve(plan: ResourcePlan, what: str, way_out: str, timeout_s: float) -> Any:
+def reserve(plan: ResourcePlan, what: str, remedy: str, timeout_s: float, *, key: str = "") -> Any:
     """A placement group for the bundles of `plan`, once the cluster has room.
 
     Args:
         what: who asks, as messages begin.
-        way_out: how to ask for less; `{}` becomes CPU or GPU.
+        remedy: how to ask for less, as in `shortage`.
+        key: what sets `timeout_s`, for the message.
 
     Raises:
         ClusterError: the cluster is too small, or busy for longer than `timeout_s`.
     """
-    for name, wanted in (("CPU", plan.cpus), ("GPU", plan.gpus)):
-        have = ray.cluster_resources().get(name, 0.0)
-        if wanted > have + 1e-6:
-            raise ClusterError(
-                f"{what} needs {wanted:g} {name}s, the cluster has {have:g}; add nodes (ray start --address=...), or "
-                + way_out.format(name)
-            )
+    short = shortage(plan, ray.cluster_resources(), what=what, remedy=remedy)
+    if short:
+        raise ClusterError("; ".join(short))
     group = placement_group(list(plan.bundles), strategy="PACK")
     if not group.wait(timeout_seconds=timeout_s):
         remove_placement_group(group)
+        free = ray.available_resources()
         raise ClusterError(
-            f"{what} found no room in {timeout_s:g} s: the cluster is large enough but busy "
-            f"({ray.available_resources()} free); see `ray status`"
+            f"{what} found no room in {key and key + '='}{timeout_s:g} s: {free.get('GPU', 0.0):g} GPUs and "
+            f"{free.get('CPU', 0.0):g} CPUs are free, or no node has enough for one bundle; see `ray status`"
         )
     return group
 
@@ -72,16 +73,18 @@ def actor_options(actor: ActorPlan, group: Any, *, restarts: int) -> dict[str, A
     }
 
 
-def wait_ready(roles: dict[str, list[Any]], timeout_s: float) -> None:
+def wait_ready(roles: Mapping[str, Sequence[Any]], timeout_s: float) -> None:
     """Every actor must answer `ready` within the limit. Raises ClusterError naming the role and the cause."""
+    started = time.monotonic()
     owners = {
         actor.ready.remote(): f"{role} worker {i}"
-        for role, list_ in roles.items()
-        for i, actor in enumerate(list_)
+        for role, actors in roles.items()
+        for i, actor in enumerate(actors)
     }
-    pending, deadline = list(owners), time.monotonic() + timeout_s
+    pending = list(owners)
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        left = max(0.0, started + timeout_s - time.monotonic())
+        done, pending = ray.wait(pending, num_returns=1, timeout=left)
         if not done:
             late = ", ".join(owners[ref] for ref in pending)
             raise ClusterError(f"{late} did not start within start_timeout_s={timeout_s:g} s")
@@ -89,3 +92,42 @@ def wait_ready(roles: dict[str, list[Any]], timeout_s: float) -> None:
             ray.get(done[0], timeout=60)
         except Exception as error:
             raise ClusterError(f"{owners[done[0]]} could not start: {error}") from error
+    log.info("%d workers answered after %.1f s", len(owners), time.monotonic() - started)
+
+
+class PlacedActors:
+    """The actors of a resource plan, each in its bundle of one placement group, which `reserve` waits for.
+
+    As a context manager it gives everything back when the block fails.
+    """
+
+    def __init__(self, plan: ResourcePlan, what: str, remedy: str, timeout_s: float, *, key: str = ""):
+        self.plan, self.by_role = plan, dict[str, list[Any]]()
+        self.group = reserve(plan, what, remedy, timeout_s, key=key)
+
+    def start(
+        self, role: str, kind: Any, make: Callable[[Any, int], Any], *, restarts: int, **options: Any
+    ) -> list[Any]:
+        """Start the actors that the plan has for `role`; they need not have answered yet.
+
+        kind: an actor class (made by `ray.remote`). make: calls its `remote`, given the placed class and a number.
+        """
+        started = self.by_role.setdefault(role, [])
+        for actor in self.plan.of(role):
+            placed = kind.options(**actor_options(actor, self.group, restarts=restarts), **options)
+            started.append(make(placed, actor.index))
+        return started
+
+    def close(self) -> None:
+        """Stop every actor and give the resources back."""
+        for actors in self.by_role.values():
+            for actor in actors:
+                ray.kill(actor)
+        remove_placement_group(self.group)
+
+    def __enter__(self) -> PlacedActors:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.close()

@@ -4,8 +4,8 @@
                           ▲                        │ actor died, machine failed, call timed out
                           └────────────────────────┘ (another worker; the dead one is asked again until it answers)
 
-Calls are deterministic, so a call that runs twice gives the same result and re-dispatching is always safe.
-Nothing here waits without a limit.
+Calls are deterministic, so a call that runs twice gives the same result and re-dispatching is always safe. Every call
+that a worker has, and every worker that is to come back, has a deadline; so `wait` ends with a result or an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,12 +46,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished call: references to all returns, the first one fetched; or the prompt's `failure`."""
+    """A finished call: references to all returns, the first one fetched; or the prompt's `failure`. `time`: when it was
+    fetched, in Unix seconds."""
 
     call: Call
     refs: tuple[Any, ...]
     result: Any
     failure: DataFailure | None = None
+    time: float = field(default_factory=time.time)
 
 
 @dataclass
@@ -68,6 +70,7 @@ class _Pool:
     floor: int
     max_in_flight: int
     queue: deque[Call] = field(default_factory=deque)
+    finished: deque[Done] = field(default_factory=deque)
 
     def alive(self) -> list[_Worker]:
         return [w for w in self.workers if w.state != "dead"]
@@ -96,6 +99,11 @@ class Dispatcher:
         """Actors of one role; each must have a `ready` method that answers when it can work."""
         self._pools[role] = _Pool([_Worker(h, i) for i, h in enumerate(handles)], floor, max_in_flight)
 
+    @property
+    def events(self) -> tuple[int, int]:
+        """`restarts` and `redispatched` so far."""
+        return self.restarts, self.redispatched
+
     def workers(self, role: str) -> list[Any]:
         """Handles of the workers of `role` that can work now."""
         return [w.handle for w in self._pools[role].workers if w.state == "ready"]
@@ -105,28 +113,50 @@ class Dispatcher:
         self._pools[call.role].queue.append(call)
         self._fill()
 
-    def outstanding(self) -> int:
-        """Calls submitted and not yet returned by `wait`."""
-        return len(self._flights) + sum(len(pool.queue) for pool in self._pools.values())
+    def outstanding(self, role: str | None = None) -> int:
+        """Calls (of one role) submitted and not yet returned by `wait`."""
+        pools = self._pools if role is None else [role]
+        flying = sum(flight.call.role in pools for flight in self._flights.values())
+        return flying + sum(len(self._pools[r].queue) + len(self._pools[r].finished) for r in pools)
 
-    def wait(self) -> Done:
-        """The next finished call of any role.
+    def finished(self, role: str) -> bool:
+        """Whether `wait` would return a call of `role` at once."""
+        return bool(self._pools[role].finished)
+
+    def wait(self, role: str | None = None) -> Done:
+        """The next finished call, of `role` or of any; meanwhile the calls of all roles go on.
 
         Raises PoolExhausted below a role's floor or after a call failed on too many workers, and re-raises
         what an actor method raised when another worker could not do better.
         """
-        if not self.outstanding():
+        if not self.outstanding(role):
             raise RuntimeError("nothing was submitted")
+        pools = list(self._pools.values()) if role is None else [self._pools[role]]
         while True:
+            for pool in pools:
+                if pool.finished:
+                    return pool.finished.popleft()
             self._fill()
             ready, _ = ray.wait(
                 [*self._flights, *self._probes], num_returns=1, timeout=_POLL_S, fetch_local=False
             )
             for ref in ready:
-                done = self._land(ref)
+                done = self._take(ref)
                 if done is not None:
-                    return done
+                    self._pools[done.call.role].finished.append(done)
             self._enforce_deadlines()
+
+    def stream(self, role: str, calls: Iterable[Call], *, ahead: int | None = None) -> Iterator[Done]:
+        """Submit calls of `role` as they are read, at most `ahead` at once, and yield them as they finish.
+
+        `calls` may read another role's stream: both go on while either waits.
+        """
+        for call in calls:
+            self.submit(call)
+            while self.finished(role) or (ahead is not None and self.outstanding(role) >= ahead):
+                yield self.wait(role)
+        while self.outstanding(role):
+            yield self.wait(role)
 
     def report_lost(self, role: str, handle: Any) -> None:
         """A caller that talked to a worker directly found it gone; it is asked again before it gets work."""
@@ -157,9 +187,9 @@ class Dispatcher:
         limit = self._call_timeout_s * worker.in_flight  # it may have to wait for the worker's other calls
         self._flights[refs[0]] = _Flight(call, worker, refs, time.monotonic() + limit)
 
-    def _land(self, ref: Any) -> Done | None:
+    def _take(self, ref: Any) -> Done | None:
         if ref in self._probes:
-            self._land_probe(ref)
+            self._take_probe(ref)
             return None
         flight = self._flights.pop(ref)
         flight.worker.in_flight -= 1
@@ -198,7 +228,7 @@ class Dispatcher:
     def _probe(self, role: str, worker: _Worker, deadline: float) -> None:
         self._probes[worker.handle.ready.remote()] = (role, worker, deadline)
 
-    def _land_probe(self, ref: Any) -> None:
+    def _take_probe(self, ref: Any) -> None:
         role, worker, deadline = self._probes.pop(ref)
         try:
             ray.get(ref, timeout=60)
@@ -207,10 +237,7 @@ class Dispatcher:
                 time.sleep(0.5)
                 self._probe(role, worker, deadline)
             else:
-                worker.state = "dead"
-                log.error(
-                    "%s worker %d did not come back in %.0f s", role, worker.index, self._start_timeout_s
-                )
+                self._give_up(role, worker)
         except (ActorDiedError, RayActorError, RayTaskError) as error:
             worker.state = "dead"
             log.error("%s worker %d is lost: %s", role, worker.index, _first_line(error))
@@ -227,15 +254,16 @@ class Dispatcher:
                     f"{flight.call.method} took longer than resources.call_timeout_s={self._call_timeout_s:g}"
                 )
                 ray.kill(flight.worker.handle, no_restart=False)
-                flight.deadline = float("inf")  # the killed actor's call now fails, and lands like a crash
+                flight.deadline = float("inf")  # the killed actor's call now fails, as in a crash
                 log.error("%s worker %d is restarted: %s", flight.call.role, flight.worker.index, cause)
         for ref, (role, worker, deadline) in list(self._probes.items()):
             if now > deadline:
                 del self._probes[ref]
-                worker.state = "dead"
-                log.error(
-                    "%s worker %d did not come back in %.0f s", role, worker.index, self._start_timeout_s
-                )
+                self._give_up(role, worker)
+
+    def _give_up(self, role: str, worker: _Worker) -> None:
+        worker.state = "dead"
+        log.error("%s worker %d did not come back in %.0f s", role, worker.index, self._start_timeout_s)
 
 
 def _first_line(error: BaseException) -> str:

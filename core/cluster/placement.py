@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -35,19 +36,46 @@ class ResourcePlan:
         return [actor for actor in self.actors if actor.role == role]
 
 
-def shortage(plan: ResourcePlan, available: dict[str, float]) -> list[str]:
-    """What the cluster lacks, one line per resource; empty when the plan fits in total."""
+RL_REMEDY = "lower learner.ranks, rollout.workers or resources.*_{key}"
+
+
+def shortage(
+    plan: ResourcePlan,
+    available: dict[str, float],
+    *,
+    what: str = "the plan",
+    remedy: str = RL_REMEDY,
+) -> list[str]:
+    """What the cluster lacks, one line per resource; empty when the plan fits in total.
+
+    Args:
+        what: who asks, as messages begin.
+        remedy: how to ask for less; `{}` becomes CPU or GPU, `{key}` cpus or gpus.
+    """
     lines = []
     for name, wanted in (("CPU", plan.cpus), ("GPU", plan.gpus)):
         have = available.get(name, 0.0)
         if wanted > have + 1e-6:
-            lines.append(f"the plan needs {wanted:g} {name}s, the cluster has {have:g}; {_way_out(name)}")
+            lines.append(
+                f"{what} needs {wanted:g} {name}s, the cluster has {have:g}; add nodes (ray start --address=...) or "
+                + remedy.format(name, key=f"{name.lower()}s")
+            )
     return lines
 
 
-def _way_out(name: str) -> str:
-    keys = "learner.ranks, rollout.workers or resources.*_" + ("cpus" if name == "CPU" else "gpus")
-    return f"add nodes (ray start --address=...) or lower {keys}"
+def bundle_of(members: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """The bundle that holds actors of these CPUs and GPUs."""
+    total = {
+        "CPU": round(sum(cpus for cpus, _ in members), 4),
+        "GPU": round(sum(gpus for _, gpus in members), 4),
+    }
+    return {name: amount for name, amount in total.items() if amount}
+
+
+def uniform_plan(role: str, count: int, cpus: float, gpus: float) -> ResourcePlan:
+    """`count` actors of one role, each in a bundle of its own."""
+    actors = tuple(ActorPlan(role, index, index, cpus, gpus) for index in range(count))
+    return ResourcePlan((bundle_of([(cpus, gpus)]),) * count, actors)
 
 
 def describe_plan(plan: ResourcePlan, title: str) -> list[str]:

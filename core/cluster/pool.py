@@ -7,14 +7,14 @@ The results are the same either way: a call's result is a function of its argume
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.failures import DataFailure
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from core.cluster.dispatch import Call
 
 QUEUED_PER_WORKER = 2
 """One at work and one waiting: arguments hold whole pictures, so not all are handed out at once."""
@@ -24,7 +24,7 @@ PLACEMENT_TIMEOUT_S = 600.0
 MAX_RESTARTS = 3
 
 Keyed = tuple[int, Callable[[], tuple[Any, ...]]]
-"""A call's key, and what gives its arguments when its turn comes; it may raise DataFailure as the call itself may."""
+"""A call's key, and what gives its arguments when it is to start; that may raise DataFailure as the call itself may."""
 
 
 @dataclass(frozen=True)
@@ -63,65 +63,39 @@ def _over_ray(
 ) -> Iterator[tuple[int, Any]]:
     import ray
 
-    from core.cluster.actors import connect
+    from core.cluster.actors import PlacedActors, connect, wait_ready
     from core.cluster.dispatch import Call, Dispatcher
+    from core.cluster.placement import uniform_plan
 
-    started_here = not ray.is_initialized()
-    connect()
+    unusable: list[tuple[int, DataFailure]] = []
+
+    def usable() -> Iterator[Call]:
+        for key, arguments in calls:
+            try:
+                yield Call("task", key, method, arguments())
+            except DataFailure as failure:
+                unusable.append((key, failure))
+
+    started_here = connect()
     try:
-        group, actors = _start(kind, spec, pool)
+        placed = PlacedActors(
+            uniform_plan("task", pool.workers, pool.cpus, pool.gpus),
+            f"work with {pool.workers} workers",
+            "lower --workers or --threads",
+            PLACEMENT_TIMEOUT_S,
+        )
         try:
+            actors = placed.start(
+                "task", ray.remote(kind), lambda actor, _: actor.remote(spec), restarts=MAX_RESTARTS
+            )
+            wait_ready(placed.by_role, START_TIMEOUT_S)
             dispatcher = Dispatcher(call_timeout_s=CALL_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S)
             dispatcher.add_pool("task", actors)
-            for key, arguments in calls:
-                try:
-                    call = Call("task", key, method, arguments())
-                except DataFailure as failure:
-                    yield key, failure
-                    continue
-                dispatcher.submit(call)
-                if dispatcher.outstanding() >= QUEUED_PER_WORKER * pool.workers:
-                    yield _finished(dispatcher.wait())
-            while dispatcher.outstanding():
-                yield _finished(dispatcher.wait())
+            for done in dispatcher.stream("task", usable(), ahead=QUEUED_PER_WORKER * pool.workers):
+                yield done.call.key, done.result if done.failure is None else done.failure  # type: ignore[misc]
+            yield from unusable
         finally:
-            _stop(group, actors)
+            placed.close()
     finally:
         if started_here:
             ray.shutdown()
-
-
-def _finished(done: Any) -> tuple[int, Any]:
-    return done.call.key, done.result if done.failure is None else done.failure
-
-
-def _stop(group: Any, actors: list[Any]) -> None:
-    import ray
-
-    for actor in actors:
-        ray.kill(actor)
-    ray.util.remove_placement_group(group)
-
-
-def _start(kind: type, spec: Any, pool: PoolSpec) -> tuple[Any, list[Any]]:
-    """Placement group and actors, all of which have answered. Raises ClusterError in a stated time."""
-    import ray
-
-    from core.cluster.actors import actor_options, reserve, wait_ready
-    from core.cluster.placement import ActorPlan, ResourcePlan
-
-    places = tuple(ActorPlan("task", index, index, pool.cpus, pool.gpus) for index in range(pool.workers))
-    bundle = {name: amount for name, amount in (("CPU", pool.cpus), ("GPU", pool.gpus)) if amount}
-    plan = ResourcePlan((bundle,) * pool.workers, places)
-    group = reserve(plan, f"{pool.workers} workers", "lower --workers or --threads", PLACEMENT_TIMEOUT_S)
-    actors: list[Any] = []
-    try:
-        for place in places:
-            options = actor_options(place, group, restarts=MAX_RESTARTS)
-            actors.append(ray.remote(kind).options(**options).remote(spec))
-        wait_ready({"task": actors}, START_TIMEOUT_S)
-    except BaseException:
-        _stop(group, actors)
-        raise
-    log.info("%d workers answered", len(actors))
-    return group, actors

@@ -1,10 +1,18 @@
-"""How a learner rank joins the others."""
+"""How the ranks of a training find each other and join."""
 
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from datetime import timedelta
+
+
+def free_port() -> int:
+    """A port of this node that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def join_process_group(

@@ -5,15 +5,12 @@ A rank is any object with `setup(address, port)`, which joins the process group,
 
 from __future__ import annotations
 
-import logging
-import socket
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from core.cluster.process_group import free_port
 from core.logs import start_logging
-
-log = logging.getLogger(__name__)
 
 MakeRank = Callable[[int], Any]
 """Builds the rank of a number. Sent to Ray's actors, so it imports what it needs when it is called."""
@@ -46,12 +43,40 @@ def start_ranks(make: MakeRank, count: int, resources: RankResources) -> Ranks:
     return LocalRank(make) if count == 1 else RayRanks(make, count, resources)
 
 
+def gather(calls: list[Any], method: str, timeout_s: float) -> list[Any]:
+    """Results of one call to every rank, in rank order.
+
+    The first failure ends the wait for the others, which would sit in a collective. Raises what a rank raised, and
+    RankLost for one that died or did not answer in time.
+    """
+    import ray
+
+    pending, deadline = list(calls), time.monotonic() + timeout_s
+    while pending:
+        ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankLost(
+                f"{method} took longer than {timeout_s:g} s on {len(pending)} of {len(calls)} ranks "
+                "(resources.call_timeout_s, resources.start_timeout_s); continue with --resume auto"
+            )
+        try:
+            ray.get(ready[0], timeout=60)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from error
+        except ray.exceptions.RayActorError as error:
+            raise RankLost(
+                f"rank {calls.index(ready[0])} died in {method} ({str(error).splitlines()[0]}); its cause is in Ray's "
+                "log (out of memory is the usual one); continue with --resume auto"
+            ) from error
+    return ray.get(calls, timeout=60)
+
+
 class LocalRank:
     """One rank in this process."""
 
     def __init__(self, make: MakeRank):
         self.rank = make(0)
-        self.rank.setup("127.0.0.1", _free_port())
+        self.rank.setup("127.0.0.1", free_port())
 
     def call(self, method: str, *args: Any) -> list[Any]:
         return [getattr(self.rank, method)(*args)]
@@ -65,83 +90,41 @@ class RayRanks:
 
     def __init__(self, make: MakeRank, count: int, resources: RankResources):
         import ray
-        from ray.util.placement_group import placement_group, remove_placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        from core.cluster.actors import connect
+        from core.cluster.actors import PlacedActors, connect
+        from core.cluster.placement import uniform_plan
+        from core.failures import ClusterError
 
         connect()
         self.resources = resources
-        gpus = 1 if resources.device == "cuda" else 0
-        bundle = {"CPU": resources.rank_cpus, "GPU": gpus} if gpus else {"CPU": resources.rank_cpus}
-        self._check_size(bundle, count)
-        self.group = placement_group([bundle] * count, strategy="PACK")
-        self.actors: list[Any] = []
-        self._remove = remove_placement_group
+        gpus = 1.0 if resources.device == "cuda" else 0.0
         try:
-            if not self.group.wait(timeout_seconds=resources.placement_timeout_s):
-                raise RankLost(
-                    f"no room for {count} x {bundle} after resources.placement_timeout_s="
-                    f"{resources.placement_timeout_s:g} s: the cluster is busy; see `ray status`"
-                )
-            for rank in range(count):
-                where = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
-                actor = ray.remote(RankActor).options(
-                    num_cpus=resources.rank_cpus, num_gpus=gpus, scheduling_strategy=where
-                )
-                self.actors.append(actor.remote(make, rank))
+            self._placed = PlacedActors(
+                uniform_plan("rank", count, resources.rank_cpus, gpus),
+                f"training with {count} ranks",
+                "lower the number of ranks or resources.rank_cpus",
+                resources.placement_timeout_s,
+                key="resources.placement_timeout_s",
+            )
+        except ClusterError as error:
+            raise RankLost(str(error)) from error
+        with self._placed as placed:
+            self.actors = placed.start(
+                "rank", ray.remote(RankActor), lambda kind, rank: kind.remote(make, rank), restarts=0
+            )
             limit = resources.start_timeout_s
             address, port = ray.get(self.actors[0].address.remote(), timeout=limit)
             self._call("setup", (address, port), limit)
-        except BaseException:
-            self.close()
-            raise
-
-    def _check_size(self, bundle: dict[str, float], count: int) -> None:
-        import ray
-
-        have = ray.cluster_resources()
-        for name, amount in bundle.items():
-            if amount * count > have.get(name, 0) + 1e-6:
-                raise RankLost(
-                    f"{count} ranks need {amount * count:g} {name}s, the cluster has {have.get(name, 0):g}; add "
-                    "nodes (ray start --address=...) or lower the number of ranks or resources.rank_cpus"
-                )
 
     def call(self, method: str, *args: Any) -> list[Any]:
         return self._call(method, args, self.resources.call_timeout_s)
 
     def _call(self, method: str, args: tuple[Any, ...], limit: float) -> list[Any]:
-        """The first failure ends the wait for the others, which would sit in a collective."""
-        import ray
-
-        calls = [actor.run.remote(method, args) for actor in self.actors]
-        pending, deadline = list(calls), time.monotonic() + limit
-        while pending:
-            ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise RankLost(
-                    f"{method} took longer than {limit:g} s on {len(pending)} of {len(calls)} ranks "
-                    "(resources.call_timeout_s, resources.start_timeout_s); continue with --resume auto"
-                )
-            try:
-                ray.get(ready[0], timeout=60)
-            except ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from error
-            except ray.exceptions.RayActorError as error:
-                raise RankLost(
-                    f"rank {calls.index(ready[0])} died in {method} ({str(error).splitlines()[0]}); its cause is in "
-                    "Ray's log (out of memory is the usual one); continue with --resume auto"
-                ) from error
-        return ray.get(calls, timeout=60)
+        return gather([actor.run.remote(method, args) for actor in self.actors], method, limit)
 
     def close(self) -> None:
         """Stop the actors and give their resources back."""
-        import ray
-
-        for actor in self.actors:
-            ray.kill(actor)
-        self._remove(self.group)
+        self._placed.close()
 
 
 class RankActor:
@@ -155,13 +138,7 @@ class RankActor:
         """An address of this node and a port that is free now."""
         import ray
 
-        return ray.util.get_node_ip_address(), _free_port()
+        return ray.util.get_node_ip_address(), free_port()
 
     def run(self, method: str, args: tuple[Any, ...]) -> Any:
         return getattr(self.rank, method)(*args)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

@@ -9,7 +9,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.shards.errors import DataError, SampleError
+from core.failures import DataError, SampleError
 
 
 @dataclass(frozen=True)

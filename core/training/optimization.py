@@ -1,12 +1,17 @@
-"""Optimizers, and the moving average of the weights."""
+"""What of a model is trained, and the optimizers that move it."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.training.schedule import Optimization
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained, in a fixed order."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def build_optimizers(modules: Sequence[nn.Module], settings: Optimization) -> list[torch.optim.Optimizer]:
@@ -48,31 +53,3 @@ def build_optimizers(modules: Sequence[nn.Module], settings: Optimization) -> li
             )
         )
     return optimizers
-
-
-class WeightAverage:
-    """Exponential moving average of parameters, in float32, on their device.
-
-    The decay is min(decay, (1 + n) / (10 + n)) after n updates, so that an early average is not all initial
-    weights.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], decay: float) -> None:
-        self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self._decay = decay
-        self.updates = 0
-        self.tensors: list[Tensor] = [p.detach().clone().float() for p in self._parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.tensors, [p.detach().float() for p in self._parameters], 1 - decay)
-        self.updates += 1
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the average with the live weights; a second call undoes the first."""
-        for parameter, average in zip(self._parameters, self.tensors, strict=True):
-            live = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(live)

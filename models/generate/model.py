@@ -16,15 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from core.failures import DataFailure, InfrastructureFailure
 from core.pictures import decode_picture, picture_name
-from models.components import (
-    METAQUERY_PARTS,
-    PARTS,
-    check_model_folder,
-    check_vlm_folder,
-    is_metaquery_folder,
-)
+from models.folders import METAQUERY_PARTS, PARTS, is_metaquery_folder, model_sha256, vlm_sha256
 from models.generate.jobs import Job
 from models.generate.task_lines import Refused
+from models.preflight import model_problems
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,18 +68,12 @@ def model_spec(
         Refused: everything that is missing or does not fit.
     """
     metaquery = is_metaquery_folder(model)
-    problems = check_model_folder(model, METAQUERY_PARTS if metaquery else PARTS)
-    if metaquery and vlm is None:
-        problems.append(f"{model} is a MetaQuery folder (it has conditioner/): give its Qwen2.5-VL as --vlm")
-    if vlm is not None:
-        problems += check_vlm_folder(vlm)
-    if not metaquery:
-        for name, value in (("--vlm", vlm), ("--position-mode", position_mode)):
-            if value is not None:
-                problems.append(
-                    f"{name} {value}: {model} is a Kontext folder (it has no conditioner/), which has none"
-                )
-    elif max_sequence_length is not None:
+    problems = model_problems(model, vlm, model_key="--model", vlm_key="--vlm")
+    if position_mode is not None and not metaquery:
+        problems.append(
+            f"--position-mode {position_mode}: {model} is a Kontext folder (it has no conditioner/), which has none"
+        )
+    if max_sequence_length is not None and metaquery:
         problems.append(f"--max-sequence-length {max_sequence_length}: MetaQuery reads prompts whole")
     if problems:
         raise Refused(problems)
@@ -112,15 +101,11 @@ def weights_record(spec: ModelSpec) -> dict[str, Any]:
     Raises:
         Refused: an adapter that is not there, cannot be read or does not fit the model.
     """
-    from core.files import folder_manifest
-    from models.lora.load import model_sha256
-
     parts = PARTS if spec.vlm is None else METAQUERY_PARTS
-    vlm_hash = None if spec.vlm is None else _sha256(folder_manifest(spec.vlm))
     return {
         "adapter_sha256": _adapter_sha256(spec),
         "model_sha256": model_sha256(Path(spec.model), parts),
-        "vlm_sha256": vlm_hash,
+        "vlm_sha256": None if spec.vlm is None else vlm_sha256(spec.vlm),
         "dtype": spec.dtype,
         "max_sequence_length": spec.max_sequence_length,
         "position_mode": spec.position_mode,
@@ -249,8 +234,5 @@ def _adapter_sha256(spec: ModelSpec) -> str | None:
         settings, adapter = load_adapter(Path(spec.model), Path(spec.adapter), "float32")
     except (ValueError, OSError, KeyError, SafetensorError) as error:
         raise Refused([f"--adapter {spec.adapter}: {error}"]) from error
-    return _sha256([adapter.sha256, settings.rank, settings.alpha, sorted(settings.targets)])
-
-
-def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    decides = [adapter.sha256, settings.rank, settings.alpha, sorted(settings.targets)]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.components import read_weights
+from models.folders import check_model_folder, require
 from models.metaquery.config import ConnectorConfig, MetaQueryConfig, read_metaquery_config
 
 logger = logging.getLogger(__name__)
@@ -202,3 +203,12 @@ def _differences(expected: dict[str, Any], found: dict[str, Tensor]) -> list[str
         if found[name].shape != expected[name].shape
     ]
     return problems
+
+
+def load_conditioner(
+    folder: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> MetaQueryConditioner:
+    """Load `conditioner/` of a model folder, frozen. Raises as `MetaQueryConditioner.from_pretrained`."""
+    require(check_model_folder(folder, ("conditioner",)))
+    part = Path(folder) / "conditioner"
+    return MetaQueryConditioner.from_pretrained(part, dtype=dtype, device=device).requires_grad_(False)

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from models.components import METAQUERY_PARTS, check_model_folder, check_vlm_folder
-
 RELEASED_CLASS_NAME = "StableDiffusion3Conditioner"
 
 _COMPUTED = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0, "model_type": None}
@@ -99,36 +97,6 @@ def read_metaquery_config(folder: str | Path) -> MetaQueryConfig:
         return MetaQueryConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def check_metaquery(folder: str | Path, vlm_folder: str | Path) -> list[str]:
-    """Every problem with the folders of a MetaQuery model and its Qwen2.5-VL, and where they do not fit each other.
-
-    Looks at names and JSON only, never at tensors.
-    """
-    folder, vlm_folder = Path(folder), Path(vlm_folder)
-    problems = check_model_folder(folder, METAQUERY_PARTS) + check_vlm_folder(vlm_folder)
-    if problems:
-        return problems
-    try:
-        config = read_metaquery_config(folder / "conditioner")
-    except ValueError as error:
-        return [str(error)]
-    vlm = json.loads((vlm_folder / "config.json").read_text(encoding="utf-8"))
-    transformer = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    others = {
-        # The released folders of Qwen2.5-VL have the language model's keys at the top.
-        "llm_hidden_size": (vlm_folder, "hidden_size", vlm.get("text_config", vlm).get("hidden_size")),
-        **{
-            name: (folder / "transformer", name, transformer.get(name))
-            for name in ("joint_attention_dim", "pooled_projection_dim")
-        },
-    }
-    return [
-        f"{folder / 'conditioner'}: {name}={getattr(config, name)}, but {key} of {other} is {value}"
-        for name, (other, key, value) in others.items()
-        if getattr(config, name) != value
-    ]
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:

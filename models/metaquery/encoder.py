@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from core.pictures import to_rgb
-from models.components import load_conditioner
-from models.metaquery.conditioner import MetaQueryConditioner
+from models.metaquery.conditioner import MetaQueryConditioner, load_conditioner
 from models.metaquery.reading import PositionMode, QueryReader
 from models.metaquery.vlm import answer_question
 from models.text import DEFAULT_CACHE_BYTES, EmbedsCache, PromptEmbeds

@@ -1,6 +1,7 @@
 """UniPic2-MetaQuery: text to image, editing and understanding, by diffusers' calling conventions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,16 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from models.components import (
-    METAQUERY_PARTS,
-    check_model_folder,
-    check_vlm_folder,
-    load_conditioner,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-)
-from models.drawing import DrawingOptions, DrawingPipeline, Generators, PromptRows
+from models.components import load_scheduler, load_transformer, load_vae
+from models.conditioning import ConditioningBatch
+from models.drawing import DrawingPipeline, Generators
+from models.folders import METAQUERY_PARTS, check_model_folder, check_vlm_folder, require
 from models.kontext import KontextTransformer
-from models.metaquery.conditioner import MetaQueryConditioner
+from models.metaquery.conditioner import MetaQueryConditioner, load_conditioner
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import PositionMode, QueryReader
 from models.metaquery.vlm import load_vlm
+from models.text import stack_embeds
 
 
 class MetaQueryPipeline(DrawingPipeline):
@@ -88,9 +84,7 @@ class MetaQueryPipeline(DrawingPipeline):
             FileNotFoundError: every part of either folder that is missing.
             ValueError: as `__init__`, `MetaQueryConditioner.from_pretrained` and `models.metaquery.vlm.load_vlm`.
         """
-        problems = check_model_folder(folder, METAQUERY_PARTS) + check_vlm_folder(vlm_folder)
-        if problems:
-            raise FileNotFoundError("; ".join(problems))
+        require(check_model_folder(folder, METAQUERY_PARTS) + check_vlm_folder(vlm_folder))
         vlm, tokenizer, image_processor = load_vlm(vlm_folder, dtype=torch_dtype, device=device)
         return cls(
             transformer=load_transformer(folder, dtype=torch_dtype, device=device),
@@ -125,48 +119,39 @@ class MetaQueryPipeline(DrawingPipeline):
 
         Raises ValueError for inputs that contradict each other or cannot be read.
         """
-        options = DrawingOptions(
-            num_inference_steps,
-            guidance_scale,
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            return_dict,
-        )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = self._images(image, len(prompts))
         height, width = self._size(images, height, width)
         images = [one.resize((width, height), Image.Resampling.LANCZOS) for one in images]
         encoder = self._encoder()
-        positive = _rows(encoder, prompts, images)
-        negative = None
+        batch = ConditioningBatch(*stack_embeds(encoder.encode(prompts, images or None)))
         if guidance_scale > 1:
-            negatives = (
-                [negative_prompt] * len(prompts)
-                if isinstance(negative_prompt, str)
-                else list(negative_prompt)
-            )
+            given = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            negatives = list(given)
             if len(negatives) != len(prompts):
                 raise ValueError(f"{len(negatives)} negative_prompts do not fit {len(prompts)} prompts")
-            negative = _rows(encoder, negatives, images)
-        return self._draw(positive, negative, images, (height, width), options)
+            embeds, pooled = stack_embeds(encoder.encode(negatives, images or None))
+            batch = replace(batch, negative_prompt_embeds=embeds, negative_pooled_prompt_embeds=pooled)
+        return self._draw(
+            batch,
+            images,
+            (height, width),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+        )
 
     def answer(self, images: Sequence[Image.Image], question: str, *, max_new_tokens: int = 512) -> str:
         """See `MetaQueryEncoder.answer`."""
         return self._encoder().answer(images, question, max_new_tokens=max_new_tokens)
 
     def _encoder(self) -> MetaQueryEncoder:
-        """Of this moment's components; its cache lives as long as one call."""
+        """Of the components as they are; its cache lives as long as one call."""
         reader = QueryReader(
             self.vlm, self.tokenizer, self.image_processor, position_mode=self.config["position_mode"]
         )
         return MetaQueryEncoder(self.conditioner, reader)
-
-
-def _rows(encoder: MetaQueryEncoder, prompts: Sequence[str], images: Sequence[Image.Image]) -> PromptRows:
-    encoded = encoder.encode(prompts, images or None)
-    return PromptRows(
-        torch.stack([one.prompt_embeds for one in encoded]),
-        torch.stack([one.pooled_prompt_embeds for one in encoded]),
-    )

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from core.pictures import to_rgb
-from models.components import check_vlm_folder
+from models.folders import check_vlm_folder, require
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ def load_vlm(
         ValueError: weights are missing, there is no chat template, or patches of another size are prepared than
             the model reads.
     """
-    problems = check_vlm_folder(folder)
-    if problems:
-        raise FileNotFoundError("; ".join(problems))
+    require(check_vlm_folder(folder))
     loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
     )

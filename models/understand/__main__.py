@@ -10,8 +10,6 @@ everything is answered; 1: something could not be; 2: refused, before anything w
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -85,19 +83,17 @@ def _ask_all(words: argparse.Namespace) -> int:
 def _spec(words: argparse.Namespace) -> Any:
     """Raises Refused for a folder that holds no Qwen2.5-VL."""
     import recipes
-    from core.files import folder_manifest
-    from models.components import check_vlm_folder
+    from models.folders import check_vlm_folder, vlm_sha256
     from models.understand.run import AnswerSpec
 
     folder = recipes.resolve(words.vlm)
     problems = check_vlm_folder(folder)
     if problems:
         raise Refused(problems)
-    sha256 = hashlib.sha256(json.dumps(folder_manifest(folder), sort_keys=True).encode()).hexdigest()
     device = device_of(words)
     return AnswerSpec(
         str(folder.absolute()),
-        sha256,
+        vlm_sha256(folder),
         dtype_of(words, device),
         device,
         threads_of(words, device),

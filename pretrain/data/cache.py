@@ -13,41 +13,27 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
-import recipes
+from core.failures import DataError
 from core.logs import start_logging
 from core.progress import Progress
-from core.recipe import ConfigError, read_over_bases, read_recipe
-from core.shards.errors import DataError
-from pretrain.data.config import DataConfig, data_problems
+from core.recipe import ConfigError, read_recipe
+from pretrain.data.config import DataConfig, DataRecipe, broken_data_rules
 from pretrain.data.encode import Broken, Job, ShardEncoder
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class _DataRecipe:
-    """The only section of a recipe that this command reads."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-
-
 def read_data(recipe: str | Path, overrides: Sequence[str]) -> DataConfig:
     """The `data:` section of a recipe. Raises ConfigError with every problem."""
-    file = recipes.resolve(recipe)
-    given = read_over_bases(file) if file.is_file() else None
-    others = {str(key) for key in given} - {"data"} if isinstance(given, DictConfig) else set()
-    own = [item for item in overrides if item.partition("=")[0].partition(".")[0] not in others]
-    data = read_recipe(recipe, own, _DataRecipe, others=others).data
-    problems = data_problems(data)
-    if problems:
-        raise ConfigError(problems)
-    return data
+    found = read_recipe(
+        recipe, overrides, DataRecipe, others=None, rules=lambda found: broken_data_rules(found.data)
+    )
+    return found.data
 
 
 def fill_cache(data: DataConfig, *, workers: int, part: int = 0, parts: int = 1) -> int:

@@ -16,26 +16,40 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 import numpy as np
 from filelock import FileLock, Timeout
+from PIL import Image, UnidentifiedImageError
 
 import recipes
+from core.failures import DataError, SampleError
 from core.files import COMPLETE, atomic_write_bytes, publish_folder
+from core.pictures import MAX_PIXELS
 from core.progress import Progress
-from core.shards.errors import DataError, SampleError
 from pretrain.data.config import SourceConfig
-from pretrain.data.headers import upright_size
-from pretrain.data.huggingface import dataset_files
-from pretrain.data.readers import Place, Reader, picture_fields, reader_of, text_fields
+from pretrain.data.readers import Place, Reader, picture_fields, text_fields
+from pretrain.data.tables import HuggingFaceReader, ParquetReader, dataset_files
+from pretrain.data.webdataset import WebDatasetReader
 
 FORMAT = 1
 NAMED = 10
 """Broken samples that a message names."""
 MAX_ASPECT_MISMATCH = 1.05
 """Proportions of an edit's pictures may differ by this factor: what rounding sides to a multiple does."""
+
+READERS: dict[str, type[Reader]] = {
+    "webdataset": WebDatasetReader,
+    "parquet": ParquetReader,
+    "hf": HuggingFaceReader,
+}
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+_ORIENTATION = 0x0112
+_TRANSPOSED = range(5, 9)
+# Where an orientation can lie; asking PIL for one that is not there would decode a whole PNG to look behind it.
+_METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
 class SourceIndex:
@@ -122,7 +136,7 @@ def source_files(config: SourceConfig) -> list[Path]:
 def index_one(path: Path, config: SourceConfig, index_dir: Path) -> None:
     """Read the headers of one file's samples and write what was found."""
     stamp = _stamp(path, config)
-    reader = reader_of(config)
+    reader = READERS[config.kind](config)
     keys, places, sizes = [], [], []
     corrupt: list[tuple[str, str]] = []
     for key, place in reader.places(path):
@@ -160,6 +174,33 @@ def _size(reader: Reader, path: Path, place: Place, fields: list[str]) -> tuple[
         )
         raise SampleError(f"pictures of unlike proportions: {pair}")
     return sizes[-1]
+
+
+def upright_size(file: IO[bytes], name: str) -> tuple[int, int]:
+    """(width, height) of a picture once EXIF rotation is applied.
+
+    Raises:
+        SampleError: beginning with `name`, for what is no picture of `FORMATS`, or one that could not be used:
+            more than 8 bits a channel, or above `core.pictures.MAX_PIXELS`.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as picture:
+            width, height = picture.size
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+                raise SampleError(f"{name} has more than 8 bits a channel")
+            if width * height > MAX_PIXELS:
+                raise SampleError(
+                    f"{name} has {width} x {height} px, more than {MAX_PIXELS / 1e6:.0f} megapixels"
+                )
+            tagged = any(key in picture.info for key in _METADATA)
+            turned = tagged and picture.getexif().get(_ORIENTATION) in _TRANSPOSED
+    except SampleError:
+        raise
+    except UnidentifiedImageError as error:
+        raise SampleError(f"{name} is no {', '.join(FORMATS)} picture") from error
+    except Exception as error:  # on damaged files PIL raises more than it documents
+        raise SampleError(f"{name} has a header that cannot be read ({error})") from error
+    return (height, width) if turned else (width, height)
 
 
 def _make(config: SourceConfig, files: Sequence[Path], index_dir: Path, workers: int) -> None:

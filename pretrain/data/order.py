@@ -8,20 +8,23 @@ per epoch. So every sample of a bucket comes once an epoch of that bucket.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
-from core.shards.errors import DataError
+from core.failures import DataError
 from models.latents import ASPECT_RATIOS
 from pretrain.data.buckets import area_at, areas, bucket_size, crop_losses, nearest_buckets
 from pretrain.data.config import TASKS, DataConfig
-from pretrain.data.cycle import Cycle
-from pretrain.data.permutation import mixed, permuted
 from pretrain.data.sources import Source
 
 log = logging.getLogger(__name__)
 
+CYCLE_LENGTH = 4096
+"""Slots of a cycle: a share is met to 1 in 4096, and one below half of that is never drawn."""
+_FEISTEL_ROUNDS = 4
+_MASK = (1 << 64) - 1
 _BUCKETS, _SOURCES, _EPOCH, _REPLACEMENT = range(1, 5)
 
 
@@ -98,9 +101,7 @@ class BatchOrder:
             members = np.flatnonzero(buckets == bucket).astype(np.uint32)
             widths, heights = source.widths[members], source.heights[members]
             fits = np.ones(len(members), dtype=bool)
-            for area in areas(
-                config.resolution
-            ):  # a sample stays through the schedule: the worst size decides
+            for area in areas(config.resolution):  # a sample stays throughout: the worst size decides
                 size = bucket_size(bucket, area, config.multiple)
                 fits &= crop_losses(widths, heights, size) <= config.max_crop_loss
             left_out += int((~fits).sum())
@@ -133,3 +134,82 @@ class BatchOrder:
                 )  # fmt: skip
             key = mixed(self._seed, _SOURCES, number, int(bucket))
             self._source_cycle[task, int(bucket)] = Cycle(mass[bucket], key)
+
+
+class Cycle:
+    """A fixed mixture in an endless order, without a count to keep: which choice comes n-th, and how often before.
+
+    Every CYCLE_LENGTH draws hold each choice the same number of times, in an order of their own.
+
+    `slots[k]`: draws of choice k in a cycle, by largest remainder; 0 for a share that is too small for one.
+    """
+
+    def __init__(self, weights: Sequence[float], key: int) -> None:
+        """Weights need not sum to 1. Raises ValueError when they are all 0 or one is negative."""
+        shares = np.asarray(weights, dtype=np.float64)
+        if (shares < 0).any() or not shares.sum() > 0:
+            raise ValueError(f"weights {list(weights)} must not be negative, and one must be above 0")
+        exact = shares / shares.sum() * CYCLE_LENGTH
+        slots = np.floor(exact).astype(np.int64)
+        for k in np.argsort(-(exact - slots), kind="stable")[: CYCLE_LENGTH - slots.sum()]:
+            slots[k] += 1
+        self.slots = slots
+        self._key = key
+        self._order = lru_cache(maxsize=4)(self._make_order)
+
+    def draw(self, number: int) -> tuple[int, int]:
+        """(k, how many of the draws before `number` were k) of the 0-based draw `number`."""
+        cycle, place = divmod(number, CYCLE_LENGTH)
+        choices, before = self._order(cycle)
+        choice = int(choices[place])
+        return choice, cycle * int(self.slots[choice]) + int(before[place])
+
+    def _make_order(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([self._key, cycle])
+        choices = rng.permutation(np.repeat(np.arange(len(self.slots)), self.slots))
+        before = np.empty(CYCLE_LENGTH, dtype=np.int64)
+        for k, slots in enumerate(self.slots):
+            before[choices == k] = np.arange(slots)
+        return choices, before
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Where `index` of range(size) goes in the permutation that `key` names: in O(1), whatever the size.
+
+    A Feistel network permutes the next power of four; indices that land outside are sent through again until they
+    land inside (cycle walking), which takes fewer than four rounds on average.
+
+    Raises:
+        ValueError: the index is not in range(size).
+    """
+    if not 0 <= index < size:
+        raise ValueError(f"index {index} is not in range({size})")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    while True:
+        index = _feistel(index, half, key)
+        if index < size:
+            return index
+
+
+def mixed(*values: int) -> int:
+    """A hash of whole numbers, 64 bits: keys and draws from (seed, step, place, ...)."""
+    state = 0
+    for value in values:
+        state = _scrambled(state ^ _scrambled((value & _MASK) + 1))
+    return state
+
+
+def _feistel(index: int, half: int, key: int) -> int:
+    mask = (1 << half) - 1
+    left, right = index >> half, index & mask
+    for number in range(_FEISTEL_ROUNDS):
+        left, right = right, left ^ (mixed(key, number, right) & mask)
+    return left << half | right
+
+
+def _scrambled(value: int) -> int:
+    """SplitMix64: one step of its state and its finaliser."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
+    return value ^ value >> 31

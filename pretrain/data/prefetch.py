@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from core.shards.errors import DataError
+from core.failures import DataError
 from pretrain.data.batch import PretrainBatch
 
 

@@ -1,36 +1,39 @@
 """What every kind of collection offers: its samples by place, texts and encoded pictures apart."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
-from core.shards.errors import DataError, SampleError
+from core.failures import SampleError
 from pretrain.data.config import SourceConfig
 
 Place = tuple[int, ...]
 """Whole numbers that say where a sample lies in its file; as many for every sample of a source."""
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """Samples of one kind of file. Safe to use from several threads; opens nothing until asked."""
 
-    def __init__(self, config: SourceConfig) -> None: ...
+    def __init__(self, config: SourceConfig) -> None:
+        self._pictures = picture_fields(config)
+        self._texts = text_fields(config)
 
+    @abstractmethod
     def places(self, path: Path) -> Iterator[tuple[str, Place | SampleError]]:
         """Key and place of every sample of a file, in order, or why it has none.
 
         Raises:
             DataError: a file that cannot be read at all.
         """
-        ...
 
+    @abstractmethod
     def texts(self, path: Path, place: Place) -> tuple[str, ...]:
         """The captions that a sample has, or its instruction. Raises SampleError where there is none."""
-        ...
 
+    @abstractmethod
     def pictures(self, path: Path, place: Place) -> tuple[IO[bytes], ...]:
         """Encoded pictures, open for reading: (image,), or (source, target). Raises SampleError."""
-        ...
 
 
 def text_fields(config: SourceConfig) -> list[str]:
@@ -59,20 +62,3 @@ def clean_texts(values: dict[str, Any]) -> tuple[str, ...]:
     if not texts:
         raise SampleError(f"no text in {', '.join(values)}")
     return tuple(texts)
-
-
-def reader_of(config: SourceConfig) -> Reader:
-    """The reader of a source of files."""
-    if config.kind == "webdataset":
-        from pretrain.data.webdataset import WebDatasetReader
-
-        return WebDatasetReader(config)
-    if config.kind == "parquet":
-        from pretrain.data.parquet import ParquetReader
-
-        return ParquetReader(config)
-    if config.kind == "hf":
-        from pretrain.data.huggingface import HuggingFaceReader
-
-        return HuggingFaceReader(config)
-    raise DataError(f"kind={config.kind!r} is not read from files")

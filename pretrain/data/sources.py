@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from core.failures import DataError, SampleError
 from core.pictures import decode_picture
-from core.shards.errors import DataError, SampleError
 from pretrain.data.config import DataConfig, SourceConfig
-from pretrain.data.index import named, open_index
-from pretrain.data.readers import picture_fields, reader_of
+from pretrain.data.index import READERS, named, open_index
+from pretrain.data.readers import picture_fields
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class FileSource:
     """Samples of tar shards or tables, found through their index."""
 
     def __init__(self, config: SourceConfig, data: DataConfig) -> None:
-        self.reader = reader_of(config)
+        self.reader = READERS[config.kind](config)
         self.index = open_index(
             config, Path(data.cache_dir) / "index", workers=data.index_workers, wait_s=data.wait_s
         )

@@ -9,17 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.shards.errors import DataError, SampleError
+from core.failures import DataError, SampleError
 from models.latents import ASPECT_RATIOS
-from pretrain.data.batch import PretrainBatch
+from pretrain.data.batch import PretrainBatch, fitted_pictures, readable_texts, to_pixels
 from pretrain.data.buckets import area_at
 from pretrain.data.config import DataConfig, data_problems
 from pretrain.data.encoded import open_encoded, stack
-from pretrain.data.order import BatchOrder, Draw, Plan
-from pretrain.data.permutation import mixed
-from pretrain.data.pixels import fitted_pictures, to_pixels
+from pretrain.data.order import BatchOrder, Draw, Plan, mixed
 from pretrain.data.prefetch import Prefetch
-from pretrain.data.readable import readable_texts
 from pretrain.data.sources import Source, check_corrupt, open_sources
 
 log = logging.getLogger(__name__)

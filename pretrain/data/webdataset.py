@@ -5,21 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from core.shards.errors import SampleError
+from core.failures import SampleError
 from core.shards.tar import Member, MemberStream, list_shard, read_member
-from pretrain.data.config import SourceConfig
-from pretrain.data.readers import Place, clean_texts, picture_fields, text_fields
+from pretrain.data.readers import Place, Reader, clean_texts
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _ABSENT = (-1, 0)
 
 
-class WebDatasetReader:
+class WebDatasetReader(Reader):
     """A place is (offset, size) of every picture, then of KEY.json and KEY.txt; offset -1 for one that is absent."""
-
-    def __init__(self, config: SourceConfig) -> None:
-        self._pictures = picture_fields(config)
-        self._texts = text_fields(config)
 
     def places(self, path: Path) -> Iterator[tuple[str, Place | SampleError]]:
         listing = list_shard(path)

@@ -6,16 +6,15 @@ Stages kontext, align and unified of UniPic 2.0, under DeepSpeed: one rank in th
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from functools import partial
 
+from core.command_line import add_recipe_arguments, refuse, report_dry_run
+from core.failures import DataError
 from core.logs import start_logging
-from core.recipe import ConfigError, to_yaml
-from core.shards.errors import DataError
-from pretrain.flow.config import FlowRecipe, load_recipe
-
-log = logging.getLogger("pretrain.flow")
+from core.recipe import ConfigError
+from pretrain.flow.config import FlowRecipe
+from pretrain.flow.validate import load_recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,20 +23,19 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m pretrain.flow",
         description="Train a recipe by flow matching: kontext, align, unified.",
     )
-    parser.add_argument("recipe", help="YAML file, for example recipes/pretrain_kontext_sd35m.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and print the plan; no Ray, no GPU"
+    add_recipe_arguments(
+        parser,
+        "recipes/pretrain_kontext_sd35m.yaml",
+        dry_run="check everything and print the plan; no Ray, no GPU",
+        resume=True,
     )
-    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
     options = parser.parse_intermixed_args(arguments)
     start_logging()
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         return dry_run(recipe) if options.dry_run else train(recipe, resume=options.resume)
     except (ConfigError, DataError) as error:
-        sys.stderr.write(f"This recipe cannot run:\n{error}\n")
-        return 2
+        return refuse("This recipe cannot run", error)
 
 
 def dry_run(recipe: FlowRecipe) -> int:
@@ -45,37 +43,30 @@ def dry_run(recipe: FlowRecipe) -> int:
     from pretrain.flow.plan import describe
     from pretrain.flow.preflight import preflight
 
-    sys.stdout.write("\n".join(describe(recipe)) + "\n")
-    problems = preflight(recipe)
-    if problems:
-        sys.stdout.write("Not ready:\n" + "\n".join(f"- {problem}" for problem in problems) + "\n")
-        return 2
-    sys.stdout.write("Ready to run.\n")
-    return 0
+    return report_dry_run(describe(recipe), preflight(recipe))
 
 
 def train(recipe: FlowRecipe, *, resume: str | None = None) -> int:
     """Check everything, start the ranks, train to the end of the run."""
-    from core.cluster.ranks import start_ranks
-    from core.files import atomic_write_text
+    from core.training.run import RunState, find_checkpoint, read_state, train_on_ranks
     from pretrain.flow.preflight import preflight
     from pretrain.flow.rank import FlowRank
-    from pretrain.flow.run import RECIPE, FlowRun, find_checkpoint, read_step
+    from pretrain.flow.run import FREE, FlowRun
 
     problems = preflight(recipe)
     if problems:
         raise ConfigError(problems)
-    checkpoint = find_checkpoint(recipe, resume)
-    step = read_step(checkpoint) if checkpoint else 0
-    atomic_write_text(recipe.run_dir / RECIPE, to_yaml(recipe))
-    ranks = start_ranks(partial(FlowRank, recipe), recipe.resources.ranks, recipe.resources)
-    try:
-        if checkpoint is not None:
-            ranks.call("load", str(checkpoint), step)
-            log.info("continuing from %s", checkpoint)
-        FlowRun(recipe, ranks, step, fresh=resume is None).run()
-    finally:
-        ranks.close()
+    checkpoint = find_checkpoint(recipe, resume, load_recipe, free=FREE)
+    state = read_state(checkpoint, RunState) if checkpoint else RunState()
+    train_on_ranks(
+        recipe,
+        partial(FlowRank, recipe),
+        recipe.resources.ranks,
+        recipe.resources,
+        lambda ranks: FlowRun(recipe, ranks, state, fresh=resume is None),
+        checkpoint=checkpoint,
+        step=state.step,
+    )
     return 0
 
 

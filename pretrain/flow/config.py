@@ -1,46 +1,69 @@
-"""The schema of a flow-matching recipe: every key, its type, its one default. Loading needs neither torch nor Ray."""
+"""The schema of a flow-matching recipe: every key with its type, bounds, one default and meaning.
+
+Rules that join several keys, and the reader, live in `pretrain/flow/validate.py`. Needs neither torch nor Ray.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from omegaconf import MISSING
 
-from core.recipe import ConfigError, read_recipe
+from core.keys import (
+    AtLeast0,
+    Count,
+    Decay,
+    Device,
+    FolderName,
+    Guidance,
+    ModelDtype,
+    NonNegative,
+    PositionMode,
+    Positive,
+    Seed,
+    ZeroStage,
+)
 from pretrain.data.config import DataConfig
-
-STAGES = ("kontext", "align", "unified")
 
 
 @dataclass
 class ConnectorSection:
     """Sizes of a fresh conditioner, by default the released one's; its other widths follow from VLM and transformer."""
 
-    num_queries: int = 256
-    hidden_size: int = 1536
-    intermediate_size: int = 8960
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 24
+    num_queries: Count = 256
+    """Learned queries, whose states condition the transformer."""
+    hidden_size: Count = 1536
+    """Width of the connector; a multiple of its heads."""
+    intermediate_size: Count = 8960
+    """Width of its MLPs."""
+    num_hidden_layers: Count = 24
+    """Its blocks."""
+    num_attention_heads: Count = 24
+    """Its attention heads."""
 
 
 @dataclass
 class ModelSection:
-    """Where training starts.
-
-    `path` holds `transformer/ vae/ scheduler/`, for stage kontext also the text encoders. With a VLM, `conditioner`
-    is a folder that holds `conditioner/`; null starts fresh queries and a fresh connector of the given sizes.
-    """
+    """Where training starts."""
 
     path: str = MISSING
+    """Folder that holds `transformer/ vae/ scheduler/`, for stage kontext also the text encoders."""
     vlm: str | None = None
+    """Folder of the Qwen2.5-VL; null for stage kontext."""
     conditioner: str | None = None
+    """Folder that holds `conditioner/`; null starts fresh queries and a fresh connector."""
     connector: ConnectorSection = field(default_factory=ConnectorSection)
-    position_mode: str = "flat"
-    max_sequence_length: int = 256
+    """Sizes of a fresh one."""
+    position_mode: PositionMode = "flat"
+    """How the VLM sees positions."""
+    max_sequence_length: Count = 256
     """T5 tokens of a prompt."""
-    dtype: str = "bfloat16"
+    dtype: ModelDtype = "bfloat16"
+    """Type that the models compute in."""
     gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass instead of keeping them."""
     compile: bool = False
     """Compile the blocks of transformer and connector."""
 
@@ -48,102 +71,142 @@ class ModelSection:
 @dataclass
 class TrainSection:
     """Which parts are trained; null is the stage's own choice: kontext the transformer, align queries and connector,
-    unified all three. `connector` includes its projectors."""
+    unified all three."""
 
     queries: bool | None = None
+    """Train the learned queries."""
     connector: bool | None = None
+    """Train the connector with its projectors."""
     transformer: bool | None = None
+    """Train the transformer."""
 
 
 @dataclass
 class ReferencesSection:
-    """Where the reference of an edit goes (paper Table 2): as latents to the transformer, as a picture to the VLM."""
+    """Where the reference of an edit goes (paper Table 2)."""
 
     transformer: bool = True
+    """As latents to the transformer."""
     vlm: bool = True
+    """As a picture to the VLM."""
 
 
 @dataclass
 class OptimizationSection:
-    """AdamW; linear warm-up, then a cosine down to `final_lr_fraction`; no weight decay on 1-D parameters."""
+    """AdamW; linear warm-up, then a cosine; no weight decay on 1-D parameters."""
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    gradient_clip: float = 1.0
-    warmup_fraction: float = 0.01
-    final_lr_fraction: float = 0.0
-    ema_decay: float = 0.9999
+    lr: Positive = 1e-4
+    """Peak learning rate."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay of the mean gradient and of the mean squared one."""
+    eps: Positive = 1e-8
+    """Term against division by zero."""
+    weight_decay: NonNegative = 0.05
+    """Decoupled weight decay."""
+    gradient_clip: Positive = 1.0
+    """Norm that gradients are clipped to."""
+    warmup_fraction: Decay = 0.01
+    """Share of the steps in which the rate rises."""
+    final_lr_fraction: Decay = 0.0
+    """Share of the peak that the cosine ends at."""
+    ema_decay: Decay = 0.9999
+    """What remains of the averaged weights at each step."""
 
 
 @dataclass
 class DeepSpeedSection:
-    """`offload`: none, optimizer (its states and the average in host memory) or parameters (weights too; ZeRO-3)."""
+    """What is spread over the ranks, and what lies in host memory."""
 
-    zero_stage: int = 2
-    offload: str = "none"
+    zero_stage: ZeroStage = 2
+    """ZeRO stage."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """optimizer: its states and the average in host memory; parameters: weights too (ZeRO-3)."""
 
 
 @dataclass
 class SamplesSection:
-    """Grids by the averaged weights every `every` steps (0: none): `count` fixed prompts of the data, each task."""
+    """Grids of pictures by the averaged weights."""
 
-    every: int = 5000
-    count: int = 8
-    steps: int = 28
-    guidance_scale: float = 3.5
+    every: AtLeast0 = 5000
+    """Steps between grids; 0: none."""
+    count: Count = 8
+    """Fixed prompts of the data, each task."""
+    steps: Count = 28
+    """Denoising steps."""
+    guidance_scale: Guidance = 3.5
+    """Classifier-free guidance; 1 does without."""
 
 
 @dataclass
 class ResourcesSection:
-    """`device`: cuda or cpu. `card` names the peak that MFU is measured on (a100, h100, h200); null: no MFU.
+    """Ranks and what each of them takes."""
 
-    CPUs are Ray's logical ones, for each rank; `threads` is what a rank really uses.
-    """
-
-    ranks: int = 8
-    device: str = "cuda"
-    card: str | None = None
-    rank_cpus: float = 8.0
-    threads: int = 4
-    placement_timeout_s: float = 600.0
-    start_timeout_s: float = 1800.0
-    collective_timeout_s: float = 1800.0
-    call_timeout_s: float = 7200.0
+    ranks: Count = 8
+    """Data-parallel ranks."""
+    device: Device = "cuda"
+    """Where they run."""
+    card: Literal["a100", "h100", "h200"] | None = None
+    """GPU whose peak MFU is measured on; null: no MFU."""
+    rank_cpus: Positive = 8.0
+    """Ray's logical CPUs of a rank."""
+    threads: Count = 4
+    """CPU threads that a rank really uses."""
+    placement_timeout_s: Positive = 600.0
+    """Longest wait for the cluster's resources, in seconds."""
+    start_timeout_s: Positive = 1800.0
+    """Longest wait for a rank to be ready, in seconds."""
+    collective_timeout_s: Positive = 1800.0
+    """Longest wait of a rank for the others, in seconds."""
+    call_timeout_s: Positive = 7200.0
+    """Longest wait for a rank's answer, in seconds."""
 
 
 @dataclass
 class FlowRecipe:
     """A whole recipe. Everything is written under `output_dir/name`."""
 
-    name: str = MISSING
+    name: FolderName = MISSING
+    """What the run, and its folder in `output_dir`, is called."""
     output_dir: str = "runs"
-    seed: int = 0
-    stage: str = MISSING
+    """Folder of runs."""
+    seed: Seed = 0
+    """What fresh weights, noise and batches are drawn from."""
+    stage: Literal["kontext", "align", "unified"] = MISSING
     """kontext: the transformer with its own text encoders; align, unified: prompts through VLM and conditioner."""
     model: ModelSection = field(default_factory=ModelSection)
+    """Where training starts."""
     train: TrainSection = field(default_factory=TrainSection)
+    """Which parts are trained."""
     references: ReferencesSection = field(default_factory=ReferencesSection)
+    """Where the reference of an edit goes."""
     data: DataConfig = field(default_factory=DataConfig)
-    steps: int = MISSING
+    """What batches are made of."""
+    steps: Count = MISSING
     """Length of the learning-rate schedule."""
-    stop_step: int = 0
+    stop_step: AtLeast0 = 0
     """End after this many steps, part-way through the schedule; 0 = after `steps`."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Samples of an optimizer step, over all ranks."""
-    micro_batch_size: int = 4
-    timestep_shift: float = 3.0
+    micro_batch_size: Count = 4
+    """Samples of a forward pass."""
+    timestep_shift: Positive = 3.0
     """Shift of the logit-normal(0, 1) noise levels."""
     optimization: OptimizationSection = field(default_factory=OptimizationSection)
+    """How weights move."""
     deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
-    log_every: int = 50
+    """Memory against communication."""
+    log_every: Count = 50
     """Steps between records of metrics.jsonl; each holds means since the one before."""
-    save_every: int = 1000
-    keep_checkpoints: int = 2
+    save_every: Count = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: Count = 2
+    """How many of the last ones are kept."""
     samples: SamplesSection = field(default_factory=SamplesSection)
-    export_dtype: str = "bfloat16"
+    """Pictures to look at."""
+    export_dtype: ModelDtype = "bfloat16"
+    """Type of the exported weights."""
     resources: ResourcesSection = field(default_factory=ResourcesSection)
+    """Ranks and their hardware."""
 
     @property
     def run_dir(self) -> Path:
@@ -171,14 +234,3 @@ class FlowRecipe:
         return (
             part in own.get(self.stage, ("queries", "connector", "transformer")) if chosen is None else chosen
         )
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> FlowRecipe:
-    """Read a recipe and `key.sub=value` overrides. Raises ConfigError listing every problem of its keys and values."""
-    from pretrain.flow.validate import recipe_problems
-
-    recipe = read_recipe(path, overrides or [], FlowRecipe)
-    problems = recipe_problems(recipe)
-    if problems:
-        raise ConfigError(problems)
-    return recipe

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import recipes
-from models.components import TEXT_PARTS, save_component
+from core.training.optimization import trained_parameters
+from models.components import save_component
+from models.folders import TEXT_PARTS
 from pretrain.flow.config import FlowRecipe
-from pretrain.flow.model import FlowModel, load_model, set_trained, trained
+from pretrain.flow.model import FlowModel, load_model, set_trained
 
 
 def averaged_model(recipe: FlowRecipe, average: Mapping[str, Tensor]) -> FlowModel:
@@ -22,7 +24,7 @@ def averaged_model(recipe: FlowRecipe, average: Mapping[str, Tensor]) -> FlowMod
     """
     model = load_model(recipe)
     set_trained(model, recipe)
-    wanted = dict(trained(model))
+    wanted = dict(trained_parameters(model))
     if wanted.keys() != average.keys():
         differing = sorted(wanted.keys() ^ average.keys())
         raise ValueError(

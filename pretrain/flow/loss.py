@@ -1,7 +1,13 @@
 """Flow-matching loss: pure functions of latents, noise and timesteps."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from core.training.randomness import torch_generator
+
+_STREAM = 21  # apart from what else draws from the same seed
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -13,6 +19,21 @@ def draw_sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
     """`count` noise levels in (0, 1): logit-normal(0, 1), then shifted. The density is our choice: UniPic 2.0
     does not publish its own; this is SD3's."""
     return shift_sigma(torch.sigmoid(torch.randn(count, generator=generator)), shift)
+
+
+def draw_noise(
+    seed: int, step: int, places: Sequence[int], shape: Sequence[int], shift: float
+) -> tuple[Tensor, Tensor]:
+    """Noise levels [B] in (0, 1), see `draw_sigmas`, and standard normal noise [B, *shape].
+
+    Those of a sample follow from (seed, step, its place in the global batch), whatever the ranks.
+    """
+    sigmas, noises = [], []
+    for place in places:
+        generator = torch_generator(seed, step, _STREAM, place)
+        sigmas.append(draw_sigmas(1, shift, generator))
+        noises.append(torch.randn(tuple(shape), generator=generator))
+    return torch.cat(sigmas), torch.stack(noises)
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from core.scalars import Metric
-from pretrain.flow.peaks import PEAK_TFLOPS
-
-if TYPE_CHECKING:
-    from pretrain.flow.rank import StepFigures
+from core.training.estimates import PEAK_TFLOPS
 
 BUCKETS = 10
 METRICS = (
@@ -28,6 +26,22 @@ METRICS = (
         "throughput/mfu", "share", "Operations by formula over ranks x the card's peak; null without card."
     ),
 )
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One optimizer step as a rank saw it.
+
+    losses, sigmas: of its samples; gradient_norm: global, before clipping; flops: operations of its share.
+    """
+
+    step: int
+    task: str
+    losses: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    gradient_norm: float
+    learning_rate: float
+    flops: float
 
 
 def window_record(

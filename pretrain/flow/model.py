@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import recipes
-from models.components import load_conditioner, load_transformer
+from models.components import load_transformer
 from models.kontext import KontextTransformer
-from models.metaquery.conditioner import MetaQueryConditioner
+from models.metaquery.conditioner import MetaQueryConditioner, load_conditioner
 from models.metaquery.config import ConnectorConfig, MetaQueryConfig
 from pretrain.flow.config import ConnectorSection, FlowRecipe
 
@@ -102,11 +102,6 @@ def set_trained(model: FlowModel, recipe: FlowRecipe) -> None:
     """Give gradients to the parts that the recipe trains, and to no other."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(recipe.trains(part_of(name)))
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that are trained, in a fixed order."""
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def prepare_blocks(model: FlowModel, recipe: FlowRecipe) -> None:

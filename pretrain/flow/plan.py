@@ -1,30 +1,25 @@
 """The run in numbers before it starts: parts, batches, memory of each ZeRO stage, images a second. No weights, no GPU.
 
-Memory of one rank, from P parameters under the engine of which Q are trained, V of the frozen VLM, R ranks, w bytes a
-weight (bf16 2, fp32 4):
-
-    ZeRO-1   w (P + V)     + w Q     + 16 Q / R      weights + gradients + fp32 master copy, both Adam moments and the
-    ZeRO-2   w (P + V)     + w Q / R + 16 Q / R      moving average
-    ZeRO-3   w (P / R + V) + w Q / R + 16 Q / R
-
-The position table (a buffer) counts with the weights and is never cut. With `deepspeed.offload: optimizer` the last
-term is in host memory, with `parameters` w P / R too. VAE and text encoders come on top. Activations are an estimate:
-with gradient checkpointing every block keeps its input alone, without it 34 numbers a token and channel (after
-Korthikanti et al., 2022, attention matrices not kept).
+Memory follows `core/training/estimates.py`, with a moving average (k = 16) and V parameters of the frozen VLM whole on
+every rank. The position table (a buffer) counts with the weights and is never cut. With `deepspeed.offload: optimizer`
+the optimizer's term is in host memory, with `parameters` w P / R too. VAE and text encoders come on top.
 """
 
 from __future__ import annotations
 
+from core.training.estimates import (
+    GIB,
+    MFU,
+    PEAK_TFLOPS,
+    WIDTHS,
+    activation_numbers,
+    memory_line,
+    zero_bytes,
+)
 from pretrain.data.buckets import areas, bucket_size
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.costs import TEXT_TOKENS, sample_flops
-from pretrain.flow.peaks import PEAK_TFLOPS
 from pretrain.flow.sizes import ModelSizes, measure
-
-_GIB = 2**30
-_BYTES = {"float32": 4, "bfloat16": 2}
-MFU = 0.4
-"""Assumed share of the peak that training reaches."""
 
 
 def describe(recipe: FlowRecipe) -> list[str]:
@@ -86,13 +81,13 @@ def vlm_count(recipe: FlowRecipe, sizes: ModelSizes) -> int:
 
 
 def state_bytes(recipe: FlowRecipe, sizes: ModelSizes, stage: int) -> tuple[float, float]:
-    """(device, host) bytes of one rank's weights, gradients, optimizer and average; see the module's table."""
-    width, ranks = _BYTES[recipe.model.dtype], recipe.resources.ranks
-    count = trained_count(recipe, sizes)
-    weights = width * sum(sizes.parameters.values()) / (ranks if stage == 3 else 1)
+    """(device, host) bytes of one rank's weights, gradients, optimizer and average."""
+    width = WIDTHS[recipe.model.dtype]
+    weights, gradients, optimizer = zero_bytes(
+        sum(sizes.parameters.values()), trained_count(recipe, sizes),
+        width=width, ranks=recipe.resources.ranks, stage=stage, average=True,
+    )  # fmt: skip
     fixed = width * (vlm_count(recipe, sizes) + sizes.position_values)
-    gradients = width * count / (ranks if stage >= 2 else 1)
-    optimizer = 16 * count / ranks
     if recipe.deepspeed.offload == "none":
         return weights + fixed + gradients + optimizer, 0.0
     if recipe.deepspeed.offload == "parameters" and stage == 3:
@@ -114,27 +109,20 @@ def activation_bytes(recipe: FlowRecipe, sizes: ModelSizes) -> float:
     if sizes.vlm is not None and sizes.conditioner is not None and recipe.trains("queries"):
         length = sizes.conditioner.num_queries + TEXT_TOKENS
         streams.append((length, sizes.vlm.width, sizes.vlm.layers))
-    kept = sum(n * d * layers for n, d, layers in streams)
-    numbers = (
-        kept + 34 * max(n * d for n, d, _ in streams) if recipe.model.gradient_checkpointing else 34 * kept
-    )
-    return recipe.micro_batch_size * _BYTES[recipe.model.dtype] * numbers
+    numbers = activation_numbers(streams, checkpointing=recipe.model.gradient_checkpointing)
+    return recipe.micro_batch_size * WIDTHS[recipe.model.dtype] * numbers
 
 
 def memory_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:
     """One line a ZeRO stage; the recipe's own is marked."""
-    activations = activation_bytes(recipe, sizes) / _GIB
-    lines = []
+    lines, activations = [], activation_bytes(recipe, sizes)
     for stage in (1, 2, 3):
-        device, host = (value / _GIB for value in state_bytes(recipe, sizes, stage))
-        mark = " <- deepspeed.zero_stage" if stage == recipe.deepspeed.zero_stage else ""
-        off = f", {host:.1f} GiB more in host memory" if host else ""
-        lines.append(
-            f"memory of a rank, ZeRO-{stage}: {device:.1f} GiB of weights, gradients, optimizer and average + about "
-            f"{activations:.1f} GiB of activations (estimate) = {device + activations:.1f} GiB{off}{mark}"
-        )
-    width = _BYTES[recipe.model.dtype]
-    loading = width * (sum(sizes.parameters.values()) + vlm_count(recipe, sizes)) / _GIB
+        device, host = state_bytes(recipe, sizes, stage)
+        chosen = "deepspeed.zero_stage" if stage == recipe.deepspeed.zero_stage else ""
+        what = "weights, gradients, optimizer and average"
+        lines.append(memory_line(stage, device, activations, what=what, chosen=chosen, host=host))
+    count = sum(sizes.parameters.values()) + vlm_count(recipe, sizes)
+    loading = WIDTHS[recipe.model.dtype] * count / GIB
     lines.append(
         f"host memory while loading: {loading:.1f} GiB a rank, also with ZeRO-3; VAE and text encoders on top"
     )

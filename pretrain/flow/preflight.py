@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import recipes
+from core.failures import DataError
 from core.logs import submitted_job
-from core.shards.errors import DataError
-from models.components import METAQUERY_PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
-from models.metaquery.config import MetaQueryConfig
+from models.folders import METAQUERY_PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
+from models.preflight import conditioner_problems
 from models.sizes import geometry
 from pretrain.data.buckets import areas, bucket_size
 from pretrain.data.encoded import open_encoded
@@ -56,22 +55,14 @@ def _data_problems(recipe: FlowRecipe) -> Iterator[str]:
 
 def _fit_problems(recipe: FlowRecipe) -> Iterator[str]:
     """Whether a saved conditioner fits its neighbours."""
-    if recipe.model.conditioner is None:
-        return
-    conditioner = MetaQueryConfig.from_dict(
-        _read(recipes.resolve(recipe.model.conditioner) / "conditioner" / "config.json")
-    )
-    transformer = _read(recipes.resolve(recipe.model.path) / "transformer" / "config.json")
-    vlm = _read(recipes.resolve(str(recipe.model.vlm)) / "config.json")
-    width = vlm.get("text_config", vlm)["hidden_size"]
-    for name, found, wanted, owner in (
-        ("llm_hidden_size", conditioner.llm_hidden_size, width, "model.vlm has"),
-        ("joint_attention_dim", conditioner.joint_attention_dim, transformer["joint_attention_dim"], "model.path has"),
-        ("pooled_projection_dim", conditioner.pooled_projection_dim, transformer["pooled_projection_dim"],
-         "model.path has"),
-    ):  # fmt: skip
-        if found != wanted:
-            yield f"model.conditioner: its {name} is {found}, {owner} {wanted}; take a conditioner made for them"
+    model = recipe.model
+    if model.conditioner is not None:
+        found = conditioner_problems(
+            recipes.resolve(model.conditioner) / "conditioner",
+            ("model.path", recipes.resolve(model.path) / "transformer"),
+            ("model.vlm", recipes.resolve(str(model.vlm))),
+        )
+        yield from (f"model.conditioner: {problem}" for problem in found)
 
 
 def _size_problems(recipe: FlowRecipe) -> Iterator[str]:
@@ -118,7 +109,3 @@ def _path_problems(recipe: FlowRecipe) -> Iterator[str]:
             if key != "output_dir" and recipes.is_packaged(path):
                 continue
             yield f"{key}={path!r} is relative, and a submitted job runs in a temporary copy; give an absolute path"
-
-
-def _read(path: Path) -> dict:  # type: ignore[type-arg]
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -11,14 +11,15 @@ from torch import Tensor
 import recipes
 from core.pictures import contact_sheet
 from models.components import load_scheduler
+from models.conditioning import ConditioningBatch
 from models.latents import decode_latents
-from models.sampling import sample_latents
+from models.sampling import sample_latents, sigma_table
 from pretrain.data.batch import PretrainBatch
 from pretrain.data.stream import BatchStream
 from pretrain.flow.conditions import Encoders, rows_of
 from pretrain.flow.config import FlowRecipe
-from pretrain.flow.draws import draw_noise
 from pretrain.flow.export import averaged_model
+from pretrain.flow.loss import draw_noise
 
 _SEARCHED = 64
 _MIN_SIDE = 96
@@ -47,16 +48,11 @@ def draw_previews(
         _, noise = draw_noise(
             recipe.seed, 0, batch.indices.tolist(), encoded.clean.shape[1:], recipe.timestep_shift
         )
-        guided = settings.guidance_scale > 1
+        negative = model.embed(encoders.prompt(unprompted)) if settings.guidance_scale > 1 else ()
+        prompts = ConditioningBatch(*model.embed(encoded.prompt), encoded.references, *negative)
+        sigmas = sigma_table(scheduler, settings.steps)
         latents = sample_latents(
-            model.transformer,
-            scheduler,
-            noise.to(encoders.device),
-            model.embed(encoded.prompt),
-            model.embed(encoders.prompt(unprompted) if guided else encoded.prompt),
-            encoded.references,
-            guidance=settings.guidance_scale,
-            steps=settings.steps,
+            model.transformer, sigmas, noise.to(encoders.device), prompts, settings.guidance_scale
         )
         rows = [latents, encoded.clean]
         if batch.task == "edit":

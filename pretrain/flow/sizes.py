@@ -15,6 +15,7 @@ import recipes
 from models.kontext import KontextTransformer
 from models.metaquery.conditioner import MetaQueryConditioner
 from models.metaquery.config import MetaQueryConfig
+from models.qwen25_vl import qwen25_vl_7b
 from models.sd35_medium import sd35_medium_config
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.model import conditioner_config
@@ -82,8 +83,6 @@ def measure(recipe: FlowRecipe) -> ModelSizes:
 
 def _measure_vlm(recipe: FlowRecipe, notes: list[str]) -> VlmSizes:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    from rewards.editreward.train.plan import qwen25_vl_7b
 
     shape = _read(recipes.resolve(str(recipe.model.vlm)) / "config.json") or _absent(
         notes, "model.vlm", "Qwen2.5-VL-7B", qwen25_vl_7b()

@@ -1,73 +1,26 @@
-"""Rules that a recipe's values have to keep, alone and together. Looks at no file."""
+"""Reads a flow-matching recipe, and the rules that its keys have to keep together. Looks at no file."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
-from core.recipe import range_problems, value_of
-from pretrain.data.config import data_problems
-from pretrain.flow.config import STAGES, FlowRecipe
-from pretrain.flow.peaks import PEAK_TFLOPS
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "stage": STAGES,
-    "model.dtype": ("float32", "bfloat16"),
-    "model.position_mode": ("flat", "mrope"),
-    "deepspeed.zero_stage": (1, 2, 3),
-    "deepspeed.offload": ("none", "optimizer", "parameters"),
-    "export_dtype": ("float32", "bfloat16"),
-    "resources.device": ("cpu", "cuda"),
-    "resources.card": (None, *PEAK_TFLOPS),
-}
-_AT_LEAST = {
-    "model.connector.num_queries": 1,
-    "model.connector.hidden_size": 1,
-    "model.connector.intermediate_size": 1,
-    "model.connector.num_hidden_layers": 1,
-    "model.connector.num_attention_heads": 1,
-    "model.max_sequence_length": 1,
-    "steps": 1,
-    "stop_step": 0,
-    "batch_size": 1,
-    "micro_batch_size": 1,
-    "log_every": 1,
-    "save_every": 1,
-    "keep_checkpoints": 1,
-    "samples.every": 0,
-    "samples.count": 1,
-    "samples.steps": 1,
-    "samples.guidance_scale": 1,
-    "optimization.weight_decay": 0,
-    "resources.ranks": 1,
-    "resources.threads": 1,
-}
-_ABOVE_ZERO = (
-    "timestep_shift",
-    "optimization.lr",
-    "optimization.eps",
-    "optimization.gradient_clip",
-    "resources.rank_cpus",
-    "resources.placement_timeout_s",
-    "resources.start_timeout_s",
-    "resources.collective_timeout_s",
-    "resources.call_timeout_s",
-)
-_SHARES = (
-    "optimization.warmup_fraction",
-    "optimization.final_lr_fraction",
-    "optimization.ema_decay",
-)
+from core.recipe import read_recipe
+from pretrain.data.config import broken_data_rules
+from pretrain.flow.config import FlowRecipe
 
 
-def recipe_problems(recipe: FlowRecipe) -> list[str]:
-    """Every value that is out of range or does not go with another, one sentence each."""
-    problems = range_problems(recipe, choices=_CHOICES, at_least=_AT_LEAST, above_zero=_ABOVE_ZERO)
-    problems += [
-        f"{key}={value} must be in [0, 1)" for key in _SHARES if not 0 <= (value := value_of(recipe, key)) < 1
-    ]
-    if recipe.stage in STAGES:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FlowRecipe:
+    """Read a recipe and `key.sub=value` overrides. Raises ConfigError listing every problem of its keys and values."""
+    return read_recipe(path, overrides, FlowRecipe, rules=broken_rules)
+
+
+def broken_rules(recipe: FlowRecipe) -> list[str]:
+    """What keys break together. Bears values that are out of range."""
+    problems = _step_problems(recipe) + broken_data_rules(recipe.data)
+    if recipe.stage in ("kontext", "align", "unified"):
         problems += _part_problems(recipe) + _reference_problems(recipe)
-    return problems + _step_problems(recipe) + data_problems(recipe.data)
+    return problems
 
 
 def _part_problems(recipe: FlowRecipe) -> list[str]:

@@ -12,13 +12,12 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput
-from rewards.editreward.client_card import ModelCard, ModelFolderError, read_card
-from rewards.editreward.serve.checks import folder_problems
+from rewards.editreward.model_folder import ModelCard, ModelFolderError, folder_problems, read_card
+from rewards.service.endpoints import url_problem
 
 if TYPE_CHECKING:
     from rewards.editreward.client_local import LocalModel
@@ -62,7 +61,7 @@ class EditReward:
     def check(self) -> list[str]:
         """Problems of the parameters and of the model folder; nothing is sent or loaded."""
         problems = [message for fine, message in self._rules() if not fine]
-        problems += [f"urls: {problem}" for url in self.urls if (problem := _url_problem(url))]
+        problems += [f"urls: {problem}" for url in self.urls if (problem := url_problem(url))]
         try:
             card = read_card(self.model)
         except ModelFolderError as error:
@@ -190,17 +189,3 @@ class EditReward:
             (self.batch_size >= 1, f"batch_size is {self.batch_size}; give 1 or more"),
             (self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; choose auto, cpu or cuda"),
         ]
-
-
-def _url_problem(url: str) -> str:
-    """Why `url` cannot be the root of a server, or an empty string."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port  # raises for a number out of range
-    except ValueError as error:
-        return f"{url}: {error}"
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        return f"{url}: write it as http://host:port"
-    if parts.username or parts.password or parts.query or parts.fragment:
-        return f"http://{parts.hostname}: only host and port belong into it"
-    return ""

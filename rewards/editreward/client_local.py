@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from rewards.editreward.client_card import ModelCard
 from rewards.editreward.model import load_model
+from rewards.editreward.model_folder import ModelCard
 from rewards.editreward.processing import EditProcessor, Encoded, InputError
 
 log = logging.getLogger(__name__)

@@ -26,15 +26,13 @@ from typing import Any
 import httpx
 
 from rewards.base import FatalRewardError
-from rewards.service.answers import Away, read_json
-from rewards.service.endpoints import Endpoint, Endpoints
+from rewards.service.endpoints import Connections, Endpoint, Endpoints, wait_until
+from rewards.service.faults import Away, read_json
 
 log = logging.getLogger(__name__)
 
-CONNECT_S = 5.0
 LIST_S = 30.0
 SERVER_ERRORS = 3
-POLL_S = 1.0
 
 
 class Unscorable(Exception):
@@ -64,9 +62,10 @@ class Replicas:
         self._served_name, self._outputs = served_name, outputs
         self._concurrency, self._timeout_s, self._unavailable_s = concurrency, timeout_s, unavailable_s
         self._endpoints = Endpoints([url.rstrip("/") for url in urls])
-        self._loops: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, asyncio.Semaphore]
-        ] = weakref.WeakKeyDictionary()
+        self._connections = Connections(keepalive_s=4)  # vLLM's uvicorn closes after 5 s
+        self._places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+            weakref.WeakKeyDictionary()
+        )
         self._silent_since: float | None = None
 
     async def classify(self, body: dict[str, Any]) -> list[float]:
@@ -74,8 +73,8 @@ class Replicas:
 
         Raises Unscorable for this edit alone, FatalRewardError when no later call can succeed.
         """
-        _, places = self._connections()
-        async with places:
+        places = asyncio.Semaphore(self._concurrency)
+        async with self._places.setdefault(asyncio.get_running_loop(), places):
             return await self._send(body)
 
     async def wait_for_all(self) -> list[str]:
@@ -169,14 +168,7 @@ class Replicas:
         self, method: str, endpoint: Endpoint, path: str, limit_s: float, body: dict[str, Any] | None = None
     ) -> httpx.Response:
         """Raises Away for every failure to get an answer, 5xx included."""
-        client, _ = self._connections()
-        try:
-            async with asyncio.timeout(limit_s):
-                response = await client.request(method, endpoint.url + path, json=body)
-        except TimeoutError as error:
-            raise Away(f"no answer to {path} in {limit_s:g} s") from error
-        except httpx.TransportError as error:
-            raise Away(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
+        response = await self._connections.request(method, endpoint, path, limit_s, json=body)
         if response.status_code == 500:
             raise _ServerError(f"HTTP 500: {_message(response)}")
         if response.status_code > 500:
@@ -184,33 +176,13 @@ class Replicas:
         return response
 
     async def _wait_for(self, endpoint: Endpoint) -> str:
-        deadline = time.monotonic() + self._unavailable_s
-        while True:
-            try:
-                await self._verify(endpoint)
-                return ""
-            except FatalRewardError as error:
-                return str(error)
-            except Away as error:
-                if time.monotonic() >= deadline:
-                    return (
-                        f"{endpoint.url} did not answer within unavailable_s={self._unavailable_s:g} s ({error}); "
-                        "start `python -m rewards.editreward serve`"
-                    )
-            await asyncio.sleep(POLL_S)
-
-    def _connections(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
-        loop = asyncio.get_running_loop()
-        if loop not in self._loops:
-            client = httpx.AsyncClient(
-                timeout=httpx.Timeout(None, connect=CONNECT_S),  # `_request` holds the other limits
-                limits=httpx.Limits(
-                    max_connections=None, keepalive_expiry=4
-                ),  # vLLM's uvicorn closes after 5 s
-                trust_env=False,
+        error = await wait_until(lambda: self._verify(endpoint), self._unavailable_s)
+        if isinstance(error, Away):
+            return (
+                f"{endpoint.url} did not answer within unavailable_s={self._unavailable_s:g} s ({error}); start "
+                "`python -m rewards.editreward serve`"
             )
-            self._loops[loop] = (client, asyncio.Semaphore(self._concurrency))
-        return self._loops[loop]
+        return "" if error is None else str(error)
 
 
 def _message(response: httpx.Response) -> str:

@@ -147,11 +147,6 @@ def _read_head(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name.removeprefix(_FILE_PREFIXES["score."]), file.get_tensor(name)
 
 
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that training moves, in a fixed order."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
 def attach_lora(model: EditRewardModel, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> int:
     """LoRA on linears of the language model; the vision tower is left as it is. Returns how many it matched.
 

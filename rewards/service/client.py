@@ -12,20 +12,26 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput, RewardSpec, reward_label
-from rewards.service.answers import Away, error_of, read_json, read_output
-from rewards.service.endpoints import Endpoint, Endpoints
-from rewards.service.token import read_token
-from rewards.service.wire import CODECS, MEDIA_TYPE, Asked, WireError, encode_request, fingerprint
+from rewards.service.endpoints import Connections, Endpoint, Endpoints, url_problem, wait_until
+from rewards.service.faults import Away, error_of, read_json, read_output
+from rewards.service.wire import (
+    CODECS,
+    MEDIA_TYPE,
+    Call,
+    WireError,
+    encode_request,
+    fingerprint,
+    read_token,
+)
 
 logger = logging.getLogger(__name__)
 
-CONNECT_S = 5.0
 ASK_S = 10.0  # for the list of rewards
 WATCH_S = 10.0  # after so long without an answer, and again and again, the service is asked whether it lives
 ALIVE_S = 30.0  # a service deep in work may be slow to say so
@@ -40,16 +46,14 @@ class ServedReward:
         self.urls = tuple(url.rstrip("/") for url in spec.service.urls)
         self._spec, self._service = spec, spec.service
         self._endpoints = Endpoints(self.urls)
-        self._clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
-        self._source: tuple[str, str | None] | None = (
-            None  # URL that told it first, sha256 of the reward's file
-        )
+        self._connections = Connections(keepalive_s=30)
+        self._source: tuple[str, str | None] | None = None  # first URL to answer, sha256 of the reward's file
 
     def check(self) -> list[str]:
         """Problems of the `service` block; nothing is sent."""
         service = self._service
         problems = [] if self.urls else ["service.urls is empty; give at least one, like http://host:8100"]
-        problems += [f"service.urls: {problem}" for url in self.urls if (problem := _url_problem(url))]
+        problems += [f"service.urls: {problem}" for url in self.urls if (problem := url_problem(url))]
         if len(set(self.urls)) < len(self.urls):
             problems.append(f"service.urls holds one URL twice: {', '.join(self.urls)}")
         if service.codec not in CODECS:
@@ -84,11 +88,11 @@ class ServedReward:
         Raises RetryableRewardError, TimeoutError and ServedRewardFailure for what happened to the reward there,
         FatalRewardError for what no other call can mend, or when no service was there for `unavailable_s`.
         """
-        asked = Asked(fingerprint(self._spec.name, self._spec.params), self._spec.timeout_s)
+        call = Call(fingerprint(self._spec.name, self._spec.params), self._spec.timeout_s)
         try:
             body = await asyncio.to_thread(
                 encode_request,
-                asked,
+                call,
                 images=images,
                 prompts=prompts,
                 references=references,
@@ -139,7 +143,7 @@ class ServedReward:
         """The answer may take long: the call may wait in a queue. So the service is watched instead of the clock."""
         url = f"{endpoint.url}/v1/score/{quote(self.label, safe='')}"
         headers = {"content-type": MEDIA_TYPE, **self._authorization()}
-        sending = asyncio.ensure_future(self._client().post(url, content=body, headers=headers))
+        sending = asyncio.ensure_future(self._connections.client().post(url, content=body, headers=headers))
         sending.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             while True:
@@ -153,13 +157,7 @@ class ServedReward:
             sending.cancel()
 
     async def _get(self, endpoint: Endpoint, path: str, limit_s: float) -> httpx.Response:
-        try:
-            async with asyncio.timeout(limit_s):
-                return await self._client().get(endpoint.url + path, headers=self._authorization())
-        except TimeoutError as error:
-            raise Away(f"no answer to {path} in {limit_s:g} s") from error
-        except httpx.RequestError as error:
-            raise Away(f"{type(error).__name__}: {error}") from error
+        return await self._connections.request("GET", endpoint, path, limit_s, headers=self._authorization())
 
     async def _verify(self, endpoint: Endpoint) -> None:
         """Raises Away while the reward is not ready there, FatalRewardError when something else is served."""
@@ -200,50 +198,12 @@ class ServedReward:
             )
 
     async def _wait_for(self, endpoint: Endpoint) -> str:
-        deadline = time.monotonic() + self._service.unavailable_s
-        while True:
-            try:
-                await self._verify(endpoint)
-                return ""
-            except FatalRewardError as error:
-                return str(error)
-            except Away as error:
-                if time.monotonic() >= deadline:
-                    waited = f"service.unavailable_s={self._service.unavailable_s:g} s"
-                    return f"{endpoint.url} was not ready within {waited}: {error}"
-            await asyncio.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+        limit_s = self._service.unavailable_s
+        error = await wait_until(lambda: self._verify(endpoint), limit_s)
+        if isinstance(error, Away):
+            return f"{endpoint.url} was not ready within service.unavailable_s={limit_s:g} s: {error}"
+        return "" if error is None else str(error)
 
     def _authorization(self) -> dict[str, str]:
         variable = self._service.token_env
         return {} if variable is None else {"authorization": f"Bearer {read_token(variable)}"}
-
-    def _client(self) -> httpx.AsyncClient:
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            for ended in [other for other in list(self._clients) if other.is_closed()]:
-                self._clients.pop(ended, None)
-            self._clients[loop] = httpx.AsyncClient(
-                timeout=httpx.Timeout(None, connect=CONNECT_S),  # `_post` and `_get` hold the other limits
-                limits=httpx.Limits(max_connections=None, keepalive_expiry=30),
-                trust_env=False,
-            )
-        return self._clients[loop]
-
-
-def _url_problem(url: str) -> str:
-    """Why `url` cannot be the root of a service, or an empty string."""
-    if "@" in url:
-        return (
-            "a URL holds a user or password, which does not belong in a recipe; name a variable in token_env"
-        )
-    try:
-        parts = urlsplit(url)
-        port = parts.port  # raises for a number out of range
-        httpx.URL(url)
-    except (ValueError, httpx.InvalidURL) as error:
-        return f"{url}: {error}"
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        return f"{url}: write it as http://host:port"
-    if parts.query or parts.fragment:
-        return f"{url}: leave out what follows ? or #"
-    return ""

@@ -1,15 +1,26 @@
-"""The URLs of one served reward: which is asked next, and which is left alone for a while."""
+"""The URLs of one served reward: which is asked next, which is left alone for a while, and how one is asked."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
+
+from rewards.base import FatalRewardError
+from rewards.service.faults import Away
+
+CONNECT_S = 5.0
 DOWN_S = 1.0
+POLL_S = 1.0
 
 
 @dataclass
@@ -81,3 +92,69 @@ class Endpoints:
         if chosen.fault:
             chosen.down_until = math.inf
         return chosen
+
+
+class Connections:
+    """An HTTP client for each event loop: a connection must not outlive the loop that opened it."""
+
+    def __init__(self, *, keepalive_s: float) -> None:
+        """`keepalive_s`: less than the server's own, or it closes a connection that is just taken again."""
+        self._keepalive_s = keepalive_s
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def client(self) -> httpx.AsyncClient:
+        """That of the running loop. It limits only how long connecting takes."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            self._clients[loop] = httpx.AsyncClient(
+                timeout=httpx.Timeout(None, connect=CONNECT_S),
+                limits=httpx.Limits(max_connections=None, keepalive_expiry=self._keepalive_s),
+                trust_env=False,
+            )
+        return self._clients[loop]
+
+    async def request(
+        self, method: str, endpoint: Endpoint, path: str, limit_s: float, **content: Any
+    ) -> httpx.Response:
+        """Whatever the endpoint answers. Raises Away where nothing comes within the limit."""
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self.client().request(method, endpoint.url + path, **content)
+        except TimeoutError as error:
+            raise Away(f"no answer to {path} in {limit_s:g} s") from error
+        except httpx.RequestError as error:
+            raise Away(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
+
+
+async def wait_until(verify: Callable[[], Awaitable[None]], limit_s: float) -> Exception | None:
+    """Call `verify` until it raises nothing. What keeps it from that: a FatalRewardError, or Away after the limit."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            await verify()
+            return None
+        except FatalRewardError as error:
+            return error
+        except Away as error:
+            if time.monotonic() >= deadline:
+                return error
+        await asyncio.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
+
+
+def url_problem(url: str) -> str:
+    """Why `url` cannot be the root of a service, or an empty string."""
+    if "@" in url:
+        return "a URL holds a user or password, which does not belong in a recipe"
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # raises for a number out of range
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL) as error:
+        return f"{url}: {error}"
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return f"{url}: write it as http://host:port"
+    if parts.query or parts.fragment:
+        return f"{url}: leave out what follows ? or #"
+    return ""

@@ -21,7 +21,7 @@ from core.recipe import ConfigError
 from rewards.base import RewardError
 from rewards.benchmarks.registry import BENCHMARKS, Benchmark, Request
 from rl.evaluate.plan import Sampling, scoring_sha256
-from rl.evaluate.preflight import Arguments, Prepared, prepare, write_record
+from rl.evaluate.preflight import EvaluationJob, prepare, write_record
 
 log = logging.getLogger("rl.evaluate")
 
@@ -37,23 +37,22 @@ DEFAULTS: dict[str, Any] = {
 
 def main(argv: list[str] | None = None) -> int:
     """See the module's head for the exit code."""
-    words = _parser().parse_args(argv)
+    options = _parser().parse_args(argv)
     start_logging()
-    for noisy in ("httpx", "filelock", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        prepared = prepare(_arguments(words, BENCHMARKS[words.benchmark]))
+        benchmark = BENCHMARKS[options.benchmark]
+        job = prepare(benchmark, _request(options), _sampling(options, benchmark), options)
     except ConfigError as error:
         sys.stderr.write(f"This evaluation cannot run:\n{error}\n")
         return 2
-    if words.dry_run:
-        sys.stdout.write("\n".join([*describe(prepared), "Ready to run."]) + "\n")
+    if options.dry_run:
+        sys.stdout.write("\n".join([*describe(job), "Ready to run."]) + "\n")
         return 0
-    output = prepared.plan.output
+    output = job.plan.output
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / ".lock", timeout=0):
-            return evaluate(prepared)
+            return evaluate(job)
     except Timeout:
         sys.stderr.write(
             f"This evaluation cannot run:\n- another one works in {output}; wait, or choose another --output\n"
@@ -61,18 +60,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def evaluate(prepared: Prepared) -> int:
+def evaluate(job: EvaluationJob) -> int:
     """Run what is left to do, and write the results; the exit code."""
     from rl.evaluate.report import TABLE, write_results
     from rl.evaluate.run import scored_items
     from rl.evaluate.scores import ScoreStore
 
-    plan, images = prepared.plan, prepared.image_store()
-    write_record(prepared)
+    plan, images = job.plan, job.image_store()
+    write_record(job)
     images.recover(plan.batches)
-    scores = ScoreStore(plan.output, scoring_sha256(plan, prepared.scorers)) if prepared.scorers else None
+    scores = ScoreStore(plan.output, scoring_sha256(plan, job.scorers)) if job.scorers else None
     try:
-        _complete(prepared, images, scores)
+        _complete(job, images, scores)
     except (RewardError, RuntimeError) as error:
         log.error("stopped: %s", error)
         sys.stderr.write(f"Stopped: {error}\nWhat is done is kept; run the same command again to go on.\n")
@@ -84,18 +83,18 @@ def evaluate(prepared: Prepared) -> int:
         )
         return 1 if lacking else 0
     document = write_results(
-        plan, scored_items(plan, images, scores), images, prepared.record, prepared.scorers, scores.path
+        plan, scored_items(plan, images, scores), images, job.record, job.scorers, scores.path
     )
     sys.stdout.write((plan.output / TABLE).read_text(encoding="utf-8"))
     return 0 if document["images"]["scored"] == document["images"]["expected"] else 1
 
 
-def _complete(prepared: Prepared, images: Any, scores: Any) -> None:
+def _complete(job: EvaluationJob, images: Any, scores: Any) -> None:
     """Generate and score until nothing is left; without Ray when nothing is."""
     from core.progress import Progress
     from rl.evaluate.run import EvaluationRun
 
-    plan = prepared.plan
+    plan = job.plan
     if not EvaluationRun.work_left(plan, images, scores):
         log.info("everything is generated and scored already")
         return
@@ -103,36 +102,35 @@ def _complete(prepared: Prepared, images: Any, scores: Any) -> None:
 
     from core.cluster.actors import connect
     from rl.evaluate.cluster import start_cluster
-    from rl.loop.publish import publish
+    from rl.workers.publish import publish
 
-    generate = prepared.adapter is not None and any(images.lacks(batch) for batch in plan.batches)
-    started_here = not ray.is_initialized()
-    connect()
-    cluster = start_cluster(plan, prepared.reward_sets, prepared.adapter_settings if generate else None)
+    generate = job.adapter is not None and any(images.lacks(batch) for batch in plan.batches)
+    started_here = connect()
+    workers = start_cluster(plan, job.reward_sets, job.adapter_settings if generate else None)
     try:
         policy = None
         if generate:
             limit = plan.resources.call_timeout_s
-            policy = publish(prepared.adapter, cluster.dispatcher, previous=None, timeout_s=limit)
-        EvaluationRun(plan, images, scores, cluster, policy, Progress()).run()
+            policy = publish(job.adapter, workers.dispatcher, previous=None, timeout_s=limit)
+        EvaluationRun(plan, images, scores, workers, policy, Progress()).run()
     finally:
-        cluster.close()
+        workers.close()
         if started_here:
             ray.shutdown()
 
 
-def describe(prepared: Prepared) -> list[str]:
+def describe(job: EvaluationJob) -> list[str]:
     """The evaluation in a few lines, with what a paid reward says that it costs."""
     from rewards.loading import load_reward
 
-    plan, images = prepared.plan, prepared.image_store()
+    plan, images = job.plan, job.image_store()
     lacking = sum(images.lacks(batch) for batch in plan.batches)
     verb = "score" if plan.model is None else "generate and score"
     lines = [
         f"{plan.benchmark.name}: {verb} {len(plan.items)} prompts x {plan.count} pictures in {len(plan.batches)} "
         f"batches, of which {lacking} lack pictures; results in {plan.output}"
     ]
-    for part in plan.parts if prepared.scorers else ():
+    for part in plan.parts if job.scorers else ():
         lines.append(f"reward {part.reward.name}, {part.task}: {len(part.items) * plan.count} pictures")
         owner: Any = load_reward(part.reward).owner
         if hasattr(owner, "estimate"):
@@ -143,49 +141,36 @@ def describe(prepared: Prepared) -> list[str]:
     return lines
 
 
-def _arguments(words: argparse.Namespace, benchmark: Benchmark) -> Arguments:
-    """Raises ConfigError for `key=value` words that are none."""
-    request = Request(
-        data=words.data,
-        references=words.references,
-        languages=tuple(words.languages),
-        task=words.task,
-        num_prompts=words.num_prompts,
-        compat=words.compat,
-        reward=words.reward,
-        params=_params(words.reward_params),
-        timeout_s=words.reward_timeout_s,
-        scored=not words.generate_only,
+def _request(options: argparse.Namespace) -> Request:
+    """Raises ConfigError for a reward parameter that is not `key=value`."""
+    return Request(
+        data=options.data,
+        references=options.references,
+        languages=tuple(options.languages),
+        task=options.task,
+        num_prompts=options.num_prompts,
+        compat=options.compat,
+        reward=options.reward,
+        params=_params(options.reward_params),
+        timeout_s=options.reward_timeout_s,
+        scored=not options.generate_only,
     )
+
+
+def _sampling(options: argparse.Namespace, benchmark: Benchmark) -> Sampling:
     values = DEFAULTS | benchmark.defaults
-    given = {name: getattr(words, name) for name in DEFAULTS if getattr(words, name) is not None}
-    sampling = Sampling(**(values | given), negative_prompt=words.negative_prompt, seed=words.seed)
-    return Arguments(
-        benchmark,
-        request,
-        sampling,
-        words.output,
-        None if words.model is None else recipes.resolve(words.model),
-        words.adapter,
-        words.images,
-        words.num_images_per_prompt,
-        words.batch_size,
-        words.workers,
-        words.gallery,
-        words.resources,
-        None if words.vlm is None else recipes.resolve(words.vlm),
-        words.position_mode,
-    )
+    given = {name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None}
+    return Sampling(**(values | given), negative_prompt=options.negative_prompt, seed=options.seed)
 
 
-def _params(words: list[str]) -> dict[str, Any]:
-    """`key=value` words, the values as YAML."""
+def _params(given: list[str]) -> dict[str, Any]:
+    """`key=value` arguments, the values as YAML."""
     from omegaconf import OmegaConf
 
-    bad = [word for word in words if "=" not in word or word.startswith("=")]
+    bad = [item for item in given if "=" not in item or item.startswith("=")]
     if bad:
-        raise ConfigError([f"--reward-params {word!r}: write it as key=value" for word in bad])
-    found = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+        raise ConfigError([f"--reward-params {item!r}: write it as key=value" for item in bad])
+    found = OmegaConf.to_container(OmegaConf.from_dotlist(given))
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items()}
 
@@ -199,8 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder of pictures, scores and results")
     parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
     what = parser.add_argument_group("what is evaluated")
-    what.add_argument("--model", type=Path, help="model folder in the released layout")
-    what.add_argument("--vlm", type=Path, help="folder of the Qwen2.5-VL of a MetaQuery model")
+    what.add_argument("--model", type=recipes.resolve, help="model folder in the released layout")
+    what.add_argument("--vlm", type=recipes.resolve, help="folder of the Qwen2.5-VL of a MetaQuery model")
     what.add_argument("--position-mode", choices=("flat", "mrope"), default="flat", help="of the VLM")
     what.add_argument("--adapter", type=Path, help="LoRA folder of a run, for example runs/NAME/adapter")
     what.add_argument("--images", type=Path, help="pictures in the benchmark's own layout, made by anybody")

@@ -6,41 +6,16 @@ Placed like those of a run (`rl/loop/cluster.py`), without a learner; every wait
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import dataclass
-from typing import Any
 
-import ray
-from ray.util.placement_group import remove_placement_group
-
-from core.cluster.actors import actor_options, reserve, wait_ready
-from core.cluster.dispatch import Dispatcher
-from core.cluster.placement import ActorPlan, ResourcePlan
+from core.cluster.actors import PlacedActors, wait_ready
+from core.cluster.placement import ActorPlan, ResourcePlan, bundle_of
 from models.lora.attach import LoraSettings
 from rewards.base import RewardSet
-from rewards.worker import RewardWorker
 from rl.evaluate.plan import Plan
-from rl.evaluate.workers import SizedEncodeWorker, SizedRolloutWorker
-from rollout.encoder import EncoderSpec
-from rollout.engine import ReplicaSpec
+from rl.recipe.schema import LoraConfig, ModelConfig
+from rl.workers.start import Workers, encoder_spec, replica_spec, start_workers
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class BenchmarkCluster:
-    """Running actors. `encoder` None: nothing is generated."""
-
-    dispatcher: Dispatcher
-    encoder: Any
-    group: Any
-    actors: list[Any]
-
-    def close(self) -> None:
-        """Stop every actor and give the resources back."""
-        for actor in self.actors:
-            ray.kill(actor)
-        remove_placement_group(self.group)
 
 
 def make_placement(plan: Plan, *, generate: bool, score: bool) -> ResourcePlan:
@@ -52,8 +27,7 @@ def make_placement(plan: Plan, *, generate: bool, score: bool) -> ResourcePlan:
 
     def add(*members: tuple[str, int, float, float]) -> None:
         actors.extend(ActorPlan(role, index, len(bundles), cpus, gpus) for role, index, cpus, gpus in members)
-        total = {"CPU": sum(member[2] for member in members), "GPU": sum(member[3] for member in members)}
-        bundles.append({name: amount for name, amount in total.items() if amount})
+        bundles.append(bundle_of([member[2:] for member in members]))
 
     if generate:
         encode = ("encode", 0, r.encode_cpus, r.encode_gpus)
@@ -71,80 +45,30 @@ def make_placement(plan: Plan, *, generate: bool, score: bool) -> ResourcePlan:
     return ResourcePlan(tuple(bundles), tuple(actors))
 
 
-def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSettings | None) -> BenchmarkCluster:
+def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSettings | None) -> Workers:
     """Place and start the actors: rollout and encode workers with an `adapter`, reward workers with `reward_sets`.
 
     Raises ClusterError, naming what is short, when it cannot in the stated time.
     """
     placement = make_placement(plan, generate=adapter is not None, score=bool(reward_sets))
+    resources, sampling = plan.resources, plan.sampling
     log.info("%d actors on %g CPU, %g GPU", len(placement.actors), placement.cpus, placement.gpus)
-    way_out = "lower --workers or the {}s of --resources"
-    group = reserve(placement, "the evaluation", way_out, plan.resources.placement_timeout_s)
-    try:
-        return _start_actors(plan, placement, reward_sets, adapter, group)
-    except BaseException:
-        remove_placement_group(group)
-        raise
-
-
-def _start_actors(
-    plan: Plan,
-    placement: ResourcePlan,
-    reward_sets: list[RewardSet],
-    adapter: LoraSettings | None,
-    group: Any,
-) -> BenchmarkCluster:
-    resources = plan.resources
-    actors: dict[str, list[Any]] = {"reward": [], "rollout": [], "encode": []}
-    for place in placement.actors:
-        options = actor_options(place, group, restarts=resources.max_restarts)
-        if place.role == "reward":
-            worker = RewardWorker.options(**options, max_concurrency=resources.reward_concurrency)
-            actors["reward"].append(worker.remote(reward_sets, threads=resources.threads))
-        elif place.role == "encode":
-            worker = SizedEncodeWorker.options(**options, max_task_retries=resources.max_restarts)
-            actors["encode"].append(worker.remote(_encoder(plan)))
-        elif adapter is not None:
-            actors["rollout"].append(SizedRolloutWorker.options(**options).remote(_replica(plan, adapter)))
-    started = time.monotonic()
-    wait_ready(actors, resources.start_timeout_s)
-    log.info("all workers answered after %.1f s", time.monotonic() - started)
-    dispatcher = Dispatcher(
-        call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s
-    )
-    if actors["reward"]:
-        dispatcher.add_pool("reward", actors["reward"], max_in_flight=resources.reward_concurrency)
-    if actors["rollout"]:
-        dispatcher.add_pool("rollout", actors["rollout"])
-    everyone = [actor for found in actors.values() for actor in found]
-    return BenchmarkCluster(dispatcher, next(iter(actors["encode"]), None), group, everyone)
-
-
-def _replica(plan: Plan, adapter: LoraSettings) -> ReplicaSpec:
-    return ReplicaSpec(
-        model_path=str(plan.model),
-        dtype=plan.sampling.dtype,
-        device=plan.resources.device,
-        height=plan.sampling.size,
-        width=plan.sampling.size,
-        lora_rank=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_targets=adapter.targets,
-        threads=plan.resources.threads,
-    )
-
-
-def _encoder(plan: Plan) -> EncoderSpec:
-    return EncoderSpec(
-        model_path=str(plan.model),
-        dtype=plan.sampling.dtype,
-        device=plan.resources.device if plan.resources.encode_gpus else "cpu",
-        height=plan.sampling.size,
-        width=plan.sampling.size,
-        max_sequence_length=plan.sampling.max_sequence_length,
-        cache_bytes=2**28,
-        threads=plan.resources.threads,
-        vlm_path=None if plan.vlm is None else str(plan.vlm),
-        position_mode=plan.position_mode,  # type: ignore[arg-type]
-        negative_prompt=plan.sampling.negative_prompt,
-    )
+    replica = encoder = None
+    if adapter is not None:
+        lora = LoraConfig(adapter.rank, adapter.alpha, list(adapter.targets))
+        model = ModelConfig(
+            str(plan.model), None if plan.vlm is None else str(plan.vlm), plan.position_mode, sampling.dtype,
+            sampling.size, sampling.size, sampling.max_sequence_length, embedding_cache_gib=0.25, lora=lora,
+        )  # fmt: skip
+        replica = replica_spec(model, resources)
+        encoder = encoder_spec(model, resources, sampling.negative_prompt)
+    with PlacedActors(
+        placement,
+        "the evaluation",
+        "lower --workers or the {}s of --resources",
+        resources.placement_timeout_s,
+        key="--resources placement_timeout_s",
+    ) as placed:
+        workers = start_workers(placed, replica, encoder, reward_sets, resources)
+        wait_ready(placed.by_role, resources.start_timeout_s)
+        return workers

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from core.keys import ModelDtype, PositionMode
 from core.prompts import Prompt, load_reference
 from core.seeds import derive_seed
 from rewards.benchmarks.items import Item
@@ -28,7 +29,7 @@ class Sampling:
     guidance_scale: float
     negative_prompt: str
     max_sequence_length: int
-    dtype: str
+    dtype: ModelDtype
     seed: int
 
 
@@ -78,7 +79,7 @@ class Plan:
     workers: int
     gallery: int
     vlm: Path | None
-    position_mode: str
+    position_mode: PositionMode
 
     @property
     def items(self) -> list[Item]:
@@ -142,9 +143,9 @@ def prompts_sha256(items: Sequence[Item]) -> str:
 
 
 def scoring_sha256(plan: Plan, scorers: Sequence[Scorer]) -> str:
-    """Over all that decides a picture's score, given the picture: the rewards and what they are told of the prompts."""
-    told = [[item.key, item.prompt.metadata] for item in plan.items]
-    text = json.dumps([[asdict(scorer) for scorer in scorers], told], sort_keys=True, default=str)
+    """Over all that decides a given picture's score: the rewards, and the prompts with the metadata that they read."""
+    metadata = [[item.key, item.prompt.metadata] for item in plan.items]
+    text = json.dumps([[asdict(scorer) for scorer in scorers], metadata], sort_keys=True, default=str)
     return hashlib.sha256(f"{text}\n{prompts_sha256(plan.items)}".encode()).hexdigest()
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from core.files import atomic_write_json
-from core.logs import submitted_job
-from core.recipe import ConfigError
-from models.components import METAQUERY_PARTS, PARTS
-from models.lora.load import load_adapter, model_sha256
+from core.logs import relative_path_problems
+from core.recipe import ConfigError, read_overrides
+from models.folders import METAQUERY_PARTS, PARTS, model_sha256, vlm_sha256
+from models.lora.load import load_adapter
+from models.preflight import model_problems as folder_problems
 from models.sizes import geometry
 from rewards.base import RewardSet
 from rewards.benchmarks.items import DataError
@@ -23,7 +22,6 @@ from rewards.benchmarks.registry import Benchmark, Part, Request
 from rewards.checks import check_rewards
 from rewards.loading import load_reward
 from rl.evaluate.images import ImageStore
-from rl.evaluate.model import model_problems, vlm_sha256
 from rl.evaluate.plan import (
     Plan,
     Sampling,
@@ -42,27 +40,7 @@ WEIGHTS = ("checkpoint", "clip", "config")
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """The command line. `count` None: as many pictures per prompt as published."""
-
-    benchmark: Benchmark
-    request: Request
-    sampling: Sampling
-    output: Path
-    model: Path | None
-    adapter: Path | None
-    images: Path | None
-    count: int | None
-    batch_size: int
-    workers: int
-    gallery: int
-    resources: Sequence[str]
-    vlm: Path | None
-    position_mode: str
-
-
-@dataclass(frozen=True)
-class Prepared:
+class EvaluationJob:
     """A plan that can run. record: what its pictures are made from; scorers: one per part, none to generate only."""
 
     plan: Plan
@@ -78,20 +56,25 @@ class Prepared:
         return ImageStore(plan.benchmark.layout, plan.images, plan.count, spool)
 
 
-def prepare(arguments: Arguments) -> Prepared:
-    """Read and check everything; nothing is written. Raises ConfigError with all problems found."""
-    problems = _value_problems(arguments)
-    resources = _resources(arguments.resources, problems)
+def prepare(
+    benchmark: Benchmark, request: Request, sampling: Sampling, options: argparse.Namespace
+) -> EvaluationJob:
+    """Read and check everything; nothing is written. `options`: the rest of the command line.
+
+    Raises ConfigError with all problems found.
+    """
+    problems = _value_problems(benchmark, request, sampling, options)
+    resources = _resources(options.resources, problems)
     try:
-        parts = arguments.benchmark.read(arguments.request)
+        parts = benchmark.read(request)
     except DataError as error:
         raise ConfigError(problems + error.problems) from error
-    plan = _plan(arguments, parts, resources, problems)
+    plan = _plan(benchmark, request, sampling, options, parts, resources, problems)
     if plan.model is None:
         problems += _picture_problems(plan)
     if problems:
         raise ConfigError(problems)
-    scored = arguments.request.scored
+    scored = request.scored
     reward_sets = [_reward_set(plan, number, part) for number, part in enumerate(plan.parts) if scored]
     for reward_set in reward_sets:
         problems += [problem for problem in check_rewards(reward_set) if problem not in problems]
@@ -109,14 +92,14 @@ def prepare(arguments: Arguments) -> Prepared:
     if problems:
         raise ConfigError(problems)
     scorers = [scorer_of(part) for part in plan.parts if scored]
-    return Prepared(plan, record, scorers, reward_sets, adapter, settings)
+    return EvaluationJob(plan, record, scorers, reward_sets, adapter, settings)
 
 
-def write_record(prepared: Prepared) -> None:
+def write_record(job: EvaluationJob) -> None:
     """Say in the output folder what its pictures are made from, for the next run to compare."""
-    path = prepared.plan.output / RECORD
+    path = job.plan.output / RECORD
     if not path.exists():
-        atomic_write_json(path, prepared.record)
+        atomic_write_json(path, job.record)
 
 
 def scorer_of(part: Part) -> Scorer:
@@ -138,98 +121,110 @@ def scorer_of(part: Part) -> Scorer:
     return Scorer(part.reward.name, params, files)
 
 
-def _value_problems(arguments: Arguments) -> list[str]:
-    a, s = arguments, arguments.sampling
-    counts = a.benchmark.counts
+def _value_problems(
+    benchmark: Benchmark, request: Request, sampling: Sampling, options: argparse.Namespace
+) -> list[str]:
+    o, s, counts, count = options, sampling, benchmark.counts, options.num_images_per_prompt
     checks = [
-        ((a.model is None) != (a.images is None), "give either --model, to generate, or --images, to score"),
-        (a.request.scored or a.model is not None, "--generate-only needs --model"),
+        ((o.model is None) != (o.images is None), "give either --model, to generate, or --images, to score"),
+        (request.scored or o.model is not None, "--generate-only needs --model"),
         (
-            a.adapter is None or a.model is not None,
+            o.adapter is None or o.model is not None,
             "--adapter needs --model; pictures that exist have no adapter",
         ),
         (
-            a.vlm is None or a.model is not None,
+            o.vlm is None or o.model is not None,
             "--vlm needs --model; pictures that exist were made by theirs",
         ),
         (
-            a.count is None or (a.count >= 1 if counts is None else a.count in counts),
-            f"--num-images-per-prompt {a.count}: {a.benchmark.name} takes "
+            count is None or (count >= 1 if counts is None else count in counts),
+            f"--num-images-per-prompt {count}: {benchmark.name} takes "
             + ("1 or more" if counts is None else " or ".join(map(str, counts or ()))),
         ),
         (s.size >= 1, f"--size {s.size}: must be above 0"),
         (s.num_steps >= 1, f"--num-steps {s.num_steps}: must be 1 or more"),
         (s.max_sequence_length >= 1, f"--max-sequence-length {s.max_sequence_length}: must be 1 or more"),
         (s.guidance_scale >= 0, f"--guidance-scale {s.guidance_scale:g}: must not be negative"),
-        (a.batch_size >= 1, f"--batch-size {a.batch_size}: must be 1 or more"),
-        (a.workers >= 1, f"--workers {a.workers}: must be 1 or more"),
-        (a.gallery >= 0, f"--gallery {a.gallery}: must be 0 or more"),
-        (a.request.num_prompts is None or a.request.num_prompts >= 1, "--num-prompts: must be 1 or more"),
-        (a.request.timeout_s > 0, f"--reward-timeout-s {a.request.timeout_s:g}: must be above 0"),
+        (o.batch_size >= 1, f"--batch-size {o.batch_size}: must be 1 or more"),
+        (o.workers >= 1, f"--workers {o.workers}: must be 1 or more"),
+        (o.gallery >= 0, f"--gallery {o.gallery}: must be 0 or more"),
+        (request.num_prompts is None or request.num_prompts >= 1, "--num-prompts: must be 1 or more"),
+        (request.timeout_s > 0, f"--reward-timeout-s {request.timeout_s:g}: must be above 0"),
     ]
-    return [message for fine, message in checks if not fine] + _path_problems(a)
+    return [message for fine, message in checks if not fine] + _path_problems(options, request)
 
 
-def _path_problems(a: Arguments) -> list[str]:
-    """Under a submitted job the driver runs in a temporary copy, which other nodes do not see."""
-    paths = {"output": a.output, "model": a.model, "images": a.images, "adapter": a.adapter}
-    paths |= {"vlm": a.vlm, "data": a.request.data, "references": a.request.references}
-    return [
-        f"--{name} {path} is relative, and a submitted job runs in a temporary copy of the working directory; give an "
-        "absolute path that every node sees"
-        for name, path in paths.items()
-        if path is not None and not path.is_absolute() and submitted_job()
-    ]
+def _path_problems(o: argparse.Namespace, request: Request) -> list[str]:
+    paths = {"output": o.output, "model": o.model, "images": o.images, "adapter": o.adapter}
+    paths |= {"vlm": o.vlm, "data": request.data, "references": request.references}
+    return relative_path_problems({f"--{name} {path}": path for name, path in paths.items()})
 
 
-def _resources(words: Sequence[str], problems: list[str]) -> ResourcesConfig:
-    """`key=value` words over the defaults of a recipe's `resources`."""
-    schema = OmegaConf.structured(ResourcesConfig)
+def _resources(given: Sequence[str], problems: list[str]) -> ResourcesConfig:
+    """`key=value` arguments over the defaults of a recipe's `resources`."""
     try:
-        found = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(list(words))))
-    except OmegaConfBaseException as error:
-        problems.append(f"--resources: {str(error).splitlines()[0]}; keys are {', '.join(schema)}")
+        return read_overrides(given, ResourcesConfig, "--resources ")
+    except ConfigError as error:
+        problems += error.problems
         return ResourcesConfig()
-    assert isinstance(found, ResourcesConfig)
-    if found.device not in ("cuda", "cpu"):
-        problems.append(f"--resources device={found.device}: choose cuda or cpu")
-    for key in ("threads", "reward_workers", "reward_concurrency", "start_timeout_s", "call_timeout_s"):
-        if not getattr(found, key) > 0:
-            problems.append(f"--resources {key}={getattr(found, key)}: must be above 0")
-    return found
 
 
 def _plan(
-    arguments: Arguments, parts: Sequence[Part], resources: ResourcesConfig, problems: list[str]
+    benchmark: Benchmark,
+    request: Request,
+    sampling: Sampling,
+    o: argparse.Namespace,
+    parts: Sequence[Part],
+    resources: ResourcesConfig,
+    problems: list[str],
 ) -> Plan:
-    a = arguments
     items = [item for part in parts for item in part.items]
-    count = a.count or a.benchmark.images
+    count = o.num_images_per_prompt or benchmark.images
     multiple = 1
-    if a.model is not None and not model_problems(a.model, a.vlm, None, set()):
-        multiple = geometry(a.model).multiple
-    sizes, found = item_sizes(items, max(1, a.sampling.size), multiple)
+    if o.model is not None and not _model_problems(o.model, o.vlm, None, set()):
+        multiple = geometry(o.model).multiple
+    sizes, found = item_sizes(items, max(1, sampling.size), multiple)
     problems += found
-    if a.model is not None:
-        problems += model_problems(a.model, a.vlm, a.adapter, set(sizes.values()))
+    if o.model is not None:
+        problems += _model_problems(o.model, o.vlm, o.adapter, set(sizes.values()))
     return Plan(
-        benchmark=a.benchmark,
+        benchmark=benchmark,
         parts=tuple(parts),
         count=count,
-        compat=a.request.compat,
-        sampling=a.sampling,
-        batch_size=a.batch_size,
-        batches=make_batches(parts, sizes, count, max(1, a.batch_size)),
-        model=a.model,
-        adapter=a.adapter,
-        images=a.output / IMAGES if a.images is None else a.images,
-        output=a.output,
+        compat=request.compat,
+        sampling=sampling,
+        batch_size=o.batch_size,
+        batches=make_batches(parts, sizes, count, max(1, o.batch_size)),
+        model=o.model,
+        adapter=o.adapter,
+        images=o.output / IMAGES if o.images is None else o.images,
+        output=o.output,
         resources=resources,
-        workers=a.workers,
-        gallery=a.gallery,
-        vlm=a.vlm,
-        position_mode=a.position_mode,
+        workers=o.workers,
+        gallery=o.gallery,
+        vlm=o.vlm,
+        position_mode=o.position_mode,
     )
+
+
+def _model_problems(
+    folder: Path, vlm: Path | None, adapter: Path | None, sizes: set[tuple[int, int]]
+) -> list[str]:
+    """What keeps the model (with VLM and adapter) from generating pictures of `sizes` (height, width in px)."""
+    problems = folder_problems(folder, vlm, model_key="--model", vlm_key="--vlm")
+    if problems:
+        return problems
+    try:
+        load_adapter(folder, adapter, "float32")
+    except (ValueError, OSError, KeyError) as error:
+        problems.append(f"--adapter {adapter}: {error}")
+    found = geometry(folder)
+    return problems + [
+        f"--size: pictures of {height} x {width} px need sides that are multiples of {found.multiple} and at most "
+        f"{found.largest}"
+        for height, width in sorted(sizes)
+        if any(side % found.multiple or side > found.largest for side in (height, width))
+    ]
 
 
 def _picture_problems(plan: Plan) -> list[str]:

@@ -15,11 +15,10 @@ import numpy as np
 from core import __version__
 from core.files import atomic_write_json, atomic_write_text
 from core.prompts import load_reference
+from core.statistics import strata_bootstrap
 from rewards.benchmarks.figures import Figure
-from rewards.benchmarks.items import ScoredItem
-from rewards.benchmarks.provenance import detectors, snapshots
+from rewards.benchmarks.items import ScoredItem, detectors, snapshots
 from rl.evaluate.images import ImageStore
-from rl.evaluate.intervals import bootstrap_figure
 from rl.evaluate.plan import Plan, Scorer
 from rl.record.gallery import GallerySample, save_grid
 
@@ -42,7 +41,7 @@ class Row:
 def table_rows(figures: Sequence[Figure]) -> list[Row]:
     """The figures with their intervals."""
     return [
-        Row(f.name, f.value, *bootstrap_figure(f), prompts=f.prompts, expected=f.expected, missing=f.missing)
+        Row(f.name, f.value, *strata_bootstrap(f.strata.values()), f.prompts, f.expected, f.missing)
         for f in figures
     ]
 

@@ -10,8 +10,8 @@ Pictures that were just generated and pictures found on disk go to the rewards a
 from __future__ import annotations
 
 import logging
-from collections import deque
-from contextlib import ExitStack
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,12 @@ from core.cluster.dispatch import Call, Done
 from core.progress import Bar, Progress
 from rewards.benchmarks.items import Item, ScoredItem
 from rewards.benchmarks.layouts import Picture
-from rl.evaluate.cluster import BenchmarkCluster
 from rl.evaluate.images import ImageStore
 from rl.evaluate.plan import Batch, Plan, reward_set_name
 from rl.evaluate.scores import ImageScore, ScoreStore
-from rollout.engine import SampleRequest
+from rl.workers.collect import Collector
+from rl.workers.requests import RolloutRequest
+from rl.workers.start import Workers
 from rollout.sampler import SamplingSpec
 from rollout.worker import Policy
 
@@ -43,8 +44,8 @@ class NothingScored(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A picture to be handed to a reward worker."""
+class UnscoredPicture:
+    """A picture that is there and has no score."""
 
     item: Item
     k: int
@@ -59,15 +60,23 @@ class EvaluationRun:
         plan: Plan,
         images: ImageStore,
         scores: ScoreStore | None,
-        cluster: BenchmarkCluster,
+        workers: Workers,
         policy: Policy | None,
         progress: Progress,
     ):
-        self.plan, self.images, self.scores = plan, images, scores
-        self.cluster, self.policy, self.progress = cluster, policy, progress
-        self.failures: dict[str, int] = {}
-        self._negative: Any = None
-        self._asked: dict[int, list[Asked]] = {}
+        self.plan, self.images, self.scores, self.policy, self.progress = (
+            plan,
+            images,
+            scores,
+            policy,
+            progress,
+        )
+        self.dispatcher = workers.dispatcher
+        self.collector = Collector(workers.dispatcher, workers.encoder, progress)
+        self.failures: Counter[str] = Counter()
+        self._generating: deque[Batch] = deque()
+        self._scoring: deque[Batch] = deque()
+        self._being_scored: dict[int, list[UnscoredPicture]] = {}
         self._answered_batches = 0
         self._lost: set[int] = set()
 
@@ -81,99 +90,88 @@ class EvaluationRun:
 
     def run(self) -> None:
         """Raises NothingScored, and what a reward or a worker raises that no other worker can mend."""
-        lacking = [batch for batch in self.plan.batches if self.policy and self.images.lacks(batch)]
-        generating = deque(lacking)
-        waiting = {batch.index for batch in lacking}
-        scoring = deque(
-            b for b in self.plan.batches if b.index not in waiting and unscored(b, self.images, self.scores)
-        )
-        count = self.plan.count
-        log.info("%d batches to generate, %d more to score", len(generating), len(scoring))
-        if generating and self.plan.sampling.guidance_scale > 1:
-            ref = self.cluster.encoder.encode_text.remote(self.plan.sampling.negative_prompt)
-            limit = self.plan.resources.call_timeout_s
-            self._negative = ray.put(ray.get(ref, timeout=limit))
-        with ExitStack() as bars:
-            made = bars.enter_context(
-                self.progress.phase("generate", total=_size(generating, count), unit="image")
-            )
-            both = [*generating, *scoring]
-            scored = bars.enter_context(self.progress.phase("score", total=_size(both, count), unit="image"))
+        plan = self.plan
+        for batch in plan.batches:
+            if self.policy and self.images.lacks(batch):
+                self._generating.append(batch)
+            elif unscored(batch, self.images, self.scores):
+                self._scoring.append(batch)
+        log.info("%d batches to generate, %d more to score", len(self._generating), len(self._scoring))
+        if self._generating and plan.sampling.guidance_scale > 1:
+            ref = self.collector.encoder.encode_text.remote(plan.sampling.negative_prompt)
+            self.collector.negative = ray.put(ray.get(ref, timeout=plan.resources.call_timeout_s))
+        lacking = self._size(self._generating)
+        with (
+            self.progress.phase("generate", total=lacking, unit="image") as made,
+            self.progress.phase("score", total=lacking + self._size(self._scoring), unit="image") as scored,
+        ):
             while True:
-                self._hand_out(generating, scoring)
-                if not self.cluster.dispatcher.outstanding():
+                self._hand_out()
+                if not self.dispatcher.outstanding():
                     break
-                self._land(self.cluster.dispatcher.wait(), scoring, made, scored)
+                done = self.dispatcher.wait()
+                if done.call.role == "rollout":
+                    self._keep_pictures(done, made)
+                else:
+                    self._keep_scores(done, scored)
 
-    def _hand_out(self, generating: deque[Batch], scoring: deque[Batch]) -> None:
-        resources = self.plan.resources
-        room = {
-            "rollout": QUEUED_PER_WORKER * self.plan.workers,
-            "reward": resources.reward_workers * (resources.reward_concurrency + 1),
-        }
-        while generating and self._in_flight["rollout"] < room["rollout"]:
-            self._generate(generating.popleft())
-        while scoring and self._in_flight["reward"] < room["reward"]:
-            self._score(scoring.popleft())
-
-    @property
-    def _in_flight(self) -> dict[str, int]:
-        rewards = len(self._asked)
-        return {"reward": rewards, "rollout": self.cluster.dispatcher.outstanding() - rewards}
+    def _hand_out(self) -> None:
+        """Give every role as much as it may have beforehand."""
+        resources, outstanding = self.plan.resources, self.dispatcher.outstanding
+        while self._generating and outstanding("rollout") < QUEUED_PER_WORKER * self.plan.workers:
+            self._generate(self._generating.popleft())
+        room = resources.reward_workers * (resources.reward_concurrency + 1)
+        while self._scoring and outstanding("reward") < room:
+            self._score(self._scoring.popleft())
 
     def _generate(self, batch: Batch) -> None:
-        encoder, prompts = self.cluster.encoder, [item.prompt for item in batch.items]
-        if len(prompts) == 1:
-            found = [encoder.encode_one_sized.remote(batch.size, prompts[0])]
-        else:
-            found = encoder.encode_sized.options(num_returns=len(prompts)).remote(batch.size, prompts)
+        assert self.policy is not None
         seeds = tuple(seed for item in batch.items for seed in self.plan.seeds(item))
-        conditionings = [ref for ref in found for _ in range(self.plan.count)]
+        prompts = tuple(item.prompt for item in batch.items)
         sampling = self.plan.sampling
         spec = SamplingSpec(sampling.num_steps, 0.0, sampling.guidance_scale, variant="ode")
-        request = SampleRequest(batch.index, 0, seeds, ())
-        args = (batch.size, request, spec, self.policy, self._negative, *conditionings)
-        self.cluster.dispatcher.submit(Call("rollout", batch.index, "sample_sized", args, num_returns=3))
+        request = self.collector.encode(RolloutRequest(batch.index, prompts, seeds, size=batch.size))
+        for call in self.collector.sample_calls(request, spec, self.policy):
+            self.dispatcher.submit(call)
 
     def _score(self, batch: Batch) -> None:
         """Hand over the pictures without a score; nothing when there are none."""
-        asked = unscored(batch, self.images, self.scores)
-        if not asked:
+        pictures = unscored(batch, self.images, self.scores)
+        if not pictures:
             return
-        self._asked[batch.index] = asked
-        arrays = [np.asarray(one.picture.load())[None] for one in asked]
-        args = (batch.index, reward_set_name(batch.part), [one.item.prompt for one in asked], *arrays)
-        self.cluster.dispatcher.submit(Call("reward", batch.index, "score", args))
+        self._being_scored[batch.index] = pictures
+        arrays = [np.asarray(one.picture.load())[None] for one in pictures]
+        args = (batch.index, reward_set_name(batch.part), [one.item.prompt for one in pictures], *arrays)
+        self.dispatcher.submit(Call("reward", batch.index, "score", args))
 
-    def _land(self, done: Done, scoring: deque[Batch], made: Bar, scored: Bar) -> None:
-        batch = self.plan.batches[done.call.key]  # type: ignore[call-overload]
-        size = _size([batch], self.plan.count)
-        if done.call.role == "rollout":
-            made.advance(size)
-            if done.failure is not None:
-                log.error(
-                    "batch %d is missing, since it could not be generated: %s", batch.index, done.failure
-                )
-                self._count({"generation": size})
-            elif not self._commit(batch, done.refs[2]):
-                return
-            scoring.append(batch)
-            return
-        asked = self._asked.pop(batch.index)
-        scored.advance(len(asked))
+    def _keep_pictures(self, done: Done, bar: Bar) -> None:
+        batch = self.plan.batches[done.call.key[0]]  # type: ignore[index]
+        size = self._size([batch])
+        bar.advance(size)
         if done.failure is not None:
-            log.error("batch %d is not scored: %s", batch.index, done.failure)
-            self._count({"source picture": len(asked)})
+            log.error("batch %d is missing, since it could not be generated: %s", batch.index, done.failure)
+            self.failures["generation"] += size
+        elif not self._commit(batch, done.refs[2]):
             return
-        found = [self._image_score(one, row, done.result.components) for row, one in enumerate(asked)]
+        self._scoring.append(batch)
+
+    def _keep_scores(self, done: Done, bar: Bar) -> None:
+        number: int = done.call.key  # type: ignore[assignment]
+        pictures = self._being_scored.pop(number)
+        bar.advance(len(pictures))
+        if done.failure is not None:
+            log.error("batch %d is not scored: %s", number, done.failure)
+            self.failures["source picture"] += len(pictures)
+            return
+        found = [self._image_score(one, row, done.result.components) for row, one in enumerate(pictures)]
         assert self.scores is not None
-        self.scores.add(batch.index, found, done.result.failures)
-        self._count(done.result.failures)
+        self.scores.add(number, found, done.result.failures)
+        self.failures.update(done.result.failures)
         self._answered_batches += 1
         if self.scores.empty and self._answered_batches >= HOPELESS_BATCHES:
             raise NothingScored(
-                f"the first {HOPELESS_BATCHES} batches came back without a single score ({self.failures}); see the "
-                "log for the cause, mend the reward, and run this command again: what was generated stays"
+                f"the first {HOPELESS_BATCHES} batches came back without a single score ({dict(self.failures)}); see "
+                "the log for the cause, mend the reward, and run this command again: what was generated stays"
             )
 
     def _commit(self, batch: Batch, ref: Any) -> bool:
@@ -191,26 +189,27 @@ class EvaluationRun:
         self.images.commit(batch, np.asarray(images))
         return True
 
-    def _image_score(self, asked: Asked, row: int, components: dict[str, list[float | None]]) -> ImageScore:
+    def _image_score(
+        self, one: UnscoredPicture, row: int, components: Mapping[str, list[float | None]]
+    ) -> ImageScore:
         """Component names lose the reward's label; the reward's own column becomes `score`."""
         values = {
-            name.partition("/")[2] or "score": column[row]
+            name.partition("/")[2] or "score": value
             for name, column in components.items()
-            if column[row] is not None
+            if (value := column[row]) is not None
         }
-        return ImageScore(asked.item.key, asked.k, self.images.sha256(asked.picture), values)  # type: ignore[arg-type]
+        return ImageScore(one.item.key, one.k, self.images.sha256(one.picture), values)
 
-    def _count(self, failures: dict[str, int]) -> None:
-        for cause, number in failures.items():
-            self.failures[cause] = self.failures.get(cause, 0) + number
+    def _size(self, batches: Iterable[Batch]) -> int:
+        return sum(len(batch.items) * self.plan.count for batch in batches)
 
 
-def unscored(batch: Batch, images: ImageStore, scores: ScoreStore | None) -> list[Asked]:
+def unscored(batch: Batch, images: ImageStore, scores: ScoreStore | None) -> list[UnscoredPicture]:
     """The pictures of a batch that are there and have no score; none where nothing is to be scored."""
     if scores is None:
         return []
     return [
-        Asked(item, k, picture)
+        UnscoredPicture(item, k, picture)
         for item in batch.items
         for k, picture in enumerate(images.pictures(item))
         if picture is not None and not scores.scored(item.key, k, images.sha256(picture))
@@ -229,7 +228,3 @@ def scored_items(plan: Plan, images: ImageStore, scores: ScoreStore) -> list[Sco
         )
         for item in plan.items
     ]
-
-
-def _size(batches: Any, count: int) -> int:
-    return sum(len(batch.items) * count for batch in batches)

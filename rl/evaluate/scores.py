@@ -7,15 +7,12 @@ What could not be scored is written down with its cause, and asked for again by 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.files import atomic_write_text
 from core.records import append_records, read_records
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Invariants (per rollout): every used sample is trained exactly once; updates get whole groups; every rank runs
 the same number of micro-batches of the same size, short ones filled with weight-0 copies (unequal counts would
-deadlock the ranks' collectives); the order is (group, k), whatever order the samples landed in.
+deadlock the ranks' collectives); the order is (group, k), whatever order the samples came in.
 
 Worked example: 5 used groups of 4 samples, 2 updates, 2 ranks, micro-batch 4. Update 0 takes groups 0-2 (12
 samples), update 1 takes 3-4 (8). Update 0 gives each rank 6 real samples and 2 of weight 0; its mean runs over 12.
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from core.seeds import derive_seed
-from rollout.sampler import Conditioning, Trajectory
+from models.conditioning import Conditioning
+from rollout.sampler import Trajectory
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,6 @@ class TrainBatch:
     """updates[u][r]: the share of rank r in optimizer update u. Updates without a useful sample are left out."""
 
     updates: tuple[tuple[RankShare, ...], ...]
-    skipped_updates: int
 
     @property
     def num_samples(self) -> int:
@@ -114,15 +114,13 @@ def make_train_batch(
     groups = sorted({s.group for s in ordered})
     updates = []
     for u in range(num_updates):
-        low, high = (
-            (len(groups) * u + num_updates - 1) // num_updates,
-            _ceil_div(len(groups) * (u + 1), num_updates),
+        chosen = set(
+            groups[_ceil_div(len(groups) * u, num_updates) : _ceil_div(len(groups) * (u + 1), num_updates)]
         )
-        chosen = set(groups[low:high])
         part = [s for s in ordered if s.group in chosen]
         if part:
             updates.append(_shares(part, ranks, micro_batch_size))
-    return TrainBatch(tuple(updates), num_updates - len(updates))
+    return TrainBatch(tuple(updates))
 
 
 def _shares(samples: list[SampleRef], ranks: int, micro_batch_size: int) -> tuple[RankShare, ...]:

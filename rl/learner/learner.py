@@ -8,18 +8,21 @@ gradient once, in `step()`; ZeRO-2 and 3 reduce it in every backward.
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.training.ema import AdapterEma
+from core.training.ema import MovingAverage
 from models.compiling import compile_blocks
 from models.components import load_transformer, torch_dtype
+from models.conditioning import Conditioning, ConditioningBatch
 from models.lora.attach import adapter_state, attach_lora, load_adapter_state, use_adapter
+from models.sampling import guided_velocity
 from rl.learner.batching import TrainSample
 from rl.learner.gate import LogProbGate
 from rl.learner.grpo import gaussian_kl, grpo_loss
@@ -28,9 +31,8 @@ from rl.learner.stats import StatsAccumulator, UpdateStats
 from rl.recipe.schema import LearnerConfig
 from rollout.engine import ReplicaSpec, attach_rollout_adapter
 from rollout.flow_sde import FlowSDEStep
-from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec, guided_velocity, replay_step
+from rollout.sampler import SamplingSpec, replay_step
 
-log = logging.getLogger(__name__)
 POLICY, REFERENCE = "policy", "reference"
 
 
@@ -84,7 +86,7 @@ class Learner:
         self.reference: str | None = None
         self.negative: Conditioning | None = None
         self.rehearsal: Rehearsal | None = None
-        self.ema: AdapterEma | None = None
+        self.ema: MovingAverage | None = None
         self.begin_stage()
 
     def _deepspeed_config(self) -> dict[str, Any]:
@@ -115,7 +117,7 @@ class Learner:
         self.rehearsal = None
         self.engine.optimizer.optimizer.state.clear()
         ema = self.config.ema
-        self.ema = AdapterEma(state, decay=ema.decay, every=ema.every) if ema.enabled else None
+        self.ema = MovingAverage(state, decay=ema.decay, every=ema.every) if ema.enabled else None
 
     def _set_reference(self, state: dict[str, Tensor]) -> None:
         """An adapter whose B matrices are all zero is the base model: then the disabled adapter serves."""
@@ -250,7 +252,7 @@ class Learner:
             return None
         with use_adapter(self.transformer, self.reference):
             reference = self._replay(x, prev, index, batch, trunks, grad=False)
-        return gaussian_kl(step.mean, reference.mean, step.diffusion, step.step_std, self.config.kl_form)  # type: ignore[arg-type]
+        return gaussian_kl(step.mean, reference.mean, step.diffusion, step.step_std, self.config.kl_form)
 
     def _rehearse(self, rehearsal: Rehearsal, group: int, statistics: StatsAccumulator) -> None:
         """Forward and backward of `beta |v - v_start|^2`; `group`, the update's first, names the states to draw."""
@@ -270,7 +272,7 @@ class Learner:
             batch.conditioning,
             self.negative,
             self.sampling.guidance_scale,
-            cfg_gradient=self.config.cfg_gradient,  # type: ignore[arg-type]
+            cfg_gradient=self.config.cfg_gradient,
         ).float()
 
     def _replay(
@@ -286,31 +288,37 @@ class Learner:
                 batch.conditioning,
                 self.negative,
                 self.sampling,
-                cfg_gradient=self.config.cfg_gradient,  # type: ignore[arg-type]
+                cfg_gradient=self.config.cfg_gradient,
                 trunks=trunks,
             )
 
     # ---- checkpoint ---------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Optimizer and trainable weights of all ranks into `folder` (DeepSpeed layout, no frozen weights)."""
+        """Optimizer and trainable weights of all ranks (DeepSpeed layout, no frozen weights), the stage's reference and
+        the moving average; a collective."""
         self.engine.save_checkpoint(
             str(folder), tag="engine", exclude_frozen_parameters=True, save_latest=False
         )
+        reference = self.reference_state()
+        if torch.distributed.get_rank() == 0:
+            save_file(reference, folder / "reference.safetensors")
+            if self.ema is not None:
+                save_file(self.ema.average, folder / "ema.safetensors")
+                (folder / "ema.json").write_text(json.dumps({"updates": self.ema.updates}))
 
-    def load(
-        self, folder: Path, reference: dict[str, Tensor], ema: dict[str, Tensor] | None, ema_updates: int
-    ) -> None:
-        """Restore what `save` wrote, with the stage's reference and moving average."""
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote; the caller has verified the folder's hashes."""
         loaded, _ = self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-        self._set_reference(reference)
+        self._set_reference(load_file(folder / "reference.safetensors"))
         if self.ema is not None:
-            if ema is None:
+            if not (folder / "ema.json").is_file():
                 raise RuntimeError(f"{folder}: no moving average was saved, but learner.ema.enabled is true")
-            self.ema.average = {name: tensor.float() for name, tensor in ema.items()}
-            self.ema.updates = ema_updates
+            average = load_file(folder / "ema.safetensors")
+            self.ema.average = {name: tensor.float() for name, tensor in average.items()}
+            self.ema.updates = json.loads((folder / "ema.json").read_text())["updates"]
 
     def reference_state(self) -> dict[str, Tensor]:
         """The stage-start adapter, for the checkpoint (the untrained one while it serves as the base)."""

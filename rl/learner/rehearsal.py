@@ -13,21 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import recipes
-from core.prompts import Prompt, load_prompts
 from core.seeds import derive_seed
-from rl.loop.stage_parts import rehearsed_parts
-from rl.recipe.schema import RehearsalConfig, RunConfig
-from rollout.sampler import Conditioning, ConditioningBatch, SamplingSpec
+from models.conditioning import Conditioning, ConditioningBatch
+from rl.recipe.schema import RehearsalConfig
 
-if TYPE_CHECKING:  # the learner runs without Ray too
-    from rl.loop.collect import Collector, SampledPrompt
-    from rollout.worker import Policy
+
+@dataclass(frozen=True)
+class SampledPicture:
+    """One picture as the rollout left it: row `row` of a trajectory, and its conditioning (both references)."""
+
+    trajectory: Any
+    row: int
+    conditioning: Any
 
 
 @dataclass(frozen=True)
@@ -47,41 +49,7 @@ class RehearsalBatch:
     conditioning: ConditioningBatch
 
 
-def rehearsal_prompts(sets: Sequence[Sequence[Prompt]], count: int, seed: int) -> list[Prompt]:
-    """`count` prompts, in equal numbers from each set as far as it reaches, drawn without repetition."""
-    chosen: list[Prompt] = []
-    for i, prompts in enumerate(sets):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "rehearsal", i))
-        wanted = (count - len(chosen)) // (len(sets) - i)
-        chosen += [prompts[k] for k in torch.randperm(len(prompts), generator=generator)[:wanted].tolist()]
-    return chosen
-
-
-def draw_pictures(
-    collector: Collector, config: RunConfig, index: int, policy: Policy, step: int
-) -> list[SampledPrompt]:
-    """Sample what stage `index` rehearses, with its first policy, on the rollout workers.
-
-    Raises RuntimeError when no prompt could be sampled.
-    """
-    stage, rollout = config.stages[index], config.rollout
-    assert stage.rehearsal is not None
-    parts = rehearsed_parts(config.stages, index)
-    sets = [load_prompts(recipes.resolve(part.prompts), part.task) for part in parts]  # type: ignore[arg-type]
-    prompts = rehearsal_prompts(sets, stage.rehearsal.num_prompts, config.seed)
-    seeds = [derive_seed(config.seed, stage.name, "rehearsal", i) for i in range(len(prompts))]
-    spec = SamplingSpec(rollout.num_steps, 0.0, rollout.guidance_scale, variant="ode")
-    pictures = collector.sample_prompts(
-        prompts, seeds, spec, policy, rollout.chunk_size, step, f"rehearsal of {stage.name}"
-    )
-    if not pictures:
-        raise RuntimeError(
-            f"stage {stage.name!r}: none of its {len(prompts)} rehearsal prompts could be sampled; the log says why"
-        )
-    return pictures
-
-
-def rank_share(pictures: Sequence[SampledPrompt], rank: int, ranks: int) -> list[SampledPrompt]:
+def rank_share(pictures: Sequence[SampledPicture], rank: int, ranks: int) -> list[SampledPicture]:
     """The pictures that one rank draws its states from; never none."""
     return list(pictures[rank::ranks]) or [pictures[rank % len(pictures)]]
 

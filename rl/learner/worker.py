@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,26 +11,19 @@ from typing import Any
 
 import ray
 import torch
-from safetensors.torch import load_file, save_file
 
-from core.cluster.process_group import join_process_group
-from models.lora.attach import Adapter
+from core.cluster.process_group import free_port, join_process_group
+from core.cluster.ranks import RankLost, gather
+from models.conditioning import Conditioning
+from models.lora.attach import Adapter, hash_state
 from rl.learner.batching import RankShare, TrainBatch, TrainSample
 from rl.learner.learner import Learner
-from rl.learner.rehearsal import Rehearsal, RehearsalPicture, rank_share
+from rl.learner.rehearsal import Rehearsal, RehearsalPicture, SampledPicture, rank_share
 from rl.learner.stats import UpdateStats
-from rl.loop.collect import SampledPrompt
-from rl.loop.publish import make_adapter
 from rl.recipe.schema import LearnerConfig, RehearsalConfig
 from rollout.engine import AdapterReceipt, ReplicaSpec, SampleInfo, SampleRequest
-from rollout.sampler import Conditioning, SamplingSpec, Trajectory
+from rollout.sampler import SamplingSpec, Trajectory
 from rollout.worker import Policy, Replica, WorkerInfo
-
-log = logging.getLogger(__name__)
-
-
-class LearnerLost(RuntimeError):
-    """A learner rank failed. The ranks share one optimizer, so the run stops; `--resume auto` continues it."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +50,7 @@ class LearnerRank:
 
     def address(self) -> tuple[str, int]:
         """An address of this node and a port that is free now, for the process group's rendezvous."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        return ray.util.get_node_ip_address(), free_port()
 
     def setup(self, master_address: str, master_port: int) -> WorkerInfo:
         """Join the process group and build the model. Raises after `collective_timeout_s` without the others."""
@@ -102,11 +90,10 @@ class LearnerRank:
         """The negative prompt's conditioning, for classifier-free guidance in the replay."""
         self._learner().negative = negative
 
-    def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPrompt]) -> None:
+    def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPicture]) -> None:
         """Keep this rank's share of the drawn pictures; the stage's updates rehearse them from now on."""
         learner, own = self._learner(), rank_share(pictures, self.rank, self.world_size)
-        refs = list({r for p in own for r in (p.trajectory, p.conditioning)})
-        values = dict(zip(refs, ray.get(refs, timeout=600), strict=True))
+        values = _fetched({r for p in own for r in (p.trajectory, p.conditioning)})
         learner.rehearsal = Rehearsal(
             config,
             [
@@ -124,9 +111,9 @@ class LearnerRank:
     ) -> tuple[list[UpdateStats], float, float]:
         """Train this rank's shares of one rollout at this rate. Returns statistics, start time and seconds."""
         started = time.time()
-        refs = {r for share in shares for s in share.samples for r in (s.trajectory, s.conditioning)}
-        order = list(refs)
-        values = dict(zip(order, ray.get(order, timeout=600), strict=True))
+        values = _fetched(
+            {r for share in shares for s in share.samples for r in (s.trajectory, s.conditioning)}
+        )
         resolved = [
             (
                 [TrainSample.of(s, values[s.trajectory], values[s.conditioning]) for s in share.samples],
@@ -150,24 +137,12 @@ class LearnerRank:
         return make_adapter(version, reference) if self.rank == 0 else None
 
     def save(self, folder: str) -> None:
-        """Write the engine's state, the stage's reference and the moving average into `folder`."""
-        learner, path = self._learner(), Path(folder)
-        learner.save(path)
-        reference = learner.reference_state()
-        if self.rank == 0:
-            save_file(reference, path / "reference.safetensors")
-            if learner.ema is not None:
-                save_file(learner.ema.average, path / "ema.safetensors")
-                (path / "ema.json").write_text(json.dumps({"updates": learner.ema.updates}))
+        """See `Learner.save`."""
+        self._learner().save(Path(folder))
 
     def load(self, folder: str) -> None:
-        """Restore what `save` wrote; the caller has verified the folder's hashes."""
-        path, learner = Path(folder), self._learner()
-        ema, updates = None, 0
-        if (path / "ema.json").is_file():
-            ema = load_file(path / "ema.safetensors")
-            updates = json.loads((path / "ema.json").read_text())["updates"]
-        learner.load(path, load_file(path / "reference.safetensors"), ema, updates)
+        """See `Learner.load`."""
+        self._learner().load(Path(folder))
 
     def load_adapter(self, adapter: Adapter) -> AdapterReceipt:
         """In-process placement: what a rollout worker would do."""
@@ -195,20 +170,34 @@ class LearnerRank:
         return self.replica
 
 
+def make_adapter(version: int, tensors: dict[str, Any]) -> Adapter:
+    """An adapter with the hash of its tensors."""
+    return Adapter(version, hash_state(tensors), tensors)
+
+
+def _fetched(refs: set[Any]) -> dict[Any, Any]:
+    """Reference -> value."""
+    order = list(refs)
+    return dict(zip(order, ray.get(order, timeout=600), strict=True))
+
+
 class LearnerGroup:
-    """All ranks; every call goes to each of them, and the first failure ends the wait for the others."""
+    """All ranks; every call goes to each of them, and the first failure ends the wait for the others.
+
+    Every method raises RankLost when a rank is dead or late, and what a rank raised.
+    """
 
     def __init__(self, actors: Sequence[Any], *, call_timeout_s: float, start_timeout_s: float):
         self.actors = list(actors)
         self._timeout_s = call_timeout_s
         address, port = ray.get(self.actors[0].address.remote(), timeout=start_timeout_s)
-        self._all("setup", address, port, timeout_s=start_timeout_s)
+        gather([actor.setup.remote(address, port) for actor in self.actors], "setup", start_timeout_s)
 
     def check_sees(self, folder: Path) -> None:
-        """Raise LearnerLost naming the ranks whose node does not share the run's folder."""
+        """Raise RankLost naming the ranks whose node does not share the run's folder."""
         blind = [rank for rank, sees in enumerate(self._all("sees", str(folder))) if not sees]
         if blind:
-            raise LearnerLost(
+            raise RankLost(
                 f"learner ranks {blind} do not see {folder}: output_dir must lie on a file system that all nodes share"
             )
 
@@ -218,7 +207,7 @@ class LearnerGroup:
     def set_negative(self, negative: Any) -> None:
         self._all("set_negative", negative)
 
-    def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPrompt]) -> None:
+    def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPicture]) -> None:
         self._all("rehearse", config, list(pictures))
 
     def update(
@@ -229,14 +218,11 @@ class LearnerGroup:
             actor.update.remote([shares[rank] for shares in batch.updates], learning_rate)
             for rank, actor in enumerate(self.actors)
         ]
-        results = self._gather(calls, "update", self._timeout_s)
+        results = gather(calls, "update", self._timeout_s)
         return results[0][0], [(started, seconds) for _, started, seconds in results]
 
     def adapter(self, version: int, *, shipped: bool) -> Adapter:
-        adapters = self._gather(
-            [a.adapter.remote(version, shipped=shipped) for a in self.actors], "adapter", self._timeout_s
-        )
-        return adapters[0]
+        return self._all("adapter", version, shipped=shipped)[0]
 
     def reference_adapter(self, version: int) -> Adapter:
         return self._all("reference_adapter", version)[0]
@@ -247,32 +233,10 @@ class LearnerGroup:
     def load(self, folder: Path) -> None:
         self._all("load", str(folder))
 
-    def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
-        calls = [getattr(actor, method).remote(*args) for actor in self.actors]
-        return self._gather(calls, method, timeout_s or self._timeout_s)
-
-    def _gather(self, calls: list[Any], method: str, timeout_s: float) -> list[Any]:
-        """Results in rank order. A rank that fails leaves the others waiting in a collective, so look at
-        whichever finishes first."""
-        pending, deadline = list(calls), time.monotonic() + timeout_s
-        while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise LearnerLost(
-                    f"learner.{method} took longer than {timeout_s:g} s on {len(pending)} of {len(calls)} ranks "
-                    "(resources.call_timeout_s); continue with --resume auto"
-                )
-            try:
-                ray.get(ready[0], timeout=60)
-            except ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from error
-            except ray.exceptions.RayActorError as error:
-                rank = calls.index(ready[0])
-                raise LearnerLost(
-                    f"learner rank {rank} died in {method} ({str(error).splitlines()[0]}); its cause is in Ray's log "
-                    "(out of memory is the usual one); continue with --resume auto"
-                ) from error
-        return ray.get(calls, timeout=60)
+    def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        return gather(
+            [getattr(a, method).remote(*args, **kwargs) for a in self.actors], method, self._timeout_s
+        )
 
 
 LearnerWorker = ray.remote(LearnerRank)

@@ -12,13 +12,14 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from core.files import atomic_write_json, atomic_write_text, publish_folder, verify_folder
+from core.files import atomic_write_json, atomic_write_text, new_folder, verify_folder
 from core.recipe import ConfigError
 from rewards.loading import free_params
-from rl.loop.state import RunState
+from rl.record.state import RunState, StageProgress
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -43,14 +44,12 @@ def save_checkpoint(
     """
     name = f"stage_{state.stage}_end" if border else f"step_{state.step:06d}"
     final = run_dir / FOLDER / name
-    temporary = run_dir / FOLDER / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "learner").mkdir(parents=True)
-    learner.save(temporary / "learner")
-    adapter_folder(temporary / "adapter")
-    atomic_write_text(temporary / "config.yaml", config_yaml)
-    atomic_write_json(temporary / "state.json", state.to_json())
-    publish_folder(temporary, final)
+    with new_folder(final) as folder:
+        (folder / "learner").mkdir()
+        learner.save(folder / "learner")
+        adapter_folder(folder / "adapter")
+        atomic_write_text(folder / "config.yaml", config_yaml)
+        atomic_write_json(folder / "state.json", asdict(state))
     log.info("checkpoint %s", final)
     return final
 
@@ -85,7 +84,8 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
 
 def read_state(folder: Path) -> RunState:
     """The run state of a verified checkpoint."""
-    return RunState.from_json(json.loads((folder / "state.json").read_text()))
+    document = json.loads((folder / "state.json").read_text())
+    return RunState(**{**document, "stages": [StageProgress(**entry) for entry in document["stages"]]})
 
 
 def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:

@@ -1,48 +1,70 @@
-"""From scored groups to a train batch and its metrics: the arithmetic of one step, without processes."""
+"""From prompt groups to requests, and from their results to a train batch and metrics: the arithmetic of one step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from core.seeds import derive_seed
 from rl.learner.batching import SampleRef, TrainBatch, make_train_batch, trained_positions
 from rl.learner.stats import UpdateStats
 from rl.loop.advantages import Advantages, group_advantages
-from rl.loop.collect import SampledGroup
-from rl.recipe.schema import LearnerConfig, RunConfig
+from rl.recipe.schema import RunConfig
+from rl.workers.requests import RolloutRequest, RolloutResult
+from rollout.prompts import PromptGroup
+from rollout.sampler import SamplingSpec
 
 
-def make_batch(groups: Sequence[SampledGroup], config: RunConfig) -> tuple[TrainBatch, Advantages]:
+def group_requests(groups: Iterable[PromptGroup], spec: SamplingSpec) -> list[RolloutRequest]:
+    """Training groups as requests; a group's seeds decide its stochastic steps, and its trunk where it branches."""
+    return [
+        RolloutRequest(
+            group.id,
+            (group.prompt,),
+            group.seeds,
+            spec.stochastic_steps(derive_seed("group-steps", *group.seeds[:1])),
+            derive_seed("trunk", *group.seeds[:1]) if spec.branch else None,
+        )
+        for group in groups
+    ]
+
+
+def make_batch(results: Sequence[RolloutResult], config: RunConfig) -> tuple[TrainBatch, Advantages]:
     """Advantages over the scored samples of all groups, and the used samples as equal shares."""
     learner, rollout = config.learner, config.rollout
-    ordered = sorted((g for g in groups if g.score is not None), key=lambda g: g.group.id)
-    rows = [(g, k) for g in ordered for k in range(len(g.group.seeds))]
+    rows = [
+        (result, score, k)
+        for result in sorted(results, key=lambda r: r.request.id)
+        if (score := result.score) is not None
+        for k in range(len(result.request.seeds))
+    ]
     advantages = group_advantages(
-        [g.score.rewards[k] for g, k in rows if g.score],
-        [g.group.id for g, _ in rows],
-        std=learner.advantage_std,  # type: ignore[arg-type]
+        [score.rewards[k] for _, score, k in rows],
+        [result.request.id for result, _, _ in rows],
+        std=learner.advantage_std,
         eps=learner.advantage_eps,
         clip=learner.advantage_clip,
-        mask=[g.score.mask[k] for g, k in rows if g.score],
+        mask=[score.mask[k] for _, score, k in rows],
     )
     samples = []
-    for (group, k), value, used in zip(rows, advantages.values, advantages.used, strict=True):
+    for (result, _, k), value, used in zip(rows, advantages.values, advantages.used, strict=True):
         if not used:
             continue
-        chunk = next(c for c in group.chunks if c.first <= k < c.first + c.size)
+        request = result.request
+        chunk = next(c for c in result.chunks if c.first <= k < c.first + c.size)
         positions = trained_positions(
-            group.steps, rollout.num_steps, learner.drop_last_steps, learner.train_steps, group.group.seeds[0]
+            request.steps, rollout.num_steps, learner.drop_last_steps, learner.train_steps, request.seeds[0]
         )
         samples.append(
             SampleRef(
-                group.group.id,
+                request.id,
                 k,
                 chunk.trajectory,
                 k - chunk.first,
-                group.conditioning,
+                result.conditioning_of(k),
                 positions,
                 float(value),
             )
@@ -51,25 +73,18 @@ def make_batch(groups: Sequence[SampledGroup], config: RunConfig) -> tuple[Train
     return batch, advantages
 
 
-def stage_learning_rate(config: LearnerConfig, done: int, steps: int) -> float:
-    """The rate of a stage's step after `done` of its `steps`: a function of these alone, so resuming needs no more."""
-    if config.final_learning_rate is None:
-        return config.learning_rate
-    return config.learning_rate + (config.final_learning_rate - config.learning_rate) * done / steps
-
-
-def reward_metrics(groups: Sequence[SampledGroup], advantages: Advantages, clip: float) -> dict[str, Any]:
+def reward_metrics(results: Sequence[RolloutResult], advantages: Advantages, clip: float) -> dict[str, Any]:
     """Rewards, what is missing, and the advantages of one step."""
-    scores = [g.score for g in groups if g.score is not None]
+    scores = [r.score for r in results if r.score is not None]
     rewards = [r for score in scores for r in score.rewards]
     present = [r for r in rewards if r is not None]
-    total = sum(len(g.group.seeds) for g in groups)
+    total = sum(len(r.request.seeds) for r in results)
     values: dict[str, Any] = {
         "reward/mean": _mean(present),
         "reward/std": float(np.std(present)) if present else None,
         "reward/missing_share": 1 - len(present) / total,
         "reward/zero_spread_share": advantages.zero_spread_share,
-        "reward/groups_dropped": sum(g.score is None or g.score.dropped for g in groups),
+        "reward/groups_dropped": sum(r.score is None or r.score.dropped for r in results),
     }
     used = np.abs(advantages.values[advantages.used])
     values["advantage/abs_mean"] = float(used.mean()) if len(used) else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rewards.base import reward_label
-from rl.loop.stage_parts import stage_parts
-from rl.recipe.preflight import reward_specs
+from rewards.recipe import reward_specs
 from rl.recipe.schema import EvaluationTaskConfig, RunConfig
+from rl.recipe.stage_parts import stage_parts
 
 
 def blind_spots(config: RunConfig) -> list[str]:

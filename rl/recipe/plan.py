@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import recipes
 from core.cluster.placement import describe_plan
 from models.metaquery.config import MetaQueryConfig
-from rl.loop.stage_parts import rehearsed_parts, stage_tasks
 from rl.recipe.placement import make_plan, plan_title
 from rl.recipe.schema import RunConfig
+from rl.recipe.stage_parts import rehearsed_parts, stage_tasks
 
 _GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipes
 from core.logs import submitted_job
 from core.prompts import Prompt, PromptFileError, load_prompts, load_reference
-from rewards.base import RewardSet, RewardSpec, ServiceSpec
+from core.recipe import value_problems
+from rewards.base import RewardSet
 from rewards.checks import check_rewards
-from rl.loop.stage_parts import StagePart, stage_parts
-from rl.recipe.schema import EvaluationTaskConfig, RewardConfig, RunConfig, ServiceConfig
+from rl.recipe.reward_sets import part_reward_set, scored_parts
+from rl.recipe.schema import EvaluationTaskConfig, RunConfig
+from rl.recipe.stage_parts import StagePart, stage_parts
 from rl.recipe.validate import find_problems
-from rl.record.evaluation_sets import evaluation_set_name
 
 log = logging.getLogger(__name__)
 
@@ -36,57 +37,14 @@ def preflight(config: RunConfig) -> Preflight:
     for part in scored_parts(config):
         found, prompts = _check_prompts(part)
         problems += found
-        if part.task not in ("edit", "t2i"):
+        # What a reward's keys say has been looked at above, and that there is one at all.
+        sound = [reward for reward in part.rewards if not value_problems(reward)]
+        if part.task not in ("edit", "t2i") or not sound:
             continue
-        reward_set = part_reward_set(part, prompts, config)
+        reward_set = part_reward_set(replace(part, rewards=sound), prompts, config)
         problems += [p for p in check_rewards(reward_set) if p not in problems]
         reward_sets.append(reward_set)
     return Preflight(problems, reward_sets)
-
-
-def scored_parts(config: RunConfig) -> list[StagePart | EvaluationTaskConfig]:
-    """Everything in the recipe that has prompts and rewards."""
-    stages = [part for stage in config.stages for part in stage_parts(stage)]
-    return [*stages, *config.evaluation.tasks]
-
-
-def stage_set_name(label: str) -> str:
-    """The name under which reward workers know the rewards of a part of a stage."""
-    return f"stage:{label}"
-
-
-def reward_specs(rewards: list[RewardConfig]) -> list[RewardSpec]:
-    """The recipe's rewards as the reward package knows them."""
-    return [
-        RewardSpec(
-            r.name, r.weight, dict(r.params), r.timeout_s, r.attempts, r.on_missing, r.max_missing_share,
-            r.constant_steps, r.label, _service_spec(r.service),
-        )
-        for r in rewards
-    ]  # fmt: skip
-
-
-def _service_spec(service: ServiceConfig | None) -> ServiceSpec | None:
-    if service is None:
-        return None
-    return ServiceSpec(tuple(service.urls), service.token_env, service.codec, service.unavailable_s)
-
-
-def part_reward_set(
-    part: StagePart | EvaluationTaskConfig, prompts: list[Prompt], config: RunConfig
-) -> RewardSet:
-    """The part's rewards with its first real prompt, since a reward may read its metadata in the dry call."""
-    example = (
-        {"example_prompt": prompts[0].prompt, "example_metadata": prompts[0].metadata} if prompts else {}
-    )
-    return RewardSet(
-        stage_set_name(part.label) if isinstance(part, StagePart) else evaluation_set_name(part.task),
-        part.task,
-        reward_specs(part.rewards),
-        height=config.model.height,
-        width=config.model.width,
-        **example,  # type: ignore[arg-type]
-    )
 
 
 def _check_paths(config: RunConfig) -> list[str]:
@@ -127,26 +85,11 @@ def _check_prompts(part: StagePart | EvaluationTaskConfig) -> tuple[list[str], l
 
 
 def _check_model(config: RunConfig) -> list[str]:
-    from models.components import METAQUERY_PARTS, PARTS, check_model_folder, is_metaquery_folder
-    from models.metaquery.config import check_metaquery
+    from models.preflight import model_problems
 
     folder, vlm = recipes.resolve(config.model.path), config.model.vlm
-    metaquery = is_metaquery_folder(folder)
-    problems = check_model_folder(folder, METAQUERY_PARTS if metaquery else PARTS)
-    problems = [f"model.path: {problem}" for problem in problems]
-    if metaquery and vlm is None:
-        problems.append(
-            f"model.vlm is not set, and model.path={config.model.path} is a MetaQuery model (it has conditioner/): "
-            "give the folder of its Qwen2.5-VL"
-        )
-    elif vlm is not None and not metaquery and folder.is_dir():
-        problems.append(
-            f"model.vlm={vlm}: model.path={config.model.path} has no conditioner/ and reads prompts with its text "
-            "encoders; leave model.vlm out, or give the folder of a MetaQuery model"
-        )
-    elif vlm is not None:
-        found = check_metaquery(folder, recipes.resolve(vlm))
-        problems += [f"model.vlm: {p}" for p in found if f"model.path: {p}" not in problems]
+    vlm_folder = None if vlm is None else recipes.resolve(vlm)
+    problems = model_problems(folder, vlm_folder, model_key="model.path", vlm_key="model.vlm")
     return problems or _check_shapes(config, folder)
 
 
@@ -154,20 +97,14 @@ def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
     """LoRA targets and image size against the real modules, built without memory on the meta device."""
     import json
 
-    import torch
-
-    from models.kontext import KontextTransformer
+    from models.components import transformer_shell
     from models.latents import latent_shape
     from models.lora.attach import attach_lora
 
     problems = []
     try:
-        with torch.device("meta"):
-            transformer = KontextTransformer.from_config(
-                KontextTransformer.load_config(folder / "transformer")
-            )
         lora = config.model.lora
-        attach_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        attach_lora(transformer_shell(folder), rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     except (ValueError, RuntimeError) as error:
         problems.append(f"model.lora: {error}")
     try:

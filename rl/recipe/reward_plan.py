@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from rewards.base import RewardLoadError, RewardSpec, reward_label
 from rewards.loading import load_reward
-from rl.loop.stage_parts import StagePart, stage_parts, stage_tasks, steps_of
-from rl.recipe.preflight import reward_specs
+from rewards.recipe import reward_specs
 from rl.recipe.schema import EvaluationTaskConfig, RunConfig
+from rl.recipe.stage_parts import StagePart, stage_parts, stage_tasks, steps_of
 
 
 def reward_lines(config: RunConfig) -> list[str]:

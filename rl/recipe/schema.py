@@ -1,80 +1,113 @@
-"""The schema of a recipe: every key, its type, its one default. Loading needs neither torch nor ray.
+"""The schema of a recipe of `rl.train`: every key with its type, bounds, one default and meaning.
 
-A recipe is YAML, merged over these defaults, then `key=value` overrides from the command line. Unknown keys are
-refused with the nearest known name. Rules that join several keys live in `rl/recipe/validate.py`.
+Rules that join several keys live in `rl/recipe/validate.py`. Needs neither torch nor ray.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from annotated_types import Ge, Le
+from omegaconf import MISSING
 
-import recipes
-from core.recipe import ConfigError, apply_overrides, read_over_bases
+from core.keys import (
+    AtLeast0,
+    AtLeast2,
+    Count,
+    Decay,
+    Device,
+    Finite,
+    FolderName,
+    ModelDtype,
+    NonNegative,
+    PositionMode,
+    Positive,
+    Seed,
+    Task,
+    ZeroStage,
+)
+from core.recipe import read_recipe
 from models.lora.targets import DEFAULT_TARGETS
+from rewards.recipe import RewardConfig, StagePartConfig
+
+NoiseLevel = Annotated[Finite, Ge(0), Le(2)]
 
 
 @dataclass
 class LoraConfig:
-    """Paper section 4.1: r = 32, alpha = 64. `targets` are module-name suffixes inside a transformer block."""
+    """Low-rank adapters on the transformer, the only weights that are trained (paper section 4.1)."""
 
-    rank: int = 32
-    alpha: float = 64.0
+    rank: Count = 32
+    """Rank of each adapter."""
+    alpha: Positive = 64.0
+    """Adapters are scaled by alpha / rank."""
     targets: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
+    """Linears that get an adapter, by the ends of their names inside a transformer block."""
 
 
 @dataclass
 class ModelConfig:
-    """`path` is a folder in the released layout; sizes are in pixels.
-
-    With `conditioner/` in it the model is a UniPic2-MetaQuery, and `vlm` is the folder of its Qwen2.5-VL, which sees
-    positions by `position_mode`: flat, as the released inference does, or mrope. `compile` compiles the transformer's
-    blocks in rollout workers and learner (half a minute at the start; bench/RESULTS.md has what it gains); it wants
-    `learner.old_log_prob: replay`, since the two then differ by rounding.
-    """
+    """The model that is trained and the pictures it draws."""
 
     path: str = MISSING
+    """Folder in the released layout; with `conditioner/` in it the model is a UniPic2-MetaQuery."""
     vlm: str | None = None
-    position_mode: str = "flat"
-    dtype: str = "bfloat16"
-    height: int = 512
-    width: int = 512
-    max_sequence_length: int = 256
-    embedding_cache_gib: float = 4.0
+    """Folder of a MetaQuery model's Qwen2.5-VL; null for models with text encoders."""
+    position_mode: PositionMode = "flat"
+    """How the VLM sees positions: flat, as the released inference does, or mrope."""
+    dtype: ModelDtype = "bfloat16"
+    """Type of the weights, of the activations and of a published adapter."""
+    height: Count = 512
+    """Height of the pictures, in pixels."""
+    width: Count = 512
+    """Width of the pictures, in pixels."""
+    max_sequence_length: Count = 256
+    """T5 tokens of a prompt."""
+    embedding_cache_gib: NonNegative = 4.0
+    """Host memory for embeddings of prompts that come again, in GiB."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
     compile: bool = False
+    """Compile the transformer's blocks in rollout workers and learner; wants `learner.old_log_prob: replay`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters."""
 
 
 @dataclass
 class RolloutConfig:
-    """T = `num_steps`, G = `group_size`, a = `noise_level` (paper section 4.1).
+    """How groups of samples are drawn: T = `num_steps`, G = `group_size`, a = `noise_level` (paper section 4.1)."""
 
-    `chunk_size` samples of one group are one unit of work. `window_size` > 0 makes only that many consecutive
-    steps stochastic, starting at a step drawn per group so that they lie in [window_first, window_last). `branch`: a
-    group's samples share their initial noise and part at its first stochastic step (not in the paper; Flow-GRPO-Fast).
-    """
-
-    workers: int = 8
-    num_steps: int = 10
-    group_size: int = 16
-    prompts_per_rollout: int = 32
-    chunk_size: int = 8
-    noise_level: float = 0.7
-    variant: str = "sde"
-    guidance_scale: float = 4.5
+    workers: Count = 8
+    """Processes that sample."""
+    num_steps: Count = 10
+    """Denoising steps of a sample (T)."""
+    group_size: Count = 16
+    """Samples of each prompt (G), which advantages are relative to."""
+    prompts_per_rollout: Count = 32
+    """Prompts, and so groups, of a rollout step."""
+    chunk_size: Count = 8
+    """Samples of one group that are drawn together as one unit of work."""
+    noise_level: NoiseLevel = 0.7
+    """Strength of the SDE's noise (a)."""
+    variant: Literal["sde", "cps", "ode"] = "sde"
+    """How a step draws noise: Flow-GRPO's SDE, coefficients-preserving sampling, or not at all."""
+    guidance_scale: NonNegative = 4.5
+    """Classifier-free guidance; 1 does without."""
     negative_prompt: str = ""
-    window_size: int = 0
-    window_first: int = 0
-    window_last: int = 10
+    """What guidance leads away from."""
+    window_size: AtLeast0 = 0
+    """Consecutive steps that are stochastic, from a first one drawn per group; 0: all steps."""
+    window_first: AtLeast0 = 0
+    """First step that the window may hold."""
+    window_last: AtLeast0 = 10
+    """First step behind the last that the window may hold."""
     branch: bool = False
-    max_failed_prompts: int = 16
+    """A group's samples share their noise up to its first stochastic step (Flow-GRPO-Fast; not in the paper)."""
+    max_failed_prompts: AtLeast0 = 16
+    """Prompts of the whole run that may fail to be sampled before it stops."""
 
 
 @dataclass
@@ -82,308 +115,225 @@ class EmaConfig:
     """Moving average of the adapter, which is what is evaluated and shipped (as Flow-GRPO does)."""
 
     enabled: bool = True
-    decay: float = 0.9
-    every: int = 8
+    """Off: the trained adapter itself is evaluated and shipped."""
+    decay: Decay = 0.9
+    """What remains of the average when it takes in an update."""
+    every: Count = 8
+    """Optimizer updates between two times that it takes one in."""
 
 
 @dataclass
 class LearnerConfig:
-    """The objective (eq. 1 and 2) and its optimizer.
+    """The objective (eq. 1 and 2) and its optimizer."""
 
-    With `final_learning_rate` the rate falls linearly over each stage, from `learning_rate` at its first step towards
-    this after its last; null keeps it constant (paper).
-
-    `clip_range` is epsilon (not in the paper). `kl_form: without_dt` is (mu - mu_ref)^2 / (2 g^2), for which the
-    paper's beta = .04 is meant; `exact` divides by -dt as well and wants about .004. `drop_last_steps` leaves
-    out the end of the schedule, whose log-probability is at the mercy of rounding; `train_steps` > 0 trains on
-    that many of the remaining steps, drawn per group. `log_prob_tolerance` bounds the gap between the rollout's
-    log-probabilities and the learner's replay; null picks 1e-5 for float32 and 2e-2 for bfloat16. `micro_batch_size`
-    counts samples; with `rollout.branch` those of one group are a single row at their first stochastic step.
-    """
-
-    ranks: int = 8
-    zero_stage: int = 1
-    micro_batch_size: int = 8
-    updates_per_rollout: int = 2
-    learning_rate: float = 3e-4
-    final_learning_rate: float | None = None
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    clip_range: float = 1e-4
-    kl_beta: float = 0.04
-    kl_form: str = "without_dt"
-    kl_reference: str = "stage_start"
-    advantage_std: str = "group"
-    advantage_eps: float = 1e-4
-    advantage_clip: float = 5.0
-    cfg_gradient: str = "conditional"
-    old_log_prob: str = "rollout"
-    log_prob_tolerance: float | None = None
-    train_steps: int = 0
-    drop_last_steps: int = 1
+    ranks: Count = 8
+    """Data-parallel ranks."""
+    zero_stage: ZeroStage = 1
+    """DeepSpeed's ZeRO stage."""
+    micro_batch_size: Count = 8
+    """Samples of a forward pass; with `rollout.branch` a group is one row at its first stochastic step."""
+    updates_per_rollout: Count = 2
+    """Optimizer updates on the samples of each rollout."""
+    learning_rate: Positive = 3e-4
+    """Of AdamW."""
+    final_learning_rate: Positive | None = None
+    """The rate falls linearly over each stage towards this, after its last step; null keeps it constant (paper)."""
+    adam_beta1: Decay = 0.9
+    """AdamW's decay of the mean gradient."""
+    adam_beta2: Decay = 0.999
+    """AdamW's decay of the mean squared gradient."""
+    adam_eps: Positive = 1e-8
+    """AdamW's term against division by zero."""
+    max_grad_norm: Positive = 1.0
+    """Norm that gradients are clipped to."""
+    clip_range: Positive = 1e-4
+    """Epsilon: the importance ratio is clipped to 1 -/+ this (not in the paper)."""
+    kl_beta: NonNegative = 0.04
+    """Weight of the KL penalty; 0 does without the reference."""
+    kl_form: Literal["without_dt", "exact"] = "without_dt"
+    """without_dt: (mu - mu_ref)^2 / (2 g^2), for which the paper's .04 is meant; exact divides by -dt too (.004)."""
+    kl_reference: Literal["stage_start", "base"] = "stage_start"
+    """The policy that KL is measured from: the stage's first one, or the untrained model."""
+    advantage_std: Literal["group", "batch"] = "group"
+    """Whose standard deviation advantages are divided by."""
+    advantage_eps: Positive = 1e-4
+    """Added to that standard deviation."""
+    advantage_clip: Positive = 5.0
+    """Advantages are clipped to -/+ this."""
+    cfg_gradient: Literal["conditional", "both"] = "conditional"
+    """Which halves of guidance get a gradient: the prompted one, or the unconditional one too."""
+    old_log_prob: Literal["rollout", "replay"] = "rollout"
+    """Whose log-probabilities the ratio divides by: the rollout's, or the learner's own before its first update."""
+    log_prob_tolerance: Positive | None = None
+    """Largest gap between the rollout's and the learner's replayed ones; null: 1e-5 for float32, 2e-2 for bfloat16."""
+    train_steps: AtLeast0 = 0
+    """Stochastic steps that are trained on, drawn per group; 0: all of them."""
+    drop_last_steps: AtLeast0 = 1
+    """Last steps that are not trained, whose log-probability is at the mercy of rounding."""
     ema: EmaConfig = field(default_factory=EmaConfig)
-
-
-@dataclass
-class ServiceConfig:
-    """Where a reward is served over HTTP; see rewards/service/README.md. `token_env` names an environment variable."""
-
-    urls: list[str] = field(default_factory=list)
-    token_env: str | None = None
-    codec: str = "png"
-    unavailable_s: float = 120.0
-
-
-@dataclass
-class RewardConfig:
-    """One reward of a stage or an evaluation; see rewards/README.md for the protocol and the failure policy.
-
-    With `service` the reward is not loaded here: `python -m rewards.serve RECIPE` scores for this run.
-    """
-
-    name: str = MISSING
-    label: str | None = None
-    weight: float = 1.0
-    params: dict[str, Any] = field(default_factory=dict)
-    timeout_s: float = 60.0
-    attempts: int = 3
-    on_missing: str = "mask"
-    max_missing_share: float = 0.2
-    constant_steps: int = 10
-    service: ServiceConfig | None = None
-
-
-@dataclass
-class StagePartConfig:
-    """One task of a joint stage."""
-
-    task: str = MISSING
-    prompts: str = MISSING
-    rewards: list[RewardConfig] = field(default_factory=list)
+    """The average that is shipped."""
 
 
 @dataclass
 class RehearsalConfig:
-    """Holds a stage near its first policy on the other tasks of earlier stages (not in the paper).
+    """Holds a stage near its first policy on the other tasks of earlier stages (not in the paper)."""
 
-    `num_prompts` prompts of those stages are drawn once; each optimizer update adds `beta` times the mean squared
-    change of velocity at `samples` noised pictures of them.
-    """
-
-    beta: float = MISSING
-    num_prompts: int = 256
-    samples: int = 32
+    beta: Positive = MISSING
+    """Weight of the mean squared change of velocity in each optimizer update."""
+    num_prompts: Count = 256
+    """Prompts of those stages, drawn once."""
+    samples: Count = 32
+    """Noised pictures of them in each update."""
 
 
 @dataclass
 class StageConfig:
-    """One stage of the staged order (PDTR: editing, then text-to-image). `steps` counts rollouts.
+    """One stage of the staged order (PDTR: editing, then text-to-image)."""
 
-    With `task: joint` its `parts` take turns, one rollout each, and have prompts and rewards in the stage's place.
-    """
-
-    name: str = MISSING
-    task: str = MISSING
+    name: FolderName = MISSING
+    """What the stage is called in logs, metrics and files."""
+    task: Literal["edit", "t2i", "joint"] = MISSING
+    """What is trained; the `parts` of a joint stage take turns, one rollout each."""
     prompts: str | None = None
-    steps: int = MISSING
+    """JSONL file of prompts; null in a joint stage."""
+    steps: Count = MISSING
+    """Rollout steps."""
     rewards: list[RewardConfig] = field(default_factory=list)
+    """What scores the samples; their weighted sum is trained on."""
     parts: list[StagePartConfig] = field(default_factory=list)
+    """Of a joint stage, the tasks with prompts and rewards of their own."""
     rehearsal: RehearsalConfig | None = None
+    """What is rehearsed meanwhile; null: nothing."""
 
 
 @dataclass
 class EvaluationTaskConfig:
     """Held-out prompts of one task and the rewards that score them."""
 
-    task: str = MISSING
+    task: Task = MISSING
+    """What is evaluated."""
     prompts: str = MISSING
-    num_prompts: int = 512
+    """JSONL file of held-out prompts."""
+    num_prompts: AtLeast2 = 512
+    """How many of them, from the first."""
     rewards: list[RewardConfig] = field(default_factory=list)
+    """What scores the pictures."""
 
 
 @dataclass
 class EvaluationConfig:
-    """ODE sampling on held-out prompts before, between and after the stages, paired by prompt and seed.
-
-    `every` > 0 also evaluates the stage's own task inside a stage. `baseline_guidance` lists further guidance
-    scales at which the untrained model is scored, so that guidance is not mistaken for learning.
-    `cross_task_margin`: an alarm is raised when another task drops by more than this during a stage.
-    """
+    """ODE sampling on held-out prompts before, between and after the stages, paired by prompt and seed."""
 
     tasks: list[EvaluationTaskConfig] = field(default_factory=list)
-    num_steps: int = 28
-    guidance_scale: float = 4.5
-    baseline_guidance: list[float] = field(default_factory=list)
-    batch_size: int = 8
-    seed: int = 1234
-    every: int = 0
-    cross_task_margin: float = 0.05
+    """What is evaluated, a task each."""
+    num_steps: Count = 28
+    """Denoising steps."""
+    guidance_scale: NonNegative = 4.5
+    """Classifier-free guidance; 1 does without."""
+    baseline_guidance: list[NonNegative] = field(default_factory=list)
+    """Further guidance scales for the untrained model, so that guidance is not mistaken for learning."""
+    batch_size: Count = 8
+    """Pictures that are drawn together."""
+    seed: Seed = 1234
+    """What the noise is drawn from."""
+    every: AtLeast0 = 0
+    """Steps between evaluations of a stage's own task inside the stage; 0: none there."""
+    cross_task_margin: NonNegative = 0.05
+    """An alarm is raised when another task's score drops by more than this during a stage."""
 
 
 @dataclass
 class ResourcesConfig:
-    """Who gets what. CPUs are Ray's logical CPUs; `threads` is what each process really uses.
+    """Who gets what. CPUs and GPUs are Ray's logical ones, for each process."""
 
-    `shared`: a rollout worker and a learner rank on each GPU, and reward workers whose `reward_gpus` is a part of one
-    (1 or more: cards of their own). `separate`: GPUs of their own. `inprocess`: the learner's ranks sample too, so
-    there is nothing to publish over the network.
-    """
-
-    device: str = "cuda"
-    placement: str = "shared"
-    rollout_cpus: float = 2.0
-    learner_cpus: float = 4.0
-    reward_cpus: float = 2.0
-    reward_gpus: float = 0.0
-    reward_workers: int = 2
-    reward_concurrency: int = 4
-    encode_cpus: float = 2.0
-    encode_gpus: float = 0.0
-    threads: int = 4
-    placement_timeout_s: float = 600.0
-    start_timeout_s: float = 900.0
-    call_timeout_s: float = 1800.0
-    max_restarts: int = 3
-    min_rollout_workers: int = 1
+    device: Device = "cuda"
+    """Where models run."""
+    placement: Literal["shared", "separate", "inprocess"] = "shared"
+    """shared: ranks and rollout workers take turns on a GPU; separate: GPUs of their own; inprocess: ranks sample."""
+    rollout_cpus: NonNegative = 2.0
+    """CPUs of a rollout worker."""
+    learner_cpus: NonNegative = 4.0
+    """CPUs of a learner rank."""
+    reward_cpus: NonNegative = 2.0
+    """CPUs of a reward worker."""
+    reward_gpus: NonNegative = 0.0
+    """GPUs of a reward worker; a part of one joins a learner's under placement shared."""
+    reward_workers: Count = 2
+    """Processes that score."""
+    reward_concurrency: Count = 4
+    """Calls of a reward that one of them has under way at once."""
+    encode_cpus: NonNegative = 2.0
+    """CPUs of the worker that encodes prompts."""
+    encode_gpus: NonNegative = 0.0
+    """GPUs of it; under placement shared it joins the first learner's."""
+    threads: Count = 4
+    """CPU threads that each process really uses."""
+    placement_timeout_s: Positive = 600.0
+    """Longest wait for the cluster's resources, in seconds."""
+    start_timeout_s: Positive = 900.0
+    """Longest wait for a process to be ready, in seconds."""
+    call_timeout_s: Positive = 1800.0
+    """Longest wait for the answer of a process, in seconds."""
+    max_restarts: AtLeast0 = 3
+    """Times that a worker is started again after it died."""
+    min_rollout_workers: Count = 1
+    """Rollout workers that must be alive, or the run stops."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Every `every` steps and at stage borders; the last `keep_last` are kept, and the border ones."""
+    """What a run is resumed from. Those of stage borders are kept besides."""
 
-    every: int = 10
-    keep_last: int = 2
+    every: Count = 10
+    """Steps between two."""
+    keep_last: Count = 2
+    """How many of the last ones are kept."""
 
 
 @dataclass
 class GalleryConfig:
-    """`prompts` fixed held-out prompts per task, drawn (and scored) again every `every` steps with the same seeds;
-    pictures of the best and the worst group of such a step are kept too.
-    """
+    """Fixed held-out prompts that are drawn again and again, and the best and worst group of such a step."""
 
-    prompts: int = 8
-    every: int = 10
+    prompts: AtLeast0 = 8
+    """Prompts per task; 0: no gallery."""
+    every: Count = 10
+    """Steps between two times that they are drawn (and scored), with the same seeds."""
 
 
 @dataclass
 class RunConfig:
     """A whole recipe."""
 
-    name: str = MISSING
+    name: FolderName = MISSING
+    """What the run, and its folder in `output_dir`, is called."""
     output_dir: str = "runs"
-    seed: int = 0
+    """Folder of runs."""
+    seed: Seed = 0
+    """What prompts, noise and fresh weights are drawn from."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How samples are drawn."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    """How the policy learns from them."""
     stages: list[StageConfig] = field(default_factory=list)
+    """What is trained, one stage after the other."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What progress is measured on."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Processes and their hardware."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What a run is resumed from."""
     gallery: GalleryConfig = field(default_factory=GalleryConfig)
+    """Pictures to look at."""
 
 
-def load_config(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a recipe and its overrides. Raises ConfigError with every unknown key, bad type and missing value.
-
-    A recipe may name another one beside it as `base: other.yaml`; its own keys come over that one's. Lists (stages,
-    rewards) are replaced whole.
-    """
-    path = recipes.resolve(recipe)
-    if not path.is_file():
-        raise ConfigError([f"recipe {recipe} does not exist (looked for {path.absolute()})"])
-    try:
-        merged = read_over_bases(path)
-        if isinstance(merged, DictConfig):
-            apply_overrides(merged, overrides or [])
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError([f"{recipe}: {' '.join(str(error).split())}"]) from error
-    if not isinstance(merged, DictConfig):
-        raise ConfigError([f"{recipe}: a recipe is a mapping of keys, found a {type(merged).__name__}"])
-    problems: list[str] = []
-    if "oc.env" in OmegaConf.to_yaml(merged):
-        problems.append(
-            "a recipe must not read the environment (${oc.env:...}): its values are written beside the run; a reward "
-            "reads its secrets from the environment itself, where it uses them"
-        )
-    _check_node(merged, RunConfig, "", problems)
-    if problems:
-        raise ConfigError(problems)
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), merged))
-    except OmegaConfBaseException as error:
-        key = f"key '{error.full_key}': " if getattr(error, "full_key", None) else ""
-        raise ConfigError([f"{key}{str(error).splitlines()[0]}"]) from error
-    assert isinstance(config, RunConfig)
-    return config
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The resolved recipe as YAML (written beside a run; holds no secrets, since none are read from recipes)."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _check_node(node: Any, schema: type, prefix: str, problems: list[str]) -> None:
-    """Unknown keys, missing values and wrong types of a mapping and of everything below it."""
-    fields = {f.name: f for f in dataclasses.fields(schema)}
-    if not isinstance(node, DictConfig):
-        problems.append(f"key '{prefix.rstrip('.')}' must be a mapping with keys {', '.join(fields)}")
-        return
-    for key in map(str, node):
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here: {', '.join(fields)}"
-            problems.append(f"unknown key '{prefix}{key}': {hint}")
-    for key, definition in fields.items():
-        inner, child = _NESTED.get((schema, key)), node._get_node(key)
-        if inner is None or (child is not None and child._is_none()):
-            _check_value(node, key, definition, schema, prefix, problems)
-        elif child is None and definition.default is None:
-            continue
-        elif "list" not in str(definition.type):
-            _check_node(OmegaConf.create({}) if child is None else child, inner, f"{prefix}{key}.", problems)
-        elif isinstance(child, ListConfig):
-            for index in range(len(child)):
-                _check_node(child._get_node(index), inner, f"{prefix}{key}[{index}].", problems)
-        elif child is not None:
-            problems.append(f"key '{prefix}{key}' must be a list of mappings")
-
-
-def _check_value(
-    node: DictConfig, key: str, definition: Any, schema: type, prefix: str, problems: list[str]
-) -> None:
-    """A key without a schema of its own. Interpolations are resolved, and checked, with the defaults."""
-    if key not in node or OmegaConf.is_missing(node, key):
-        if definition.default == MISSING:
-            problems.append(f"key '{prefix}{key}' has no value; set it in the recipe or as {prefix}{key}=...")
-        return
-    if OmegaConf.is_interpolation(node, key):
-        return
-    try:
-        OmegaConf.update(OmegaConf.structured(schema), key, node[key])
-    except OmegaConfBaseException as error:
-        problems.append(f"key '{prefix}{key}': {str(error).splitlines()[0]}")
-
-
-_NESTED: dict[tuple[type, str], type] = {
-    (RunConfig, "model"): ModelConfig,
-    (RunConfig, "rollout"): RolloutConfig,
-    (RunConfig, "learner"): LearnerConfig,
-    (RunConfig, "stages"): StageConfig,
-    (RunConfig, "evaluation"): EvaluationConfig,
-    (RunConfig, "resources"): ResourcesConfig,
-    (RunConfig, "checkpoint"): CheckpointConfig,
-    (RunConfig, "gallery"): GalleryConfig,
-    (ModelConfig, "lora"): LoraConfig,
-    (LearnerConfig, "ema"): EmaConfig,
-    (StageConfig, "rewards"): RewardConfig,
-    (StageConfig, "parts"): StagePartConfig,
-    (StageConfig, "rehearsal"): RehearsalConfig,
-    (StagePartConfig, "rewards"): RewardConfig,
-    (RewardConfig, "service"): ServiceConfig,
-    (EvaluationConfig, "tasks"): EvaluationTaskConfig,
-    (EvaluationTaskConfig, "rewards"): RewardConfig,
-}
+def load_config(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    rules: Callable[[RunConfig], list[str]] | None = None,
+    defer_values: bool = False,
+) -> RunConfig:
+    """Read a recipe of `rl.train`; the arguments are those of `read_recipe`, which raises ConfigError."""
+    return read_recipe(recipe, overrides, RunConfig, rules=rules, defer_values=defer_values)

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: the same prompts, seeds, ODE steps and guidance at every moment, so pairs compare.
+"""Evaluation on held-out prompts: the same prompts, seeds, ODE steps and guidance each time, so pairs compare.
 
 Results are kept per prompt in `evaluations/<moment>/<task>.json`, with the gallery's images in `<task>.npz`; a
 resumed run reuses them only if they were made with the very adapter that would be evaluated again.
@@ -20,10 +20,12 @@ import recipes
 from core.files import atomic_write_json
 from core.prompts import Prompt, load_prompts, load_reference
 from core.seeds import derive_seed
-from rl.loop.collect import Collector
+from rewards.scoring import GroupScore
+from rl.recipe.reward_sets import evaluation_set_name
 from rl.recipe.schema import EvaluationConfig, EvaluationTaskConfig
-from rl.record.evaluation_sets import evaluation_set_name
 from rl.record.gallery import GallerySample
+from rl.workers.collect import Collector
+from rl.workers.requests import batch_requests
 from rollout.sampler import SamplingSpec
 from rollout.worker import Policy
 
@@ -48,7 +50,7 @@ class Evaluator:
 
     def __init__(self, config: EvaluationConfig, collector: Collector, run_dir: Path, gallery_prompts: int):
         self.config, self.collector, self.folder = config, collector, run_dir / "evaluations"
-        self.prompts = {task.task: load_task_prompts(task) for task in config.tasks}
+        self.prompts: dict[str, list[Prompt]] = {task.task: load_task_prompts(task) for task in config.tasks}
         self.gallery_prompts = gallery_prompts
         self.gallery: dict[str, dict[str, list[GallerySample]]] = {}
 
@@ -84,15 +86,15 @@ class Evaluator:
             results[task] = stored
         return results
 
-    def sample_gallery(self, moment: str, task: str, policy: Policy, step: int) -> list[GallerySample]:
+    def sample_gallery(self, task: str, policy: Policy, step: int) -> list[GallerySample]:
         """The first held-out prompts alone, with the evaluation's seeds: the same pictures across steps."""
         prompts = self.prompts[task][: self.gallery_prompts]
-        return self._sample(moment, task, prompts, policy, step, self.config.guidance_scale)[2]
+        return self._sample(task, prompts, policy, step, self.config.guidance_scale)[2]
 
     def _run(
         self, path: Path, moment: str, task: str, policy: Policy, step: int, guidance: float
     ) -> TaskScores:
-        rewards, components, samples = self._sample(moment, task, self.prompts[task], policy, step, guidance)
+        rewards, components, samples = self._sample(task, self.prompts[task], policy, step, guidance)
         scores = TaskScores(moment, task, policy.sha256, guidance, step, rewards, components)
         self.gallery.setdefault(task, {})[moment] = samples
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,21 +109,31 @@ class Evaluator:
         return scores
 
     def _sample(
-        self, moment: str, task: str, prompts: list[Prompt], policy: Policy, step: int, guidance: float
+        self, task: str, prompts: list[Prompt], policy: Policy, step: int, guidance: float
     ) -> tuple[list[float | None], dict[str, list[float | None]], list[GallerySample]]:
         spec = SamplingSpec(self.config.num_steps, 0.0, guidance, variant="ode")
         seeds = [self._seed(prompt) for prompt in prompts]
-        size = self.config.batch_size
-        rewards, components, images = self.collector.score_prompts(
-            prompts, seeds, spec, policy, evaluation_set_name(task), size, step, f"evaluate {task}"
-        )
-        samples = []
-        for start in range(0, min(self.gallery_prompts, len(prompts)), size):
-            batch = ray.get(images[start // size], timeout=120) if images[start // size] is not None else []
-            for row, image in enumerate(batch):
-                i = start + row
-                if i < self.gallery_prompts:
-                    samples.append(_gallery_sample(prompts[i], seeds[i], image, rewards[i]))
+        label = f"evaluate {task}"
+        requests = batch_requests(prompts, seeds, self.config.batch_size)
+        sampled = self.collector.sample(requests, spec, policy, step=step, label=label)
+        scores: dict[int, GroupScore] = {}
+        images: dict[int, Any] = {}
+        for result in self.collector.score(
+            sampled, evaluation_set_name(task), step=step, total=len(prompts), label=f"score {task}"
+        ):
+            if result.score is not None:
+                scores[result.request.id] = result.score
+            else:
+                log.error("%s: prompts %s not scored: %s", label, result.request.span, result.failure)
+            if result.chunks and result.request.id < self.gallery_prompts:
+                images[result.request.id] = result.chunks[0].images
+        rewards, components = _in_order(scores, [(r.id, len(r.seeds)) for r in requests])
+        samples = [
+            _gallery_sample(prompts[i], seeds[i], image, rewards[i])
+            for start in sorted(images)
+            for i, image in enumerate(ray.get(images[start], timeout=120), start)
+            if i < self.gallery_prompts
+        ]
         return rewards, components, samples
 
     def _read(self, path: Path) -> TaskScores | None:
@@ -145,9 +157,24 @@ class Evaluator:
 
 def load_task_prompts(task: EvaluationTaskConfig) -> list[Prompt]:
     """The first `num_prompts` held-out prompts of a task."""
-    return load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]  # type: ignore[arg-type]
+    return load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]
 
 
 def _gallery_sample(prompt: Prompt, seed: int, image: Any, reward: float | None) -> GallerySample:
     reference = None if prompt.reference is None else np.asarray(load_reference(prompt))
     return GallerySample(prompt.prompt, seed, np.asarray(image), reward, reference)
+
+
+def _in_order(
+    scores: dict[int, GroupScore], batches: list[tuple[int, int]]
+) -> tuple[list[float | None], dict[str, list[float | None]]]:
+    """Rewards and components in prompt order; `batches` are (id, size), None stands for what was not scored."""
+    rewards: list[float | None] = []
+    names = sorted({name for score in scores.values() for name in score.components})
+    components: dict[str, list[float | None]] = {name: [] for name in names}
+    for number, size in batches:
+        score = scores.get(number)
+        rewards += score.rewards if score else [None] * size
+        for name in names:
+            components[name] += score.components.get(name, [None] * size) if score else [None] * size
+    return rewards, components

@@ -6,21 +6,16 @@ of `rl/record/gallery.py`) shows the samples of the two groups at the ends, at t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.prompts import load_reference
-from core.records import append_records, open_records
 from rl.record.gallery import GallerySample
-from rollout.prompts import PromptGroup
-
-if TYPE_CHECKING:
-    from rl.loop.collect import SampledGroup
+from rl.workers.requests import RolloutRequest, RolloutResult
 
 GROUPS_FILE = "groups.jsonl"
 GROUPS_FOLDER = "groups"
@@ -50,28 +45,13 @@ class GroupRecord:
         return sum(scored) / len(scored) if scored else None
 
 
-class GroupLog:
-    """The records of a run in `folder/groups.jsonl`; `resume_step` and errors as in `MetricsWriter`."""
-
-    def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
-        self.path = Path(folder) / GROUPS_FILE
-        open_records(self.path, resume_step)
-
-    def add(self, records: Iterable[GroupRecord]) -> None:
-        """Append the records of one step."""
-        append_records(self.path, (asdict(record) for record in records))
-
-
-def group_record(group: SampledGroup, step: int, stage: str) -> GroupRecord:
+def group_record(result: RolloutResult, step: int, stage: str) -> GroupRecord:
     """What a group came to; one that could not be sampled has no reward at all."""
-    number, prompt, score = group.group.id, group.group.prompt.prompt, group.score
+    request, score = result.request, result.score
+    head = (step, stage, request.id, request.prompts[0].prompt)
     if score is None:
-        return GroupRecord(
-            step, stage, number, prompt, [None] * len(group.group.seeds), {}, True, group.failure
-        )
-    return GroupRecord(
-        step, stage, number, prompt, score.rewards, score.components, score.dropped, score.reason
-    )
+        return GroupRecord(*head, [None] * len(request.seeds), {}, True, result.failure)
+    return GroupRecord(*head, score.rewards, score.components, score.dropped, score.reason)
 
 
 def best_and_worst(records: Sequence[GroupRecord]) -> list[GroupRecord]:
@@ -89,13 +69,14 @@ def picture_path(folder: Path, step: int, group: int) -> Path:
 
 
 def group_samples(
-    group: PromptGroup, images: NDArray[np.uint8], rewards: Sequence[float | None]
+    group: RolloutRequest, images: NDArray[np.uint8], rewards: Sequence[float | None]
 ) -> list[GallerySample]:
     """All samples of a group for the gallery; `images` [G, H, W, 3]. The first carries the reference of all."""
+    (prompt,) = group.prompts
     references: list[NDArray[np.uint8] | None] = [None] * len(images)
-    if group.prompt.reference is not None:
-        references[0] = np.asarray(load_reference(group.prompt))
+    if prompt.reference is not None:
+        references[0] = np.asarray(load_reference(prompt))
     return [
-        GallerySample(group.prompt.prompt, seed, image, reward, reference)
+        GallerySample(prompt.prompt, seed, image, reward, reference)
         for seed, image, reward, reference in zip(group.seeds, images, rewards, references, strict=True)
     ]

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from core.files import atomic_write_text
-from core.spans import Span, SpanLog, timed
+from core.files import atomic_write_json, atomic_write_text
+from core.recipe import to_yaml
+from core.records import append_records, open_records
+from core.spans import SPANS_FILE, Span, SpanName, chrome_trace, read_spans, timed
 from core.statistics import Difference, bootstrap_mean
-from rl.loop.state import RunState
-from rl.recipe.schema import RunConfig, to_yaml
+from rl.recipe.schema import RunConfig
 from rl.record.evaluation import TaskScores
 from rl.record.gallery import GallerySample, save_grid
-from rl.record.groups import GroupLog, GroupRecord, picture_path
+from rl.record.groups import GROUPS_FILE, GroupRecord, picture_path
 from rl.record.metrics import MetricsWriter
+from rl.record.state import RunState
 from rl.record.summary import RunSummary, print_summary, write_summary
 
 log = logging.getLogger(__name__)
-_CONTROLLER = "controller"
 
 
 class Journal:
@@ -32,13 +34,13 @@ class Journal:
         self.run_dir, self.config_yaml = run_dir, to_yaml(config)
         atomic_write_text(run_dir / "config.yaml", self.config_yaml)
         self.metrics = MetricsWriter(run_dir, resume_step=resume_step, redo_evaluation=redo_evaluation)
-        self.span_log = SpanLog(run_dir, resume_step=resume_step)
-        self.group_log = GroupLog(run_dir, resume_step=resume_step)
+        for name in (SPANS_FILE, GROUPS_FILE):
+            open_records(run_dir / name, resume_step)
 
     def log(
         self, values: dict[str, Any], step: int, stage: str, stage_step: int, *, part: str | None = None
     ) -> None:
-        """Metrics of one finished step; `part`: the task whose turn it was, in a joint stage."""
+        """Metrics of one finished step; `part`: the task that the step trained, in a joint stage."""
         self.metrics.log(values, step=step, stage=stage, stage_step=stage_step, part=part)
         log.info(
             "step %d (%s %d%s): reward %s, %.1f s",
@@ -48,7 +50,7 @@ class Journal:
 
     def groups(self, records: Sequence[GroupRecord]) -> None:
         """What each sample of one step earned."""
-        self.group_log.add(records)
+        self._append(GROUPS_FILE, records)
 
     def group_pictures(self, record: GroupRecord, samples: list[GallerySample]) -> None:
         """All samples of one group."""
@@ -57,23 +59,20 @@ class Journal:
 
     def spans(self, spans: list[Span]) -> None:
         """Take over the spans gathered since the last call."""
-        self.span_log.add(spans)
+        self._append(SPANS_FILE, spans)
         spans.clear()
 
     def update_spans(self, spans: Sequence[tuple[float, float]], step: int) -> None:
         """One span per learner rank."""
-        self.span_log.add(
+        found = [
             Span("update", f"learner-{rank}", started, started + seconds, step)
             for rank, (started, seconds) in enumerate(spans)
-        )
+        ]
+        self._append(SPANS_FILE, found)
 
-    @contextmanager
-    def timed(self, name: Any, step: int) -> Iterator[None]:
+    def timed(self, name: SpanName, step: int) -> AbstractContextManager[None]:
         """A span of the controller itself."""
-        spans: list[Span] = []
-        with timed(spans, name, _CONTROLLER, step):
-            yield
-        self.span_log.add(spans)
+        return timed(name, "controller", step, lambda span: self._append(SPANS_FILE, [span]))
 
     def evaluation(
         self,
@@ -126,10 +125,13 @@ class Journal:
 
     def finish(self, summary: RunSummary) -> None:
         """Write the trace and the summary, and print the table."""
-        self.span_log.write_chrome_trace(self.run_dir / "trace.json")
+        atomic_write_json(self.run_dir / "trace.json", chrome_trace(read_spans(self.run_dir / SPANS_FILE)))
         write_summary(summary, self.run_dir)
         self.metrics.close()
         print_summary(summary)
+
+    def _append(self, name: str, records: Sequence[Span] | Sequence[GroupRecord]) -> None:
+        append_records(self.run_dir / name, (asdict(record) for record in records))
 
 
 def _short(value: float | None) -> str:

@@ -17,7 +17,7 @@ HEADING = """# Metrics
 Made by `python -m rl.record.metrics > docs/METRICS.md` from `rl/record/metric_table.py`; do not edit by hand.
 
 `metrics.jsonl` holds one JSON object per line: `step` (of the run, 0 before training), `stage`, `stage_step`
-(within the stage), in a joint stage `part` (the task whose turn it was), `time` (Unix seconds), and those of the
+(within the stage), in a joint stage `part` (the task that the step trained), `time` (Unix seconds), and those of the
 metrics below that the record has. `null` means that nothing could be measured; it never stands for zero. A step
 may have several records (training, evaluation); where two of them share a name, the later one counts. TensorBoard
 shows the same scalars over `step`, each stage (each part of a joint one) as a run of its own.
@@ -58,7 +58,7 @@ METRICS: tuple[Metric, ...] = (
         "nat/element",
         "Mean gap at one denoising step; the run stops above a bound.",
     ),
-    Metric("time/rollout", "s", "From the first chunk handed out to the last group landed."),
+    Metric("time/rollout", "s", "From the first chunk handed out to the last group finished."),
     Metric("time/reward", "s", "From the first group handed out to the last score; overlaps the rollout."),
     Metric("time/update", "s", "The step's optimizer updates, replay included."),
     Metric("time/publish", "s", "Sending the adapter to every replica and checking that it took effect."),
@@ -74,7 +74,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("evaluation/{task}/high", "reward", "Upper end of that mean's 95 % bootstrap interval."),
     Metric("evaluation/{task}/num_prompts", "prompts", "Held-out prompts that were scored."),
     Metric("evaluation/{task}/missing_share", "share", "Held-out prompts that were not scored."),
-    Metric("evaluation/{task}/difference", "reward", "Change since before the stage, paired by prompt."),
+    Metric(
+        "evaluation/{task}/difference", "reward", "Change since before the first stage, paired by prompt."
+    ),
     Metric("evaluation/{task}/component/{component}", "reward", "Mean of one named part of that reward."),
     Metric("log/non_finite", "values", "Values of this record that were NaN or infinite, written as null."),
 )

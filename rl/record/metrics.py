@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -93,14 +92,6 @@ class MetricsWriter:
         for board in self._boards.values():
             board.close()
         self._boards.clear()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _board(self, stage: str) -> Any:
         """One TensorBoard run per stage and part, because the rewards of two tasks do not share a curve."""

@@ -1,4 +1,4 @@
-"""What a run came to: paired changes over each stage, alarms, the shipped adapter and the merged transformer."""
+"""What a run came to: paired changes over each stage, alarms, sheets, the adapter and the merged transformer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from models.components import load_transformer
 from models.lora.attach import Adapter
 from models.lora.files import save_adapter, save_merged_transformer
 from rewards.base import reward_label
-from rl.loop.stage_parts import stage_parts, stage_tasks
-from rl.loop.state import RunState
-from rl.recipe.preflight import reward_specs
+from rewards.recipe import reward_specs
 from rl.recipe.schema import RunConfig
+from rl.recipe.stage_parts import stage_parts, stage_tasks
 from rl.record.alarms import reward_hacking
 from rl.record.evaluation import Evaluator, TaskScores
 from rl.record.gallery import before_after_sheet
+from rl.record.state import RunState
 from rl.record.summary import GuidancePoint, RunSummary, StageSummary
 
 
@@ -47,9 +47,9 @@ class RunResults:
         """Paired change of every task over stage `index`."""
         return _changes(self._scores(index - 1), self._scores(index))
 
-    def second_opinions(self, first: int, last: int) -> dict[str, Difference]:
+    def independent_changes(self, first: int, last: int) -> dict[str, Difference]:
         """Paired changes from after stage `first` to after `last` (-1: before any) by the evaluation's rewards of
-        weight 0, named `task/label`: another scorer's view of a gain that training's own reward shows.
+        weight 0, named `task/label`: an independent view of a gain that training's own reward shows.
         """
         before, after = self._scores(first), self._scores(last)
         return {
@@ -86,14 +86,14 @@ class RunResults:
         return lines
 
     def summary(self, state: RunState) -> RunSummary:
-        """The summary; also writes the final adapter, the merged transformer and the before-after sheets."""
+        """The summary; also draws the before-and-after sheets."""
         stages = tuple(
             StageSummary(
                 progress.name,
                 self.config.stages[i].task,
                 progress.steps,
                 progress.seconds,
-                self.stage_changes(i) | self.second_opinions(i - 1, i),
+                self.stage_changes(i) | self.independent_changes(i - 1, i),
                 progress.reward_mean,
                 progress.missing / progress.samples if progress.samples else 0.0,
             )
@@ -108,7 +108,7 @@ class RunResults:
             seconds=state.seconds,
             version=__version__,
             commit=_commit(),
-            total=_changes(self._scores(-1), self._scores(end)) | self.second_opinions(-1, end),
+            total=_changes(self._scores(-1), self._scores(end)) | self.independent_changes(-1, end),
             base_guidance=self._guidance(),
             restarts=state.restarts,
         )

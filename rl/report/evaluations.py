@@ -14,7 +14,8 @@ from rl.report.runs import Run, reward_name
 
 @dataclass(frozen=True)
 class Scores:
-    """Per-prompt scores (None: not scored) at one moment. `name` is a task, or `task/label` for a second opinion."""
+    """Per-prompt scores (None: not scored) of one evaluation, `moment`. `name` is a task, or `task/label` for an
+    independent reward (one of weight 0)."""
 
     name: str
     moment: str
@@ -38,7 +39,7 @@ def read_scores(run: Run) -> list[Scores]:
     for path in sorted((run.path / "evaluations").glob("*/*.json")):
         document = read_object(path, run.notes)
         if document is not None:
-            found += _scores(document, path, second_opinions(run.config), run.notes)
+            found += _scores(document, path, independent_rewards(run.config), run.notes)
     present = {(scores.moment, scores.name) for scores in found}
     for moment in expected_moments(run):
         for task in _tasks(run.config):
@@ -58,7 +59,7 @@ def expected_moments(run: Run) -> list[str]:
     return moments
 
 
-def second_opinions(config: Record) -> dict[str, list[str]]:
+def independent_rewards(config: Record) -> dict[str, list[str]]:
     """Task -> labels of its evaluation's rewards of weight 0, which score without having a say in training."""
     labels: dict[str, list[str]] = {}
     for task in _evaluation_tasks(config):
@@ -101,7 +102,7 @@ def evaluation_curves(run: Run, scores: Sequence[Scores]) -> dict[str, list[dict
 
 
 def changes(run: Run, scores: Sequence[Scores]) -> list[Change]:
-    """Over each finished stage and over the whole run so far, by task and second opinion."""
+    """Over each finished stage and over the whole run so far, by task and independent reward."""
     by_moment = {(s.moment, s.name): s for s in scores if not s.moment.startswith("before_guidance")}
     names = list(dict.fromkeys(s.name for s in scores))
     found: list[Change] = []
@@ -170,8 +171,8 @@ def _point(scores: Scores, stage: str) -> dict[str, Any]:
     }
 
 
-def _scores(document: Record, path: Path, opinions: dict[str, list[str]], notes: Notes) -> list[Scores]:
-    """The scores of one file: the task's own, and one entry for each second opinion."""
+def _scores(document: Record, path: Path, independent: dict[str, list[str]], notes: Notes) -> list[Scores]:
+    """The scores of one file: the task's own, and one entry for each independent reward."""
     rewards, step = column(document.get("rewards")), document.get("step")
     if rewards is None or not isinstance(step, int):
         notes.append(f"evaluations/{path.parent.name}/{path.name} has no scores and is left out")
@@ -179,7 +180,7 @@ def _scores(document: Record, path: Path, opinions: dict[str, list[str]], notes:
     task, moment, guidance = path.stem, path.parent.name, finite(document.get("guidance_scale")) or 0.0
     components = document.get("components")
     columns: dict[str, list[float | None] | None] = {task: rewards}
-    for label in opinions.get(task, []):
+    for label in independent.get(task, []):
         columns[f"{task}/{label}"] = column(components.get(label)) if isinstance(components, dict) else None
     return [
         Scores(name, moment, step, guidance, tuple(values))

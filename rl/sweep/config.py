@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import recipes
-from core.recipe import ConfigError, read_recipe
-from rl.recipe.schema import load_config, to_yaml
+from core.recipe import ConfigError, read_recipe, to_yaml
+from rl.recipe.schema import load_config
 
 _VALUE = "values."
 

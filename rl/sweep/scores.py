@@ -1,5 +1,5 @@
-"""The stored evaluations behind the rows of a grid: scores by seed and prompt, of the score itself and of every second
-opinion (an evaluation's reward of weight 0).
+"""The stored evaluations behind the rows of a grid: scores by seed and prompt, of the score itself and of every
+independent reward (one of weight 0 in the evaluation).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RowScores:
 
 
 class GridScores:
-    """All rows of a grid by metric: a task, or `task/label` for a second opinion on it."""
+    """All rows of a grid by metric: a task, or `task/label` for an independent reward on it."""
 
     def __init__(self, grid: SweepConfig) -> None:
         self.grid = grid

@@ -13,7 +13,7 @@ from core.statistics import paired_bootstrap
 from models.components import load_transformer
 from models.lora.attach import adapter_settings, adapter_state, attach_lora
 from models.lora.files import save_adapter
-from pretrain.flow.config import load_recipe
+from pretrain.flow.validate import load_recipe
 from tests.fakes.tiny_models import make_tiny_folder
 
 

@@ -5,7 +5,7 @@ import torch
 
 from bench.__main__ import main
 from bench.random_model import parts
-from models.components import PARTS, check_model_folder
+from models.folders import PARTS, check_model_folder
 from models.sd35_medium import NUM_PARAMETERS
 from models.text import SD3TextEncoder
 from rollout.engine import ReplicaSpec, RolloutEngine, SampleRequest

@@ -108,3 +108,22 @@ def test_a_call_that_kills_every_worker_is_given_up(ray_session):
     dispatcher.submit(Call("rollout", 7, "always_crash", ()))
     with pytest.raises(PoolExhausted, match=r"always_crash\(7\) failed on 5 workers"):
         finish(dispatcher)
+
+
+def test_a_stream_feeds_another_and_holds_back_what_is_not_due(ray_session):
+    dispatcher, handles = make_dispatcher(2)
+    dispatcher.add_pool("reward", handles[:1])
+    read, most = [], 0
+
+    def calls():
+        nonlocal most
+        for key in range(8):
+            read.append(key)
+            most = max(most, dispatcher.outstanding("rollout"))
+            yield Call("rollout", key, "work", ("", ""))
+
+    first = dispatcher.stream("rollout", calls(), ahead=3)
+    second = dispatcher.stream("reward", (Call("reward", done.call.key, "work", ("", "")) for done in first))
+    assert next(second).call.role == "reward" and len(read) < 8, "rewards begin while there is more to sample"
+    assert sorted(done.call.key for done in second)[-1] == 7 and most <= 3
+    assert dispatcher.outstanding() == 0

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from core.training.ema import AdapterEma
+from core.training.ema import MovingAverage
 
 
 def test_the_average_by_hand():
-    ema = AdapterEma({"a": torch.tensor([1.0, 2.0])}, decay=0.9, every=1)
+    ema = MovingAverage({"a": torch.tensor([1.0, 2.0])}, decay=0.9, every=1)
     ema.update({"a": torch.tensor([2.0, 4.0])})
     assert ema.average["a"].tolist() == pytest.approx([1.1, 2.2])
     ema.update({"a": torch.tensor([3.0, 6.0])})
@@ -15,19 +15,19 @@ def test_the_average_by_hand():
 
 
 def test_it_is_due_every_so_many_updates():
-    ema = AdapterEma({"a": torch.zeros(1)}, decay=0.9, every=3)
+    ema = MovingAverage({"a": torch.zeros(1)}, decay=0.9, every=3)
     assert [ema.due() for _ in range(7)] == [False, False, True, False, False, True, False]
 
 
 def test_a_counter_set_back_by_a_resume_continues_its_rhythm():
-    ema = AdapterEma({"a": torch.zeros(1)}, decay=0.9, every=3)
+    ema = MovingAverage({"a": torch.zeros(1)}, decay=0.9, every=3)
     ema.updates = 5
     assert ema.due()
 
 
 def test_it_starts_as_a_copy_and_stays_apart():
     live = {"a": torch.ones(2)}
-    ema = AdapterEma(live, decay=0.5, every=1)
+    ema = MovingAverage(live, decay=0.5, every=1)
     live["a"].zero_()
     assert ema.average["a"].tolist() == [1.0, 1.0]
     ema.state(torch.float32)["a"].zero_()
@@ -36,7 +36,7 @@ def test_it_starts_as_a_copy_and_stays_apart():
 
 def test_small_steps_survive_because_the_average_is_float32():
     """In bfloat16 1 + .1 * .01 would round back to 1 each time."""
-    ema = AdapterEma({"a": torch.ones(1, dtype=torch.bfloat16)}, decay=0.9, every=1)
+    ema = MovingAverage({"a": torch.ones(1, dtype=torch.bfloat16)}, decay=0.9, every=1)
     for _ in range(50):
         ema.update({"a": torch.full((1,), 1.0078125, dtype=torch.bfloat16)})
     assert ema.average["a"].dtype == torch.float32

@@ -79,5 +79,5 @@ def test_a_silent_rank_is_bounded_in_time(ray_session):
 
 
 def test_a_cluster_that_is_too_small_is_named_at_once(ray_session):
-    with pytest.raises(RankLost, match="2 ranks need 128 CPUs, the cluster has 16; add nodes"):
+    with pytest.raises(RankLost, match="2 ranks needs 128 CPUs, the cluster has 16; add nodes"):
         start_ranks(Rank, 2, Resources(rank_cpus=64.0))

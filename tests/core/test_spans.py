@@ -1,22 +1,10 @@
 """The time-line of a run: records, Chrome trace and idle shares, against worked cases."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from core.spans import Span, SpanLog, chrome_trace, idle_shares, timed
-
-
-def test_spans_survive_and_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
-    first = [Span("rollout", "rollout-0", 10.0, 12.5, 1), Span("reward", "reward-0", 11.0, 12.0, 1)]
-    log = SpanLog(tmp_path)
-    assert log.spans() == []
-    log.add(first)
-    log.add([Span("update", "learner-0", 13.0, 14.0, 2)])
-    assert SpanLog(tmp_path, resume_step=1).spans() == first
-    with pytest.raises(FileExistsError):
-        SpanLog(tmp_path)
+from core.spans import Span, chrome_trace, idle_shares, timed
 
 
 def test_bad_spans_are_refused() -> None:
@@ -28,7 +16,7 @@ def test_bad_spans_are_refused() -> None:
 
 def test_timed_appends_also_when_the_block_raises() -> None:
     spans: list[Span] = []
-    with pytest.raises(RuntimeError), timed(spans, "publish", "learner-0", 7):
+    with pytest.raises(RuntimeError), timed("publish", "learner-0", 7, spans.append):
         raise RuntimeError
     (span,) = spans
     assert (span.name, span.worker, span.step) == ("publish", "learner-0", 7) and span.end >= span.start
@@ -39,7 +27,7 @@ def test_a_clock_set_back_does_not_make_a_span_negative(monkeypatch: pytest.Monk
     monkeypatch.setattr("core.spans.time.time", lambda: next(wall))
     monkeypatch.setattr("core.spans.time.perf_counter", lambda: next(monotonic))
     spans: list[Span] = []
-    with timed(spans, "update", "learner-0", 1):
+    with timed("update", "learner-0", 1, spans.append):
         pass
     assert spans == [Span("update", "learner-0", 100.0, 102.0, 1)]
 
@@ -79,13 +67,9 @@ def test_idle_shares_without_time() -> None:
     assert idle_shares([Span("publish", "a", 1.0, 1.0, 1)]) == {"a": 0.0}
 
 
-def test_the_chrome_trace_has_a_named_row_per_worker(tmp_path: Path) -> None:
-    log = SpanLog(tmp_path)
-    log.add(
-        [Span("update", "learner-0", 1003.0, 1003.5, 1), Span("rollout", "rollout-0", 1000.0, 1002.25, 1)]
-    )
-    log.write_chrome_trace(tmp_path / "trace.json")
-    trace = json.loads((tmp_path / "trace.json").read_text())
+def test_the_chrome_trace_has_a_named_row_per_worker() -> None:
+    spans = [Span("update", "learner-0", 1003.0, 1003.5, 1), Span("rollout", "rollout-0", 1000.0, 1002.25, 1)]
+    trace = json.loads(json.dumps(chrome_trace(spans)))
     rows = {
         event["tid"]: event["args"]["name"]
         for event in trace["traceEvents"]

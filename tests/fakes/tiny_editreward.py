@@ -10,7 +10,7 @@ from rewards.editreward.model import build_model
 from rewards.editreward.settings import RUBRIC, EditRewardSettings
 from rewards.editreward.train.export import write_export
 from tests.fakes.tiny_vlm import make_tiny_vlm
-from worlds.shapes.training.vlm_tokenizer import CHAT_TEMPLATE
+from worlds.shapes.training.tokenizers import CHAT_TEMPLATE
 
 DIMENSIONS = ("instruction", "preservation", "quality")
 

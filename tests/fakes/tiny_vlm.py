@@ -14,7 +14,7 @@ from transformers import (
     Qwen2VLImageProcessor,
 )
 
-from worlds.shapes.training.vlm_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
+from worlds.shapes.training.tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 HIDDEN_SIZE = 64
 DIGITS = "0123456789"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.components import PARTS, check_model_folder, load_scheduler, load_transformer, save_component
+from models.components import load_scheduler, load_transformer, save_component
+from models.folders import PARTS, check_model_folder
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_an_absent_folder_is_one_problem(tmp_path: Path) -> None:
 
 def test_checking_needs_no_torch() -> None:
     program = (
-        "import sys; import models, models.components, models.lora.targets, models.sd35_medium; "
+        "import sys; import models, models.folders, models.preflight, models.lora.targets, models.sd35_medium; "
         "heavy = {'torch', 'transformers', 'diffusers', 'peft', 'numpy'} & set(sys.modules); "
         "sys.exit(', '.join(sorted(heavy)) or None)"
     )

@@ -99,7 +99,7 @@ def test_guidance_of_one_runs_the_prompt_alone(
     rows = []
     forward = pipeline.transformer.forward
     monkeypatch.setattr(
-        pipeline.transformer, "forward", lambda *args, **kw: rows.append(len(args[0])) or forward(*args, **kw)
+        pipeline.transformer, "forward", lambda **kw: rows.append(len(kw["hidden_states"])) or forward(**kw)
     )
     pipeline("a star", guidance_scale=1.0, **STEPS)
     pipeline("a star", guidance_scale=2.0, **STEPS)

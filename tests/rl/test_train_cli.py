@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from core.recipe import to_yaml
 from rl.loop.checkpoint import save_checkpoint
-from rl.loop.state import RunState
-from rl.recipe.schema import load_config, to_yaml
+from rl.recipe.schema import load_config
+from rl.record.state import RunState
 from rl.train import main
 from tests.fakes.tiny_run import tiny_recipe
 
@@ -86,7 +87,8 @@ def test_a_missing_model_folder_still_gets_a_plan(recipe, capsys):
 def test_values_that_no_plan_can_use_are_listed_and_not_raised(recipe, capsys, override):
     assert main([str(recipe), "--dry-run", override]) == 2
     key, value = override.split("=")
-    assert f"- {key}={value if value.isdigit() else repr(value)}: " in capsys.readouterr().out
+    allowed = "must be at least 1" if value.isdigit() else "is not one of float32, bfloat16"
+    assert f"- {key}={value if value.isdigit() else repr(value)} {allowed}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])

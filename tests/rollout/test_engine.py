@@ -5,6 +5,7 @@ import torch
 
 from core.failures import DataFailure
 from models.lora.attach import Adapter, adapter_parameters, adapter_state, attach_lora, hash_state
+from models.pipeline import KontextPipeline
 from rollout.engine import ROLLOUT_ADAPTER, ReplicaSpec, RolloutEngine, SampleRequest, attach_rollout_adapter
 from rollout.sampler import Conditioning, SamplingSpec
 from tests.fakes.tiny_models import make_tiny_transformer
@@ -118,3 +119,22 @@ def test_a_shared_transformer_keeps_the_learners_adapter_active(replica_spec):
     assert all(p.requires_grad for p in adapter_parameters(transformer, "policy").values())
     assert not any(p.requires_grad for p in adapter_parameters(transformer, ROLLOUT_ADAPTER).values())
     assert transformer.transformer_blocks[0].attn.to_q.active_adapters == ["policy"]
+
+
+def test_a_request_may_name_its_size_and_draws_what_the_pipeline_draws(engine, model_folder):
+    """Evaluation and `models.generate` make the same picture, up to the rounding of one forward pass or two."""
+    pipeline = KontextPipeline.from_pretrained(model_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    spec, negative = SamplingSpec(4, 0.0, 3.5, variant="ode"), text(9)
+    request = SampleRequest(0, 0, (10,), (), size=(48, 24))
+    _, trajectory, images = engine.sample(request, spec, negative, [text(1)])
+    drawn = pipeline(
+        prompt_embeds=text(1).prompt_embeds[None], pooled_prompt_embeds=text(1).pooled_prompt_embeds[None],
+        negative_prompt_embeds=negative.prompt_embeds[None],
+        negative_pooled_prompt_embeds=negative.pooled_prompt_embeds[None],
+        height=48, width=24, num_inference_steps=4, generator=[torch.Generator().manual_seed(10)],
+        output_type="latent",
+    ).images  # fmt: skip
+    assert images.shape == (1, 48, 24, 3)
+    torch.testing.assert_close(trajectory.final_latents, drawn, atol=1e-5, rtol=1e-5)
+    assert engine.sample(SampleRequest(0, 0, (10,), ()), spec, negative, [text(1)])[2].shape == (1, 32, 32, 3)

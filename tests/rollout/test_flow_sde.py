@@ -8,8 +8,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy.stats import norm
 
+from models.sampling import sigma_table
 from rollout.flow_sde import flow_sde_step
-from rollout.sampler import sigma_table
 
 SIGMAS_T10 = (1, 0.960129, 0.913349, 0.857692, 0.790368, 0.707278, 0.602151, 0.464876, 0.278049, 0.008929, 0)
 SHAPE = (3, 2, 4, 4)

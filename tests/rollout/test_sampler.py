@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from models.lora.attach import adapter_parameters, attach_lora
+from models.sampling import sigma_table
 from rollout.sampler import (
     Conditioning,
     ConditioningBatch,
@@ -15,7 +16,6 @@ from rollout.sampler import (
     guided_velocity,
     replay_step,
     sample_trajectories,
-    sigma_table,
 )
 from tests.fakes.tiny_models import make_tiny_transformer
 

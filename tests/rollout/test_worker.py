@@ -126,6 +126,15 @@ def test_text_alone(encoder):
     assert negative.prompt_embeds.shape == encoder.encode_text("a red circle").prompt_embeds.shape
 
 
+def test_a_call_may_name_the_size_of_its_pictures(encoder):
+    (sized,) = encoder.encode([image_prompt()], (48, 24))
+    assert sized.reference_latents.shape[-2:] == (12, 6)
+    assert torch.equal(
+        sized.reference_latents, encoder.encode_one(image_prompt(), (48, 24)).reference_latents
+    )
+    assert encoder.encode_one(image_prompt()).reference_latents.shape[-2:] == (8, 8)
+
+
 def test_an_unreadable_reference_is_this_prompts_failure(encoder):
     with pytest.raises(DataFailure, match="reference image .* of prompt 4 is unreadable"):
         encoder.encode([Prompt(4, "edit", "make it blue", "data:image/png;base64,AAAA")])

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import logging
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import recipes
-from core.files import file_sha256, folder_manifest
-from core.logs import start_logging
+from core.command_line import add_recipe_arguments
+from core.failures import ClusterError
+from core.files import file_sha256
+from core.logs import submitted_job
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError
 from rewards.editreward.data.generate_config import (
@@ -35,6 +34,7 @@ from rewards.editreward.data.generate_config import (
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
 
 log = logging.getLogger("rewards.editreward.data.generate")
+REFUSALS = (ConfigError, ClusterError)
 SHAPING = (
     "edits_per_prompt", "num_steps", "guidance_scale", "noise_level", "negative_prompt", "edit_type_key", "dtype",
     "height", "width", "max_sequence_length", "chunk_size", "prompts_per_shard",
@@ -43,34 +43,25 @@ SHAPING = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Recipe, overrides, and the dry run."""
-    parser.add_argument(
-        "recipe", help="YAML file with a section `generate`, e.g. recipes/editreward_generate.yaml"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument("--dry-run", action="store_true", help="check and print the plan; no Ray, no GPU")
+    """A recipe with a section `generate`, overrides, and the dry run."""
+    dry_run = "check and print the plan; no Ray, no GPU"
+    add_recipe_arguments(parser, "recipes/editreward_generate.yaml", dry_run=dry_run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: every edit is there (or the dry run found nothing missing). 2: it cannot run as asked."""
-    start_logging()
-    try:
-        header, section = load_section(arguments.recipe, arguments.overrides, "generate", GenerateSection)
-        prompts = check(header, section)
-        for line in describe(header, section, prompts):
-            log.info(line)
-        if not arguments.dry_run:
-            generate(header, section, prompts)
-    except ConfigError as error:
-        sys.stderr.write(f"Cannot generate:\n{error}\n")
-        return 2
+    """0: every edit is there (or the dry run found nothing missing)."""
+    header, section = load_section(arguments.recipe, arguments.overrides, "generate", GenerateSection)
+    prompts = check(header, section)
+    for line in describe(header, section, prompts):
+        log.info(line)
+    if not arguments.dry_run:
+        generate(header, section, prompts)
     return 0
 
 
 def check(header: Header, section: GenerateSection) -> list[Prompt]:
     """The prompts to edit, in order. Raises ConfigError with everything that keeps the run from starting."""
-    from core.logs import submitted_job
-    from models.components import check_model_folder
+    from models.folders import check_model_folder
 
     problems = section_problems(section)
     prompts: list[Prompt] = []
@@ -118,8 +109,7 @@ def describe(header: Header, section: GenerateSection, prompts: list[Prompt]) ->
 
 def generate(header: Header, section: GenerateSection, prompts: list[Prompt]) -> None:
     """Make every shard that is not there. Raises ConfigError before anything is sampled."""
-    from core.cluster.actors import ClusterError
-    from rewards.editreward.data.generate_cluster import load_adapters, start_studio
+    from rewards.editreward.data.generate_cluster import Studio, load_adapters
     from rewards.editreward.data.generate_plan import count_shards
     from rewards.editreward.data.generate_run import Generation, shard_path
 
@@ -133,10 +123,7 @@ def generate(header: Header, section: GenerateSection, prompts: list[Prompt]) ->
         missing = [shard for shard in shards if not shard_path(folder, shard).is_file()]
         log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
         if missing:
-            try:
-                studio = start_studio(section, adapters)
-            except ClusterError as error:
-                raise ConfigError([str(error)]) from error
+            studio = Studio(section, adapters)
             try:
                 Generation(header, section, prompts, record, studio, folder).run(missing)
             finally:
@@ -148,16 +135,15 @@ def made_with(
     header: Header, section: GenerateSection, prompts: list[Prompt], adapters: list[str | None]
 ) -> dict[str, Any]:
     """All that decides the bytes of the result. Reads the whole model folder, for its hash."""
-    from models.components import PARTS
+    from models.folders import model_sha256
 
     model = recipes.resolve(section.model)
     log.info("hashing %s", model)
-    manifests = {part: folder_manifest(model / part) for part in PARTS}
     return {
         "seed": header.seed,
         "prompts_sha256": file_sha256(recipes.resolve(section.prompts)),
         "num_prompts": len(prompts),
-        "model_sha256": hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest(),
+        "model_sha256": model_sha256(model),
         "adapters": [
             {"name": BASE if sha256 is None else Path(name).name, "sha256": sha256}
             for name, sha256 in zip(section.adapters, adapters, strict=True)

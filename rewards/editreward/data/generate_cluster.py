@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import remove_placement_group
 
 import recipes
-from core.cluster.actors import ClusterError, connect
+from core.cluster.actors import actor_options, connect, reserve, wait_ready
 from core.cluster.dispatch import Dispatcher
+from core.cluster.placement import ActorPlan, ResourcePlan
 from core.recipe import ConfigError
 from models.components import torch_dtype
 from models.lora.attach import Adapter, LoraSettings, State, hash_state
@@ -27,7 +24,6 @@ from rollout.encoder import EncoderSpec, EncodeWorker
 from rollout.engine import ReplicaSpec
 from rollout.worker import Policy, RolloutWorker
 
-log = logging.getLogger(__name__)
 UNTOUCHED = LoraSettings(rank=1, alpha=1.0, targets=tuple(DEFAULT_TARGETS))
 """What workers attach where no adapter is named; its B is 0, so it adds exactly nothing."""
 
@@ -40,27 +36,17 @@ class LoadedAdapters:
     sha256: tuple[str | None, ...]
     states: tuple[State, ...] | None
 
-
-@dataclass
-class Studio:
-    """Running workers. policies: by the adapter's number. negative: reference to the encoded negative prompt."""
-
-    dispatcher: Dispatcher
-    encoder: Any
-    policies: list[Policy]
-    negative: Any
-    actors: list[Any]
-    group: Any
-
-    def close(self) -> None:
-        """Stop every worker and give the room back."""
-        for actor in self.actors:
-            ray.kill(actor)
-        remove_placement_group(self.group)
+    def policies(self) -> list[Policy]:
+        """What workers are asked to sample with, by the adapter's number; puts the adapters into the object store."""
+        if self.states is None:
+            # A worker that never got an adapter answers with no version and no hash.
+            return [Policy(-1, "", ())] * len(self.sha256)
+        hashed = [(version, hash_state(state), state) for version, state in enumerate(self.states)]
+        return [Policy(v, sha256, (ray.put(Adapter(v, sha256, state)),)) for v, sha256, state in hashed]
 
 
 def load_adapters(section: GenerateSection) -> LoadedAdapters:
-    """Read every adapter once, in the workers' type.
+    """Read every adapter once, in the workers' type: a hash has to be of what they then hold.
 
     The base beside adapters is one more adapter of zeros, since a worker goes from one to the next in place.
     Raises ConfigError for an unreadable adapter, and for adapters of unlike rank, alpha or targets.
@@ -71,7 +57,8 @@ def load_adapters(section: GenerateSection) -> LoadedAdapters:
         if name != BASE:
             try:
                 state, settings = read_adapter(Path(recipes.resolve(name)))
-                read[name] = (_cast(state, section.dtype), settings)
+                cast = {key: tensor.to(torch_dtype(section.dtype)) for key, tensor in state.items()}
+                read[name] = (cast, settings)
             except (OSError, ValueError) as error:
                 problems.append(f"generate.adapters: {error}")
     if problems:
@@ -93,95 +80,60 @@ def load_adapters(section: GenerateSection) -> LoadedAdapters:
     )
 
 
-def start_studio(section: GenerateSection, adapters: LoadedAdapters) -> Studio:
-    """Place and start the workers. Raises ClusterError, naming what is short or late."""
-    connect()
-    gpu = 1.0 if section.device == "cuda" else 0.0
-    bundles = [_bundle(section.worker_cpus, gpu)] * section.workers
-    bundles.append(_bundle(section.encode_cpus, section.encode_gpus))
-    _check_room(bundles)
-    group = placement_group(bundles, strategy="PACK")
-    actors: list[Any] = []
-    try:
-        if not group.wait(timeout_seconds=section.placement_timeout_s):
-            raise ClusterError(
-                f"no room for {section.workers} workers after generate.placement_timeout_s="
-                f"{section.placement_timeout_s:g} s: the cluster is large enough but busy "
-                f"({ray.available_resources()} free); see `ray status`"
-            )
-        replica = _replica_spec(section, adapters.settings)
-        for number in range(section.workers):
-            options = _options(group, number, section.worker_cpus, gpu, section.max_restarts)
-            actors.append(RolloutWorker.options(**options).remote(replica))
-        options = _options(
-            group, section.workers, section.encode_cpus, section.encode_gpus, section.max_restarts
+class Studio:
+    """Running workers. policies: by the adapter's number. negative: reference to the encoded negative prompt."""
+
+    def __init__(self, section: GenerateSection, adapters: LoadedAdapters) -> None:
+        """Place and start the workers. Raises ClusterError, naming what is short or late."""
+        connect()
+        plan = resource_plan(section)
+        self._group = reserve(
+            plan,
+            f"generation with {section.workers} workers",
+            "lower generate.workers, generate.worker_cpus, generate.encode_cpus or generate.encode_gpus",
+            section.placement_timeout_s,
         )
-        encoder: Any = EncodeWorker.options(**options, max_task_retries=section.max_restarts).remote(
-            _encoder_spec(section)
+        self._actors: list[Any] = []
+        try:
+            self._start(section, plan, adapters)
+        except BaseException:
+            self.close()
+            raise
+        self.dispatcher = Dispatcher(
+            call_timeout_s=section.call_timeout_s, start_timeout_s=section.start_timeout_s
         )
-        actors.append(encoder)
-        _wait_ready(actors, section.start_timeout_s)
-    except BaseException:
-        for actor in actors:
+        self.dispatcher.add_pool("rollout", self._actors[:-1])
+        self.policies = adapters.policies()
+        self.encoder = self._actors[-1]
+        self.negative = self.encoder.encode_text.remote(section.negative_prompt)
+
+    def _start(self, section: GenerateSection, plan: ResourcePlan, adapters: LoadedAdapters) -> None:
+        replica = replica_spec(section, adapters.settings)
+        options = [actor_options(actor, self._group, restarts=section.max_restarts) for actor in plan.actors]
+        self._actors += [RolloutWorker.options(**each).remote(replica) for each in options[:-1]]
+        # Encoding is a function of its arguments alone, so Ray itself may repeat the call.
+        encode: Any = EncodeWorker.options(**options[-1], max_task_retries=section.max_restarts)
+        self._actors.append(encode.remote(encoder_spec(section)))
+        wait_ready({"rollout": self._actors[:-1], "encode": self._actors[-1:]}, section.start_timeout_s)
+
+    def close(self) -> None:
+        """Stop every worker and give the room back."""
+        for actor in self._actors:
             ray.kill(actor)
-        remove_placement_group(group)
-        raise
-    dispatcher = Dispatcher(call_timeout_s=section.call_timeout_s, start_timeout_s=section.start_timeout_s)
-    dispatcher.add_pool("rollout", actors[:-1])
-    negative = encoder.encode_text.remote(section.negative_prompt)
-    return Studio(dispatcher, encoder, _policies(adapters), negative, actors, group)
+        remove_placement_group(self._group)
 
 
-def _policies(adapters: LoadedAdapters) -> list[Policy]:
-    if adapters.states is None:
-        # A worker that never got an adapter answers with no version and no hash.
-        return [Policy(-1, "", ())] * len(adapters.sha256)
-    policies = []
-    for version, state in enumerate(adapters.states):
-        sha256 = hash_state(state)
-        policies.append(Policy(version, sha256, (ray.put(Adapter(version, sha256, state)),)))
-    return policies
+def resource_plan(section: GenerateSection) -> ResourcePlan:
+    """One bundle for each rollout worker, then one for the encoder."""
+    gpus = 1.0 if section.device == "cuda" else 0.0
+    actors = [ActorPlan("rollout", i, i, section.worker_cpus, gpus) for i in range(section.workers)]
+    actors.append(ActorPlan("encode", 0, section.workers, section.encode_cpus, section.encode_gpus))
+    bundles = [{k: v for k, v in (("CPU", a.cpus), ("GPU", a.gpus)) if v} for a in actors]
+    return ResourcePlan(tuple(bundles), tuple(actors))
 
 
-def _check_room(bundles: Sequence[Mapping[str, float]]) -> None:
-    there = ray.cluster_resources()
-    short = [
-        f"generation needs {wanted:g} {name}s, the cluster has {there.get(name, 0.0):g}; lower generate.workers or "
-        f"generate.{'worker_cpus' if name == 'CPU' else 'encode_gpus'}, or add nodes"
-        for name in ("CPU", "GPU")
-        if (wanted := sum(bundle.get(name, 0.0) for bundle in bundles)) > there.get(name, 0.0) + 1e-6
-    ]
-    if short:
-        raise ClusterError("; ".join(short))
-
-
-def _bundle(cpus: float, gpus: float) -> dict[str, float]:
-    return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-
-
-def _options(group: Any, bundle: int, cpus: float, gpus: float, restarts: int) -> dict[str, Any]:
-    return {
-        "num_cpus": cpus,
-        "num_gpus": gpus,
-        "max_restarts": restarts,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=bundle
-        ),
-    }
-
-
-def _wait_ready(actors: Sequence[Any], timeout_s: float) -> None:
-    try:
-        ray.get([actor.ready.remote() for actor in actors], timeout=timeout_s)
-    except GetTimeoutError as error:
-        raise ClusterError(
-            f"the workers did not all start within generate.start_timeout_s={timeout_s:g} s"
-        ) from error
-    except RayError as error:
-        raise ClusterError(f"a worker could not start: {getattr(error, 'cause', None) or error}") from error
-
-
-def _replica_spec(section: GenerateSection, lora: LoraSettings) -> ReplicaSpec:
+def replica_spec(section: GenerateSection, lora: LoraSettings) -> ReplicaSpec:
+    """What a rollout worker is built from."""
     return ReplicaSpec(
         model_path=str(recipes.resolve(section.model)),
         dtype=section.dtype,
@@ -195,7 +147,8 @@ def _replica_spec(section: GenerateSection, lora: LoraSettings) -> ReplicaSpec:
     )
 
 
-def _encoder_spec(section: GenerateSection) -> EncoderSpec:
+def encoder_spec(section: GenerateSection) -> EncoderSpec:
+    """What the encode worker is built from."""
     return EncoderSpec(
         model_path=str(recipes.resolve(section.model)),
         dtype=section.dtype,
@@ -206,8 +159,3 @@ def _encoder_spec(section: GenerateSection) -> EncoderSpec:
         cache_bytes=int(section.embedding_cache_gib * 2**30),
         threads=section.threads,
     )
-
-
-def _cast(state: State, dtype: str) -> State:
-    """Workers hold adapters in the model's type; a hash has to be of what they then hold."""
-    return {name: tensor.to(torch_dtype(dtype)) for name, tensor in state.items()}

@@ -111,17 +111,19 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
-def load_corpus(recipe: Recipe, index_dir: Path) -> Corpus:
-    """Index all shards of a recipe. A sample that the recipe's model could not be shown is corrupt too.
+def load_corpus(recipe: Recipe, index_dir: Path | None = None) -> Corpus:
+    """Index all shards of a recipe, by default in its run's `index/`.
+
+    A sample that the recipe's model could not be shown is corrupt too.
 
     Raises DataError for a broken shard, for a larger share of corrupt samples than `max_corrupt_share` (the first
     are named), or for a split without samples.
     """
-    data = recipe.data
+    index_dir = index_dir or recipe.run_dir / "index"
     shards = find_shards(shard_patterns(recipe))
     pending = [shard for shard in shards if not _cached(shard, index_dir)]
     if pending:
-        _index_all(pending, index_dir, data.index_workers)
+        _index_all(pending, index_dir, recipe.data.index_workers)
     return _assemble(shards, recipe, index_dir)
 
 

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import glob
 import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from typing import Any
 from PIL import Image
 
 import recipes
+from core.command_line import add_recipe_arguments
 from core.files import atomic_write_json
-from core.logs import start_logging
 from core.recipe import ConfigError
 from rewards.editreward.data.generate_config import Header, load_section
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
@@ -46,36 +45,27 @@ from rewards.editreward.data.label_run import (
 )
 from rewards.editreward.data.shards import DataError, shard_members
 from rewards.judge.client import JudgeClient
-from rewards.judge.cost import PROMPT_BYTES, cost_lines
-from rewards.judge.protocols import Sample
+from rewards.judge.pricing import PROMPT_BYTES, cost_lines
+from rewards.judge.questions import Sample
 from rewards.judge.template_files import Template, TemplateError
 
 log = logging.getLogger("rewards.editreward.data.label")
+REFUSALS = (ConfigError, DataError, LabelStopped)
 REPORT = "labels.json"
 NAMED = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Recipe, overrides, and the dry run."""
-    parser.add_argument(
-        "recipe", help="YAML file with a section `label`, for example recipes/editreward_label.yaml"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check and print the cost; asks nobody anything"
-    )
+    """A recipe with a section `label`, overrides, and the dry run."""
+    dry_run = "check and print the cost; asks nobody anything"
+    add_recipe_arguments(parser, "recipes/editreward_label.yaml", dry_run=dry_run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: every edit has its outcome (or the dry run found nothing missing). 2: it cannot run, or had to stop."""
-    start_logging()
-    try:
-        header, section = load_section(arguments.recipe, arguments.overrides, "label", LabelSection)
-        template, jobs = check(header, section)
-        label(header, section, template, jobs, dry_run=arguments.dry_run)
-    except (ConfigError, DataError, LabelStopped) as error:
-        sys.stderr.write(f"Cannot label:\n{error}\n")
-        return 2
+    """0: every edit has its outcome (or the dry run found nothing missing)."""
+    header, section = load_section(arguments.recipe, arguments.overrides, "label", LabelSection)
+    template, jobs = check(header, section)
+    label(header, section, template, jobs, dry_run=arguments.dry_run)
     return 0
 
 

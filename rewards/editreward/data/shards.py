@@ -25,7 +25,7 @@ from uuid import uuid4
 
 from PIL import Image
 
-from core.shards.errors import DataError, SampleError
+from core.failures import DataError, SampleError
 from core.shards.tar import Member, list_shard, read_member
 
 SUFFIXES = ("source.png", "result.png", "json")

@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from core.failures import DataError
 from core.statistics import CONFIDENCE, Difference, Estimate, bootstrap_mean, paired_bootstrap
+from rewards.editreward.data.index import Entry
 
 Array = NDArray[np.float64]
 GROUP_METRICS = ("spearman", "kendall", "pearson", "pairwise", "pairwise_ties")
@@ -49,6 +51,22 @@ class Scored:
         )
 
 
+def scored_entries(
+    entries: Sequence[Entry], labels: Sequence[float], scores: Sequence[float | None]
+) -> Scored:
+    """What was scored, as arrays. Raises DataError for fewer than two."""
+    kept = [i for i, score in enumerate(scores) if score is not None]
+    if len(kept) < 2:
+        raise DataError(f"the model scored {len(kept)} of {len(entries)} samples: nothing to measure")
+    return Scored(
+        np.array([labels[i] for i in kept]),
+        np.array([scores[i] for i in kept], dtype=np.float64),
+        [entries[i].group for i in kept],
+        [entries[i].source for i in kept],
+        [entries[i].edit_type for i in kept],
+    )
+
+
 def agreement(target: Array, predicted: Array) -> dict[str, float | None]:
     """All figures over one set of samples, without intervals. Keys as in the module's list, less pairwise_ties."""
     figures: dict[str, float | None] = {
@@ -64,25 +82,15 @@ def agreement(target: Array, predicted: Array) -> dict[str, float | None]:
         "spearman": float(stats.spearmanr(target, predicted).statistic),
         "kendall": kendall,
         "pearson": float(stats.pearsonr(target, predicted).statistic),
-        "pairwise": _pairwise(target, predicted, kendall),
+        # tau-b = (C - D) / sqrt(P Q): pairs concordant C, discordant D, of unequal labels P, unequal predictions Q
+        "pairwise": (1 + kendall * float(np.sqrt(_unequal(predicted) / _unequal(target)))) / 2,
     }
 
 
-def _pairwise(target: Array, predicted: Array, kendall: float) -> float:
-    """From tau-b = (C - D) / sqrt((P - T) (P - U)): concordant C, discordant D, tied labels T, predictions U, of P."""
-    pairs = len(target) * (len(target) - 1) / 2
-    tied_labels, tied_predictions = _ties(target), _ties(predicted)
-    tied_both = _ties(np.stack([target, predicted], 1))
-    difference = kendall * np.sqrt((pairs - tied_labels) * (pairs - tied_predictions))
-    unequal = pairs - tied_labels
-    halves = tied_predictions - tied_both
-    concordant = (unequal - halves + difference) / 2
-    return float((concordant + halves / 2) / unequal)
-
-
-def _ties(values: Array) -> float:
-    counts = np.unique(values, axis=0, return_counts=True)[1].astype(float)
-    return float((counts * (counts - 1) / 2).sum())
+def _unequal(values: Array) -> float:
+    """Pairs of unequal values."""
+    counts = np.unique(values, return_counts=True)[1].astype(float)
+    return float(len(values) ** 2 - (counts**2).sum()) / 2
 
 
 def overall(scored: Scored, *, resamples: int, seed: int) -> dict[str, Estimate]:
@@ -162,7 +170,7 @@ def group_mean(
     return float(np.mean(defined)) if defined else None
 
 
-def tie_threshold(scored: Scored, *, tie_margin: float) -> float:
+def tie_threshold(scored: Scored, tie_margin: float) -> float:
     """The predicted difference up to which calling it a tie is right most often, over all pairs within groups."""
     parts = [_gaps(scored.target[r], scored.predicted[r]) for r in group_rows(scored.groups)]
     if not parts:

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from core.files import verify_folder
-from rewards.editreward.client_card import ModelCard, ModelFolderError, read_card
-from rewards.editreward.train.export import export_problems
+from rewards.editreward.model_folder import ModelCard, ModelFolderError, folder_problems, read_card
 
 DTYPES = ("float32", "bfloat16", "float16")
 TEXT_TOKENS = 2048
@@ -41,14 +38,6 @@ class EngineFacts:
     key_value_heads: int
     head_size: int
     max_length: int
-
-
-def folder_problems(folder: Path) -> list[str]:
-    """`export_problems`, also of a folder whose weight files are cut short. Reads their headers alone."""
-    try:
-        return export_problems(folder)
-    except SafetensorError as error:
-        return [f"{folder}: a weight file is not whole ({error}); copy *.safetensors again"]
 
 
 def check_model(folder: str | Path) -> tuple[ModelCard, EngineFacts]:

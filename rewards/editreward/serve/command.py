@@ -18,15 +18,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.failures import ClusterError
 from core.files import atomic_write_json
-from core.logs import start_logging
-from rewards.editreward.client_card import ModelCard, ModelFolderError
+from rewards.editreward.model_folder import ModelCard, ModelFolderError
 from rewards.editreward.serve.checks import DTYPES, EngineFacts, check_model, engine_problems
 
 if TYPE_CHECKING:
     from rewards.editreward.serve.replicas import ReplicaPlan, ReplicaStatus
 
 log = logging.getLogger("rewards.editreward.serve.command")
+REFUSALS = (ModelFolderError, ClusterError)
 
 CPU_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -38,57 +39,32 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `serve`."""
-    parser.add_argument("model", help="folder made by `python -m rewards.editreward export`")
-    parser.add_argument(
-        "--replicas", type=_positive, default=1, metavar="N", help="servers, each with a whole model"
-    )
-    parser.add_argument(
-        "--tensor-parallel", type=_positive, default=1, metavar="N", help="cards that share one model"
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="auto: cuda if the Ray cluster has GPUs",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights in memory; default: as exported")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument(
-        "--port",
-        type=int,
-        default=8200,
-        metavar="N",
-        help="of the first replica, the others follow; 0: free ones",
-    )
-    parser.add_argument("--cpus", type=float, default=1.0, metavar="N", help="Ray CPUs each replica asks for")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="of one replica on a CPU")
-    parser.add_argument(
-        "--placement-timeout-s", type=float, default=60.0, metavar="S", help="to wait for free cards"
-    )
-    parser.add_argument(
-        "--start-timeout-s", type=float, default=900.0, metavar="S", help="to wait for a server"
-    )
-    parser.add_argument("--max-restarts", type=int, default=5, metavar="N", help="in a row, of one replica")
-    parser.add_argument(
-        "--ready-file", type=Path, metavar="PATH", help="JSON with the URLs, there while all is up"
-    )
-    parser.add_argument(
-        "--vllm", action="append", default=[], metavar="ARG", help="a further argument for vLLM (repeatable): "
-        "--vllm=--gpu-memory-utilization=0.5"
-    )  # fmt: skip
+    add = parser.add_argument
+    add("model", help="folder made by `python -m rewards.editreward export`")
+    add("--replicas", type=_positive, default=1, metavar="N", help="servers, each with a whole model")
+    add("--tensor-parallel", type=_positive, default=1, metavar="N", help="cards that share one model")
+    devices = ("auto", "cuda", "cpu")
+    add("--device", choices=devices, default="auto", help="auto: cuda if the Ray cluster has GPUs")
+    add("--dtype", choices=DTYPES, help="of the weights in memory; default: as exported")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    port = "of the first replica, the others follow; 0: free ones"
+    add("--port", type=int, default=8200, metavar="N", help=port)
+    add("--cpus", type=float, default=1.0, metavar="N", help="Ray CPUs each replica asks for")
+    add("--threads", type=_positive, default=1, metavar="N", help="of one replica on a CPU")
+    add("--placement-timeout-s", type=float, default=60.0, metavar="S", help="to wait for free cards")
+    add("--start-timeout-s", type=float, default=900.0, metavar="S", help="to wait for a server")
+    add("--max-restarts", type=int, default=5, metavar="N", help="in a row, of one replica")
+    add("--ready-file", type=Path, metavar="PATH", help="JSON with the URLs, there while all is up")
+    more = "a further argument for vLLM (repeatable): --vllm=--gpu-memory-utilization=0.5"
+    add("--vllm", action="append", default=[], metavar="ARG", help=more)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 after SIGTERM or SIGINT, 2 when the model cannot be served as asked, 1 when every replica is lost."""
-    start_logging()
-    try:
-        card, facts = check_model(arguments.model)
-        problems = engine_problems(card, facts, tensor_parallel=arguments.tensor_parallel)
-        if problems:
-            raise ModelFolderError(problems)
-    except ModelFolderError as error:
-        sys.stderr.write(f"Cannot serve:\n{error}\n")
-        return 2
+    """0: ended by SIGTERM or SIGINT. 1: every replica is lost."""
+    card, facts = check_model(arguments.model)
+    problems = engine_problems(card, facts, tensor_parallel=arguments.tensor_parallel)
+    if problems:
+        raise ModelFolderError(problems)
     return _serve(card, facts, arguments)
 
 
@@ -144,21 +120,16 @@ def vllm_command(
 def _serve(card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace) -> int:
     import ray
 
-    from rewards.editreward.serve.fleet import Room, ServeError, check_host, cluster_has_gpus, place
+    from rewards.editreward.serve.fleet import Room, check_host, cluster_has_gpus, place
 
     leaving = _leave_on_signals()
     try:
-        device = arguments.device
         has_gpus = cluster_has_gpus()
         _leave_on_signals(leaving)  # Ray has set its own
-        device = ("cuda" if has_gpus else "cpu") if device == "auto" else device
+        device = ("cuda" if has_gpus else "cpu") if arguments.device == "auto" else arguments.device
         check_host(arguments.host)
-        room = Room(
-            arguments.replicas,
-            arguments.cpus,
-            arguments.tensor_parallel if device == "cuda" else 0,
-            arguments.placement_timeout_s,
-        )
+        cards = arguments.tensor_parallel if device == "cuda" else 0
+        room = Room(arguments.replicas, arguments.cpus, cards, arguments.placement_timeout_s)
         log.info("%d replicas of %s on %s", arguments.replicas, card.served_name, device)
         fleet = place(plans(card, facts, arguments, device=device), room)
         try:
@@ -166,9 +137,6 @@ def _serve(card: ModelCard, facts: EngineFacts, arguments: argparse.Namespace) -
         finally:
             _forget(arguments.ready_file)
             fleet.close()
-    except ServeError as error:
-        sys.stderr.write(f"Cannot serve:\n{error}\n")
-        return 2
     finally:
         ray.shutdown()
 
@@ -209,13 +177,10 @@ class _Shower:
             state = (status.state, status.detail)
             if self._states.get(index) != state:
                 level = logging.INFO if status.state in ("starting", "ready") else logging.WARNING
-                log.log(level, "replica %d at %s is %s%s", index, status.url, status.state, _because(status))
+                because = f": {status.detail}" if status.detail else ""
+                log.log(level, "replica %d at %s is %s%s", index, status.url, status.state, because)
             self._states[index] = state
         sys.stderr.flush()
-
-
-def _because(status: ReplicaStatus) -> str:
-    return f": {status.detail}" if status.detail else ""
 
 
 def _leave_on_signals(leaving: threading.Event | None = None) -> threading.Event:

@@ -5,82 +5,68 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from functools import partial
 from pathlib import Path
 
 import recipes
-from core.logs import start_logging
-from core.recipe import ConfigError, to_yaml
+from core.command_line import add_recipe_arguments, report_dry_run
+from core.failures import DataError
+from core.logs import submitted_job
+from core.recipe import ConfigError
 from rewards.editreward.config import Recipe, load_recipe
-from rewards.editreward.data.shards import DataError
 from rewards.editreward.settings import FILE, SettingsError
 
 log = logging.getLogger("rewards.editreward.train.command")
+REFUSALS = (ConfigError, DataError, SettingsError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of every command that reads a recipe, and the flags of training."""
-    add_recipe_arguments(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check and print memory and speed; no Ray, no GPU"
+    add_recipe_arguments(
+        parser,
+        "recipes/editreward.yaml",
+        dry_run="check and print memory and speed; no Ray, no GPU",
+        resume=True,
     )
-    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Recipe and overrides."""
-    parser.add_argument("recipe", help="YAML file, for example recipes/editreward.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: trained (or the dry run found nothing missing). 2: the recipe, its data or its model cannot be used."""
-    start_logging()
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        return dry_run(recipe) if arguments.dry_run else train(recipe, resume=arguments.resume)
-    except (ConfigError, DataError, SettingsError) as error:
-        sys.stderr.write(f"This recipe cannot run:\n{error}\n")
-        return 2
+    """0: trained, or the dry run found nothing missing (2: it did)."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    return dry_run(recipe) if arguments.dry_run else train(recipe, resume=arguments.resume)
 
 
 def dry_run(recipe: Recipe) -> int:
     """Print the plan and what is missing."""
     from rewards.editreward.train.plan import describe
 
-    problems = preflight(recipe)
+    plan, problems = [], preflight(recipe)
     try:
-        sys.stdout.write("\n".join(describe(recipe)) + "\n")
+        plan = describe(recipe)
     except ValueError as error:
         problems.append(str(error))
-    if problems:
-        sys.stdout.write("Not ready:\n" + "\n".join(f"- {problem}" for problem in problems) + "\n")
-        return 2
-    sys.stdout.write("Ready to run.\n")
-    return 0
+    return report_dry_run(plan, problems)
 
 
 def preflight(recipe: Recipe) -> list[str]:
     """What would stop the run, found without loading weights or decoding pictures."""
-    from core.logs import submitted_job
     from rewards.editreward.data.index import find_shards, shard_patterns
     from rewards.editreward.processing import read_chat_template
 
-    problems = []
+    problems, where = [], f"model.path={recipe.model.path}"
     folder = recipes.resolve(recipe.model.path)
     if not (folder / "config.json").is_file():
-        problems.append(f"model.path={recipe.model.path}: no config.json there; give a Qwen2.5-VL folder")
+        problems.append(f"{where}: no config.json there; give a Qwen2.5-VL folder")
     else:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         if kind != "qwen2_5_vl":
-            problems.append(f"model.path={recipe.model.path}: model_type is {kind!r}, not 'qwen2_5_vl'")
+            problems.append(f"{where}: model_type is {kind!r}, not 'qwen2_5_vl'")
         if not any(folder.glob("*.safetensors")):
-            problems.append(f"model.path={recipe.model.path}: no *.safetensors there")
+            problems.append(f"{where}: no *.safetensors there")
         try:
             read_chat_template(folder)
         except SettingsError as error:
-            problems.append(f"model.path={recipe.model.path}: {error}")
+            problems.append(f"{where}: {error}")
     try:
         find_shards(shard_patterns(recipe))
     except DataError as error:
@@ -97,22 +83,23 @@ def preflight(recipe: Recipe) -> list[str]:
 
 def train(recipe: Recipe, *, resume: str | None = None) -> int:
     """Index the data, start the ranks, train to the end."""
-    from core.cluster.ranks import start_ranks
     from core.files import atomic_write_json, atomic_write_text
+    from core.training.run import find_checkpoint, read_state, train_on_ranks
     from rewards.editreward.data.index import label_statistics, load_corpus, whole_groups
     from rewards.editreward.processing import EditProcessor, read_chat_template, read_token_pixels
-    from rewards.editreward.train.rank import INDEX, TrainRank
-    from rewards.editreward.train.run import RECIPE, RunState, TrainingRun, find_checkpoint, read_state
+    from rewards.editreward.train.rank import TrainRank
+    from rewards.editreward.train.run import FREE, TrainingRun, TrainState
     from rewards.editreward.validate import make_settings
 
     problems = preflight(recipe)
     if problems:
         raise ConfigError(problems)
-    checkpoint = find_checkpoint(recipe, resume)
-    state = read_state(checkpoint) if checkpoint else RunState()
+    checkpoint = find_checkpoint(recipe, resume, load_recipe, free=FREE)
+    state = read_state(checkpoint, TrainState) if checkpoint else TrainState()
     run_dir, base = recipe.run_dir, recipes.resolve(recipe.model.path)
-    corpus = load_corpus(recipe, run_dir / INDEX)
-    for line in corpus.lines():
+    corpus = load_corpus(recipe)
+    lines = corpus.lines()
+    for line in lines:
         log.info(line)
     means, stds = label_statistics(corpus.splits["train"])
     settings = make_settings(
@@ -128,18 +115,18 @@ def train(recipe: Recipe, *, resume: str | None = None) -> int:
         raise ConfigError(
             [f"{checkpoint} was trained with other constants: the shards or the base model changed"]
         )
-    EditProcessor(base, settings)
-    atomic_write_text(run_dir / RECIPE, to_yaml(recipe))
+    EditProcessor(base, settings)  # raises for a base that cannot be shown pictures as the recipe says
     atomic_write_json(run_dir / FILE, settings.to_json())
-    atomic_write_text(run_dir / "data.txt", "\n".join(corpus.lines()) + "\n")
-    ranks = start_ranks(partial(TrainRank, recipe, settings), recipe.train.ranks, recipe.resources)
-    try:
-        if checkpoint is not None:
-            ranks.call("load", str(checkpoint), state.step)
-            log.info("continuing from %s", checkpoint)
-        validation = whole_groups(corpus.splits["validation"], recipe.train.validation_samples)
-        done = TrainingRun(recipe, settings, ranks, validation, state, fresh=resume is None).run()
-    finally:
-        ranks.close()
+    atomic_write_text(run_dir / "data.txt", "\n".join(lines) + "\n")
+    validation = whole_groups(corpus.splits["validation"], recipe.train.validation_samples)
+    done = train_on_ranks(
+        recipe,
+        partial(TrainRank, recipe, settings),
+        recipe.train.ranks,
+        recipe.resources,
+        lambda ranks: TrainingRun(recipe, settings, ranks, validation, state, fresh=resume is None),
+        checkpoint=checkpoint,
+        step=state.step,
+    )
     log.info("step %d done; best validation %s at step %d", done.step, done.best_score, done.best_step)
     return 0

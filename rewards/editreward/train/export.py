@@ -16,44 +16,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import recipes
-from core.files import COMPLETE, atomic_write_json, atomic_write_text, publish_folder, verify_folder
-from core.logs import start_logging
-from rewards.editreward.settings import FILE, EditRewardSettings, SettingsError, load_settings
+from core.command_line import add_recipe_arguments
+from core.files import atomic_write_json, atomic_write_text, publish_folder, verify_folder
+from rewards.editreward.config import load_recipe
+from rewards.editreward.model_folder import ARCHITECTURE, MODEL
+from rewards.editreward.settings import FILE, EditRewardSettings, load_settings
 
 if TYPE_CHECKING:
     from rewards.editreward.model import EditRewardModel
 
 log = logging.getLogger(__name__)
-ARCHITECTURE = "Qwen2_5_VLForSequenceClassification"
+REFUSALS = (ValueError, FileExistsError, FileNotFoundError)
 SHARD_SIZE = "5GB"
-FOLDER = "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe that trained, and where to read and write."""
-    from rewards.editreward.train.command import add_recipe_arguments
-
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, "recipes/editreward.yaml")
     parser.add_argument("--checkpoint", type=Path, help="folder under best/; default: the run's best")
     parser.add_argument(
-        "--out", type=Path, help=f"model folder to write; default: {FOLDER}/ in the run's folder"
+        "--out", type=Path, help=f"model folder to write; default: {MODEL}/ in the run's folder"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: exported. 2: there is nothing sound to export, or something else is in the way."""
-    from core.recipe import ConfigError
-    from rewards.editreward.config import load_recipe
-
-    start_logging()
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        checkpoint = arguments.checkpoint or newest_best(recipe.run_dir)
-        folder = arguments.out or recipe.run_dir / FOLDER
-        export_checkpoint(checkpoint, recipes.resolve(recipe.model.path), folder)
-    except (ConfigError, SettingsError, FileExistsError, FileNotFoundError, ValueError) as error:
-        sys.stderr.write(f"Cannot export:\n{error}\n")
-        return 2
+    """Export and print the folder."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    checkpoint = arguments.checkpoint or newest_best(recipe.run_dir)
+    folder = arguments.out or recipe.run_dir / MODEL
+    export_checkpoint(checkpoint, recipes.resolve(recipe.model.path), folder)
     sys.stdout.write(f"{folder}\n")
     return 0
 
@@ -73,8 +64,8 @@ def export_checkpoint(checkpoint: Path, base: Path, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
-    from rewards.editreward.config import load_recipe
-    from rewards.editreward.model import merge_lora, trainable
+    from core.training.optimization import trained_parameters
+    from rewards.editreward.model import merge_lora
     from rewards.editreward.train.rank import TRAINABLE_FILE, make_trainable_model
 
     problems = verify_folder(checkpoint)
@@ -83,7 +74,7 @@ def export_checkpoint(checkpoint: Path, base: Path, folder: Path) -> None:
     settings = load_settings(checkpoint)
     made_by = load_recipe(checkpoint / "recipe.yaml", [f"model.path={base}"])
     model = make_trainable_model(made_by)
-    live, stored = dict(trainable(model)), load_file(checkpoint / TRAINABLE_FILE)
+    live, stored = dict(trained_parameters(model)), load_file(checkpoint / TRAINABLE_FILE)
     differing = sorted(live.keys() ^ stored.keys()) or [n for n in live if live[n].shape != stored[n].shape]
     if differing:
         raise ValueError(
@@ -150,39 +141,3 @@ def _image_processor(base: Path, settings: EditRewardSettings) -> dict[str, Any]
         record.pop(old, None)
     limits = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     return record | {"image_processor_type": "Qwen2VLImageProcessor", "size": limits}
-
-
-def export_problems(folder: str | Path) -> list[str]:
-    """Why stock vLLM could not serve this folder as an EditReward; empty when it can. Reads no weights."""
-    folder = Path(folder)
-    try:
-        settings = load_settings(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (SettingsError, OSError, ValueError) as error:
-        return [str(error)]
-    problems = []
-    if not (folder / COMPLETE).is_file():
-        problems.append(f"{folder}: no {COMPLETE} file, so its export or its copy never finished")
-    if config.get("architectures") != [ARCHITECTURE]:
-        problems.append(
-            f"{folder}/config.json: architectures is {config.get('architectures')}, not [{ARCHITECTURE!r}]"
-        )
-    k = len(settings.dimensions)
-    if config.get("num_labels") != k or len(config.get("id2label", {})) != k:
-        problems.append(
-            f"{folder}/config.json: num_labels is {config.get('num_labels')}, {FILE} names {k} dimensions"
-        )
-    shape = _head_shape(folder)
-    if shape is None or shape[0] != k:
-        problems.append(f"{folder}: language_model.score.weight has shape {shape}, expected {k} rows")
-    return [f"{problem}; export the model again" for problem in problems]
-
-
-def _head_shape(folder: Path) -> list[int] | None:
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            if "language_model.score.weight" in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                return file.get_slice("language_model.score.weight").get_shape()
-    return None

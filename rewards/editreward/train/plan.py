@@ -1,14 +1,6 @@
 """The run in numbers before it starts: parameters, memory for each ZeRO stage, samples a second. No weights, no GPU.
 
-Memory of one rank, from P parameters of which Q are trained, on R ranks, w bytes a weight (bf16 2, fp32 4):
-
-    ZeRO-1   w P      + w Q      + 12 Q / R      weights + gradients + fp32 master copy and both Adam moments
-    ZeRO-2   w P      + w Q / R  + 12 Q / R
-    ZeRO-3   w P / R  + w Q / R  + 12 Q / R
-
-Activations are an estimate and labelled so: with gradient checkpointing every block keeps its input alone, and one
-block at a time its inner values (34 numbers a token and channel, after Korthikanti et al., 2022, without the
-attention matrix, which SDPA does not keep); without it every block keeps those.
+Memory follows `core/training/estimates.py`, without a moving average (k = 12).
 
 Operations of one forward (a multiply-add is 2), for T tokens and V patches:
 
@@ -28,14 +20,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import recipes
+from core.training.estimates import (
+    GIB,
+    MFU,
+    PEAK_TFLOPS,
+    WIDTHS,
+    activation_numbers,
+    memory_line,
+    zero_bytes,
+)
+from models.qwen25_vl import qwen25_vl_7b
 from rewards.editreward.config import Recipe
 
-_GIB = 2**30
-_BYTES = {"float32": 4, "bfloat16": 2}
-PEAK_TFLOPS = 989.0
-"""Dense bf16 of an H100 or H200 by its data sheet."""
-MFU = 0.4
-"""Assumed share of the peak that training reaches."""
+CARD = "h100"
+"""Whose peak an estimate of speed assumes (an H200 has the same)."""
 TEXT_TOKENS = 128
 """Assumed length of template, rubric and instruction."""
 
@@ -56,37 +54,6 @@ class ModelSize:
     vision_shape: Any
 
 
-def qwen25_vl_7b() -> dict[str, Any]:
-    """The published shape of Qwen2.5-VL-7B-Instruct."""
-    return {
-        "model_type": "qwen2_5_vl",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "max_position_embeddings": 128000,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": False,
-        "vision_config": {
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "in_channels": 3,
-            "out_hidden_size": 3584,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "tokens_per_second": 2,
-            "temporal_patch_size": 2,
-        },
-    }
-
-
 def measure(recipe: Recipe) -> ModelSize:
     """Build the model without memory; where its folder is absent, in the published 7B shape.
 
@@ -94,7 +61,8 @@ def measure(recipe: Recipe) -> ModelSize:
     """
     from transformers import Qwen2_5_VLConfig
 
-    from rewards.editreward.model import meta_model, trainable
+    from core.training.optimization import trained_parameters
+    from rewards.editreward.model import meta_model
     from rewards.editreward.train.rank import choose_trainable
 
     file = recipes.resolve(recipe.model.path) / "config.json"
@@ -112,7 +80,7 @@ def measure(recipe: Recipe) -> ModelSize:
     choose_trainable(model, recipe)
     return ModelSize(
         source,
-        trained=sum(p.numel() for _, p in trainable(model)),
+        trained=sum(p.numel() for _, p in trained_parameters(model)),
         language_shape=config.text_config,
         vision_shape=config.vision_config,
         **counts,
@@ -135,26 +103,22 @@ def describe(recipe: Recipe) -> list[str]:
 
 def memory_lines(recipe: Recipe, size: ModelSize) -> list[str]:
     """One line a ZeRO stage; the recipe's own is marked."""
-    activations = activation_bytes(recipe, size) / _GIB
-    lines = []
+    lines, activations = [], activation_bytes(recipe, size)
     for stage in (1, 2, 3):
-        held = state_bytes(recipe, size, stage) / _GIB
-        mark = " <- train.zero_stage" if stage == recipe.train.zero_stage else ""
-        lines.append(
-            f"memory of a rank, ZeRO-{stage}: {held:.1f} GiB of weights, gradients and optimizer + about "
-            f"{activations:.1f} GiB of activations (estimate) = {held + activations:.1f} GiB{mark}"
-        )
-    host = size.parameters * _BYTES[recipe.model.dtype] / _GIB
-    lines.append(f"host memory while loading: {host:.1f} GiB a rank, also with ZeRO-3")
-    return lines
+        chosen = "train.zero_stage" if stage == recipe.train.zero_stage else ""
+        held = state_bytes(recipe, size, stage)
+        what = "weights, gradients and optimizer"
+        lines.append(memory_line(stage, held, activations, what=what, chosen=chosen))
+    host = size.parameters * WIDTHS[recipe.model.dtype] / GIB
+    return [*lines, f"host memory while loading: {host:.1f} GiB a rank, also with ZeRO-3"]
 
 
 def state_bytes(recipe: Recipe, size: ModelSize, stage: int) -> float:
-    """Weights, gradients and optimizer of one rank; see the module's table."""
-    width, ranks = _BYTES[recipe.model.dtype], recipe.train.ranks
-    weights = width * size.parameters / (ranks if stage == 3 else 1)
-    gradients = width * size.trained / (ranks if stage >= 2 else 1)
-    return weights + gradients + 12 * size.trained / ranks
+    """Weights, gradients and optimizer of one rank."""
+    width, ranks = WIDTHS[recipe.model.dtype], recipe.train.ranks
+    return sum(
+        zero_bytes(size.parameters, size.trained, width=width, ranks=ranks, stage=stage, average=False)
+    )
 
 
 def sample_tokens(recipe: Recipe, size: ModelSize) -> tuple[int, int]:
@@ -166,25 +130,20 @@ def sample_tokens(recipe: Recipe, size: ModelSize) -> tuple[int, int]:
 
 
 def activation_bytes(recipe: Recipe, size: ModelSize) -> float:
-    """Estimate for one micro-batch."""
+    """Estimate for one micro-batch. Frozen parts keep nothing; a head alone needs one block at a time."""
     tokens, patches = sample_tokens(recipe, size)
-    width, micro = _BYTES[recipe.model.dtype], recipe.train.micro_batch_size
     text, vision = size.language_shape, size.vision_shape
-    streams = [
-        (tokens, text.hidden_size, text.num_hidden_layers),
-        (patches, vision.hidden_size, vision.depth),
-    ]
-    if recipe.model.trainable == "head":
-        return micro * 34 * width * max(n * d for n, d, _ in streams)
-    if recipe.model.trainable in ("language", "lora"):
-        streams = streams[:1]
-    if not recipe.model.gradient_checkpointing:
-        return micro * 34 * width * sum(n * d * layers for n, d, layers in streams)
-    return (
-        micro
-        * width
-        * (sum(n * d * layers for n, d, layers in streams) + 34 * max(n * d for n, d, _ in streams))
-    )
+    language = (tokens, text.hidden_size, text.num_hidden_layers)
+    tower = (patches, vision.hidden_size, vision.depth)
+    streams = {
+        "full": [language, tower],
+        "language": [language],
+        "lora": [language],
+        "head": [(n, d, 0) for n, d, _ in (language, tower)],
+    }[recipe.model.trainable]
+    checkpointing = recipe.model.gradient_checkpointing or recipe.model.trainable == "head"
+    numbers = activation_numbers(streams, checkpointing=checkpointing)
+    return recipe.train.micro_batch_size * WIDTHS[recipe.model.dtype] * numbers
 
 
 def sample_flops(recipe: Recipe, size: ModelSize) -> float:
@@ -215,13 +174,13 @@ def speed_lines(recipe: Recipe, size: ModelSize) -> list[str]:
         return []
     operations, train = sample_flops(recipe, size), recipe.train
     tokens, patches = sample_tokens(recipe, size)
-    rate = train.ranks * PEAK_TFLOPS * 1e12 * MFU / operations
+    rate = train.ranks * PEAK_TFLOPS[CARD] * 1e12 * MFU / operations
     hours = train.steps * train.batch_size / rate / 3600
     return [
         f"a sample: {tokens} tokens ({TEXT_TOKENS} of text assumed, pictures at input.max_pixels), {patches} patches, "
         f"{operations / 1e12:.1f} TFLOP ({recipe.model.trainable}, gradient checkpointing "
         f"{'on' if recipe.model.gradient_checkpointing else 'off'})",
-        f"samples/s = ranks x peak x MFU / operations = {train.ranks} x {PEAK_TFLOPS:g} TFLOP/s x {MFU:g} / "
+        f"samples/s = ranks x peak x MFU / operations = {train.ranks} x {PEAK_TFLOPS[CARD]:g} TFLOP/s x {MFU:g} / "
         f"{operations / 1e12:.1f} TFLOP = {rate:.1f}; {train.steps} steps take about {hours:.1f} h (an estimate, not "
         "a measurement; validation and loading come on top)",
     ]

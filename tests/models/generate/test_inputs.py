@@ -256,7 +256,7 @@ def test_words_that_contradict_each_other_are_refused_together(
         model_spec(model, dtype="float32", device="cpu", threads=1)
     with pytest.raises(Refused, match="--max-sequence-length 9: MetaQuery reads prompts whole"):
         model_spec(model, vlm=vlm, dtype="float32", device="cpu", threads=1, max_sequence_length=9)
-    with pytest.raises(Refused, match="--vlm .* is a Kontext folder"):
+    with pytest.raises(Refused, match="--vlm=.* is a Kontext folder"):
         model_spec(folder, vlm=vlm, dtype="float32", device="cpu", threads=1)
     with pytest.raises(Refused, match="no such model folder"):
         model_spec(tmp_path / "gone", dtype="float32", device="cpu", threads=1)

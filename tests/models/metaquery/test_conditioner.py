@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.components import METAQUERY_PARTS, check_model_folder, check_vlm_folder, load_conditioner
+from models.folders import METAQUERY_PARTS, check_model_folder, check_vlm_folder
 from models.lora.attach import hash_state
-from models.metaquery.conditioner import WEIGHTS, MetaQueryConditioner
+from models.metaquery.conditioner import WEIGHTS, MetaQueryConditioner, load_conditioner
 from models.metaquery.config import ConnectorConfig, MetaQueryConfig
 from tests.fakes.tiny_metaquery import TINY_CONFIG, make_tiny_conditioner
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.components import METAQUERY_PARTS
+from models.folders import METAQUERY_PARTS
 from models.latents import encode_images, image_to_tensor
 from models.lora.attach import DEFAULT_TARGETS, adapter_state, attach_lora
 from models.lora.files import save_adapter

@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from core.failures import DataError
 from core.recipe import ConfigError
-from core.shards.errors import DataError
 from models.components import load_vae
 from models.latents import encode_images
 from models.text import SD3TextEncoder
@@ -202,8 +202,9 @@ def test_a_killed_run_is_started_again_and_ends_with_the_shards_of_a_straight_on
     straight = replace(config, cache_dir=str(tmp_path / "straight"))
     assert fill_cache(straight, workers=2) == 4 * 15
     assert fill_cache(straight, workers=2) == 0
+    straight_encoder = ShardEncoder(straight)
     for job in encoder.jobs():
-        one, other = load_file(encoder.path(job)), load_file(ShardEncoder(straight).path(job))
+        one, other = load_file(encoder.path(job)), load_file(straight_encoder.path(job))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -229,7 +230,7 @@ def test_the_command_reads_the_data_of_any_recipe_strictly(tmp_path, capsys):
     kontext = read_data("recipes/pretrain_kontext_sd35m.yaml", ["data.cache.latents=true"])
     assert [source.task for source in kontext.sources] == ["t2i", "edit"]
     assert main([str(recipe), "data.multiple=0"]) == 2
-    assert "data.multiple=0 must be positive" in capsys.readouterr().err
+    assert "data.multiple=0 must be at least 1" in capsys.readouterr().err
     assert main([str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -5,13 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from core.shards.errors import DataError
+from core.failures import DataError
 from models.latents import ASPECT_RATIOS
 from pretrain.data.buckets import bucket_size, crop_box, crop_loss, nearest_buckets
 from pretrain.data.config import DataConfig, Resolution, SourceConfig
-from pretrain.data.cycle import LENGTH, Cycle
-from pretrain.data.order import BatchOrder
-from pretrain.data.permutation import permuted
+from pretrain.data.order import CYCLE_LENGTH, BatchOrder, Cycle, permuted
 from worlds.shapes.training.kontext import task_of
 
 WIDE = ASPECT_RATIOS.index((16, 9))
@@ -66,13 +64,13 @@ def test_an_index_outside_is_refused():
 def test_a_cycle_counts_what_came_before():
     cycle = Cycle([3, 0, 1], key=2)
     seen: Counter[int] = Counter()
-    for number in range(2 * LENGTH + 50):
+    for number in range(2 * CYCLE_LENGTH + 50):
         choice, before = cycle.draw(number)
         assert before == seen[choice]
         seen[choice] += 1
-        if number == LENGTH - 1:
-            assert dict(seen) == {0: LENGTH * 3 // 4, 2: LENGTH // 4}
-    assert [cycle.draw(n)[0] for n in range(50)] != [cycle.draw(LENGTH + n)[0] for n in range(50)]
+        if number == CYCLE_LENGTH - 1:
+            assert dict(seen) == {0: CYCLE_LENGTH * 3 // 4, 2: CYCLE_LENGTH // 4}
+    assert [cycle.draw(n)[0] for n in range(50)] != [cycle.draw(CYCLE_LENGTH + n)[0] for n in range(50)]
 
 
 @pytest.mark.parametrize("weights", [[0, 0], [1, -1]])
@@ -119,7 +117,7 @@ def test_a_batch_has_one_bucket_and_tasks_do_not_mix():
 def test_weights_are_shares_of_samples_whatever_the_sizes_of_sources():
     square, mixed = Sizes(*[(64, 64)] * 3), Sizes(*[(64, 64)] * 100, *[(160, 90)] * 100)
     order = order_of(("t2i", 3, square), ("t2i", 1, mixed), ("t2i", 0, square))
-    counts = Counter(draw.source for step in range(LENGTH) for draw in draws(order, step))
+    counts = Counter(draw.source for step in range(CYCLE_LENGTH) for draw in draws(order, step))
     total = sum(counts.values())
     assert counts[0] / total == pytest.approx(0.75, abs=0.002)
     assert counts[1] / total == pytest.approx(0.25, abs=0.002)
@@ -201,5 +199,5 @@ def test_shapes_that_lose_too_much_are_left_out_and_counted(caplog):
 def test_a_bucket_too_small_for_its_cycle_is_left_out_aloud(caplog):
     sizes = Sizes(*[(64, 64)] * 20_000, (160, 90))
     order = order_of(("t2i", 1, sizes))
-    assert {order.plan(step).bucket for step in range(LENGTH)} == {0}
+    assert {order.plan(step).bucket for step in range(CYCLE_LENGTH)} == {0}
     assert "bucket 16:9 holds too few" in caplog.text

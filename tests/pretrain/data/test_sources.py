@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core.shards.errors import DataError, SampleError
+from core.failures import DataError, SampleError
 from pretrain.data import index as index_module
 from pretrain.data.config import SourceConfig
 from pretrain.data.index import index_one, open_index
@@ -124,7 +124,7 @@ def test_corrupt_samples_are_named_counted_and_skipped(tmp_path, caplog):
 def test_a_truncated_shard_keeps_what_is_whole(tmp_path, left, usable, named):
     members = t2i_members(4)
     whole = write_tar(tmp_path / "whole.tar", members)
-    listing = index_module.reader_of(tar_source("t2i", whole)).places(whole)
+    listing = index_module.READERS["webdataset"](tar_source("t2i", whole)).places(whole)
     place = dict(listing)["0003"]
     picture_at, text_at = place[0], place[4]
     end = {

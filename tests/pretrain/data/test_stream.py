@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from core.shards.errors import DataError
-from pretrain.data.batch import PretrainBatch
+from core.failures import DataError
+from pretrain.data.batch import PretrainBatch, fitted, fitted_pair, to_pixels
 from pretrain.data.config import CacheConfig, Resolution, SourceConfig, data_problems
-from pretrain.data.pixels import fitted, fitted_pair, to_pixels
 from pretrain.data.prefetch import Prefetch
 from pretrain.data.stream import BatchStream
 from tests.pretrain.data.data_files import (

@@ -7,10 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from core.shards.errors import DataError
+from core.failures import DataError
 from pretrain.data.config import SourceConfig
-from pretrain.data.huggingface import dataset_files
 from pretrain.data.sources import open_sources
+from pretrain.data.tables import dataset_files
 from tests.pretrain.data.data_files import config_of, encoded, picture
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 
-from pretrain.flow.config import FlowRecipe, load_recipe
+from pretrain.flow.config import FlowRecipe
+from pretrain.flow.validate import load_recipe
 
 SOURCES = [{"kind": "shapes", "task": task, "samples": 64} for task in ("t2i", "edit")]
 CONNECTOR = {

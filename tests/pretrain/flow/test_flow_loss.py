@@ -17,9 +17,9 @@ from models.metaquery.reading import QueryReader
 from models.text import SD3TextEncoder
 from pretrain.flow.conditions import Encoders, micro_batches, rows_of
 from pretrain.flow.costs import sample_flops
-from pretrain.flow.draws import draw_noise
-from pretrain.flow.metrics import METRICS, window_record
-from pretrain.flow.rank import FlowRank, StepFigures
+from pretrain.flow.loss import draw_noise
+from pretrain.flow.metrics import METRICS, StepFigures, window_record
+from pretrain.flow.rank import FlowRank
 from pretrain.flow.sizes import measure
 from tests.pretrain.flow.flow_runs import flow_recipe
 

@@ -1,5 +1,6 @@
 """Two ranks as Ray actors: gradients, averages and resume of the same global batches."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,7 +16,8 @@ class RecordingRank(FlowRank):
 
     def restart(self, zero_stage):
         """The same actor and process group serve another ZeRO stage, from step 0."""
-        self.recipe.deepspeed.zero_stage, self.step, self.batches = zero_stage, 0, None
+        self.settings = replace(self.settings, zero_stage=zero_stage)
+        self.step, self.batches = 0, None
         self.setup("", 0)
         self.record()
 

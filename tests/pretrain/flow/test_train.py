@@ -14,9 +14,9 @@ from core.recipe import ConfigError
 from models.metaquery.pipeline import MetaQueryPipeline
 from models.pipeline import KontextPipeline
 from pretrain.flow.__main__ import main, train
-from pretrain.flow.config import load_recipe
 from pretrain.flow.model import load_model, part_of
 from pretrain.flow.rank import FlowRank
+from pretrain.flow.validate import load_recipe
 from tests.pretrain.flow.flow_runs import exported, flow_recipe, last_checkpoint, records
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from rewards.base import FatalRewardError, RewardSet, RewardSpec
 from rewards.checks import try_reward
 from rewards.editreward.client import EditReward
-from rewards.editreward.client_card import read_card
+from rewards.editreward.model_folder import read_card
 from rewards.loading import load_reward
 from tests.fakes.tiny_editreward import DIMENSIONS, make_tiny_editreward, tiny_settings
 from tests.fakes.vllm_server import START_TIMEOUT_S, Serving, wait_for

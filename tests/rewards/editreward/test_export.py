@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors import safe_open
 
 from core.files import COMPLETE, verify_folder
-from rewards.editreward.client_card import read_card
+from models.qwen25_vl import qwen25_vl_7b
 from rewards.editreward.client_local import LocalModel
 from rewards.editreward.model import build_model, load_model
+from rewards.editreward.model_folder import ARCHITECTURE, folder_problems, read_card
 from rewards.editreward.processing import classify_request, read_chat_template
 from rewards.editreward.settings import FILE, RUBRIC, EditRewardSettings, load_settings
-from rewards.editreward.train.export import ARCHITECTURE, export_checkpoint, export_problems, write_export
-from rewards.editreward.train.plan import qwen25_vl_7b
+from rewards.editreward.train.export import export_checkpoint, write_export
 from tests.fakes.tiny_editreward import DIMENSIONS
 from tests.rewards.editreward.editreward_data import make_base
 
@@ -158,7 +158,7 @@ def test_vllm_takes_every_weight_of_the_7b_by_name_and_shape(base, tmp_path):
 
 
 def test_the_folder_is_complete_and_says_what_it_is(base, exported):
-    assert verify_folder(exported) == [] and export_problems(exported) == []
+    assert verify_folder(exported) == [] and folder_problems(exported) == []
     config = json.loads((exported / "config.json").read_text())
     assert config["architectures"] == [ARCHITECTURE] and config["num_labels"] == 2
     assert config["id2label"] == {"0": "instruction", "1": "quality"} and config["dtype"] == "float32"
@@ -186,7 +186,7 @@ def test_a_folder_that_vllm_could_not_serve_is_named(exported, tmp_path):
         folder = tmp_path / change.__name__
         shutil.copytree(exported, folder)
         change(folder)
-        return export_problems(folder)
+        return folder_problems(folder)
 
     def architecture(folder):
         record = json.loads((folder / "config.json").read_text())

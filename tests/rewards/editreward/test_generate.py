@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -26,7 +25,7 @@ from core.recipe import ConfigError
 from models.components import load_transformer
 from models.lora.attach import adapter_settings, adapter_state, attach_lora, hash_state
 from models.lora.files import save_adapter
-from rewards.editreward.data import generate as command
+from rewards.editreward.__main__ import main
 from rewards.editreward.data.generate_config import GenerateSection, load_section
 from rewards.editreward.data.generate_plan import draw_settings, plan_edits, plan_jobs
 from rewards.editreward.data.generate_run import edit_type, read_failures
@@ -85,10 +84,7 @@ def line(i: int) -> dict[str, Any]:
 
 
 def generate(place: Path, output: Path, *words: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    words = (str(place / "recipe.yaml"), f"generate.output={output}", *words)
-    return command.run(parser.parse_args(words))
+    return main(["generate", str(place / "recipe.yaml"), f"generate.output={output}", *words])
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -20,7 +19,7 @@ import yaml
 from PIL import Image
 from scipy.stats import spearmanr
 
-from rewards.editreward.data import label as command
+from rewards.editreward.__main__ import main
 from rewards.editreward.data.generate_config import load_section
 from rewards.editreward.data.label_config import LabelSection, label_problems
 from rewards.editreward.data.label_questions import read_template
@@ -97,9 +96,7 @@ def recipe(tmp_path: Path, shards: Path, server: JudgeServer, monkeypatch: pytes
 
 
 def label(recipe: Path, *words: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_intermixed_args([str(recipe), *words]))
+    return main(["label", str(recipe), *words])
 
 
 def labelled(recipe: Path) -> dict[str, EditSample]:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from core.training.optimization import trained_parameters
 from rewards.editreward.config import ModelSection, Recipe
-from rewards.editreward.model import attach_lora, build_model, merge_lora, trainable
+from rewards.editreward.model import attach_lora, build_model, merge_lora
 from rewards.editreward.processing import (
     EditProcessor,
     InputError,
@@ -207,7 +208,7 @@ def test_the_score_is_one_linear_of_the_last_token(base, edits, model):
 def test_the_vision_tower_can_stay_as_it_is(base):
     model = build_model(base, 1, bias=True, dtype=torch.float32)
     choose_trainable(model, Recipe(name="run", model=ModelSection(path=str(base), trainable="language")))
-    named = dict(trainable(model))
+    named = dict(trained_parameters(model))
     assert not any(name.startswith("backbone.visual.") for name in named)
     language = {name for name, _ in model.named_parameters() if name.startswith("backbone.language_model.")}
     assert named.keys() == language | {"score.weight", "score.bias"}
@@ -217,7 +218,7 @@ def test_lora_trains_the_language_model_and_the_head_alone_and_merges_exactly(ba
     model = build_model(base, 1, bias=True, dtype=torch.float32)
     model.requires_grad_(False)
     assert attach_lora(model, rank=2, alpha=4.0, targets=["q_proj", "down_proj"], seed=0) == 4
-    names = [name for name, _ in trainable(model)]
+    names = [name for name, _ in trained_parameters(model)]
     assert [n for n in names if "lora_" not in n] == ["score.weight", "score.bias"]
     assert all("language_model" in n for n in names if "lora_" in n) and len(names) == 10
     processor = EditProcessor(base, make_settings(base))

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from core.files import COMPLETE
-from rewards.editreward.client_card import ModelFolderError
+from rewards.editreward.model_folder import ModelFolderError
 from rewards.editreward.serve.checks import check_model, engine_problems
 from rewards.editreward.serve.replicas import Replica, ReplicaError, ReplicaPlan, ReplicaStatus
 from tests.fakes.tiny_editreward import make_tiny_editreward
@@ -258,16 +258,17 @@ def test_when_the_starter_is_killed_outright_its_server_ends_too(tmp_path: Path)
 
 
 def test_a_cluster_without_room_is_named_with_the_way_out(ray_session: Any, make_replica: Any) -> None:
-    from rewards.editreward.serve.fleet import Room, ServeError, place
+    from core.failures import ClusterError
+    from rewards.editreward.serve.fleet import Room, place
 
     plan = make_replica().plan
     with pytest.raises(
-        ServeError, match="2 replicas need 4 GPUs together, the cluster has 0; lower --replicas"
+        ClusterError, match="2 replicas .* needs 4 GPUs, the cluster has 0; .* lower --replicas"
     ):
         place([plan, replace(plan, index=1)], Room(2, 1.0, 2, 5.0))
     held = place([plan], Room(1, 10.0, 0, 30.0))
     try:
-        with pytest.raises(ServeError, match="no room for 1 replicas of 0 GPUs and 10 CPUs within 1 s"):
+        with pytest.raises(ClusterError, match="1 replicas of 0 GPUs and 10 CPUs found no room in 1 s"):
             place([plan], Room(1, 10.0, 0, 1.0))
     finally:
         held.close()
@@ -276,12 +277,13 @@ def test_a_cluster_without_room_is_named_with_the_way_out(ray_session: Any, make
 def test_what_goes_wrong_on_a_node_is_told_where_serve_was_started(
     ray_session: Any, make_replica: Any
 ) -> None:
-    from rewards.editreward.serve.fleet import Room, ServeError, check_host, place
+    from core.failures import ClusterError
+    from rewards.editreward.serve.fleet import Room, check_host, place
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         fleet = place([make_replica(port=taken.getsockname()[1]).plan], Room(1, 1.0, 0, 30.0))
         try:
-            with pytest.raises(ServeError, match="cannot listen .* give another --port, or 0"):
+            with pytest.raises(ClusterError, match="cannot listen .* give another --port, or 0"):
                 fleet.start()
         finally:
             fleet.close()
@@ -305,14 +307,15 @@ def test_each_replica_sees_the_cards_that_ray_gave_it(tmp_path: Path) -> None:
     script = f"""
         import sys, time, ray
         from rewards.editreward.serve.replicas import ReplicaPlan
-        from rewards.editreward.serve.fleet import Room, ServeError, place
+        from core.failures import ClusterError
+        from rewards.editreward.serve.fleet import Room, place
         ray.init(address="local", num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False)
         command = (sys.executable, {str(tmp_path / "server.py")!r})
         plans = [ReplicaPlan(i, command, {str(tmp_path)!r}, "127.0.0.1", 0, {{}}, 60, 3) for i in range(2)]
         fleet = place(plans, Room(2, 1.0, 2, 30.0))
         try:
             place(plans[:1], Room(1, 1.0, 1, 1.0))
-        except ServeError as error:
+        except ClusterError as error:
             print("refused", error, flush=True)
         fleet.start()
         seen = [[], []]
@@ -329,7 +332,9 @@ def test_each_replica_sees_the_cards_that_ray_gave_it(tmp_path: Path) -> None:
     )
     lines = done.stdout.splitlines()
     refused = next((line for line in lines if line.startswith("refused")), done.stderr[-2000:])
-    assert "no room for 1 replicas of 1 GPUs" in refused and "0 GPUs and 2 CPUs are free" in refused
+    assert (
+        "1 replicas of 1 GPUs and 1 CPUs found no room" in refused and "0 GPUs and 2 CPUs are free" in refused
+    )
     cards = [line.rpartition(" ")[2].split(",") for line in lines if line.startswith("engine")]
     assert [len(each) for each in cards] == [2, 2]
     assert {card for each in cards for card in each} == {"0", "1", "2", "3"}

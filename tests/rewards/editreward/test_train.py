@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from core.recipe import ConfigError
+from core.training.run import read_state
 from rewards.editreward.__main__ import main
 from rewards.editreward.config import load_recipe
 from rewards.editreward.settings import FILE
 from rewards.editreward.train.command import train
 from rewards.editreward.train.rank import TRAINABLE_FILE
-from rewards.editreward.train.run import read_state
+from rewards.editreward.train.run import TrainState
 from tests.rewards.editreward.editreward_data import make_base, make_recipe, make_samples, write_shards
 
 
@@ -77,7 +78,7 @@ def test_it_learns_its_training_edits_by_heart(overfitted, capsys):
     assert (overfitted.run_dir / "evaluation-train" / "calibration.png").is_file()
     losses = [r["train/loss"] for r in records(overfitted) if "train/loss" in r]
     assert len(losses) == 150 and losses[-1] < 0.05 < losses[0]
-    state = read_state(last_checkpoint(overfitted))
+    state = read_state(last_checkpoint(overfitted), TrainState)
     assert (state.step, state.best_step) == (150, 150)
 
 

@@ -17,8 +17,7 @@ from rewards import serve
 from rewards.base import RewardSpec
 from rewards.calling import RewardBatch, call_reward
 from rewards.loading import load_reward
-from rewards.serve import select_rewards
-from rl.recipe.schema import load_config
+from rewards.serve import load_served, select_rewards
 from tests.fakes.service_process import ROOT, Service, served, write_recipe
 
 WITHOUT = """
@@ -175,8 +174,8 @@ def test_the_rewards_of_all_stages_and_evaluations_are_served_once_and_here(tmp_
     service = {"urls": ["http://elsewhere:1"]}
     rules = {"name": "geneval_shapes", "params": {"credit": "strict"}, "label": "rules", "service": service}
     dense = {"name": "geneval_shapes", "weight": 0.0}
-    config = load_config(write_recipe(tmp_path, {"t2i": [rules, dense], "edit": [{"name": "edit_shapes"}]}))
-    config.evaluation.tasks = load_config(ROOT / "recipes/shapes/pdtr.yaml").evaluation.tasks
+    config = load_served(write_recipe(tmp_path, {"t2i": [rules, dense], "edit": [{"name": "edit_shapes"}]}))
+    config.evaluation.tasks = load_served(ROOT / "recipes/shapes/pdtr.yaml").evaluation.tasks
     trials = select_rewards(config, [])
     found = {trial.rewards[0].label or trial.rewards[0].name: trial for trial in trials}
     templates = {"geneval_shapes_template", "edit_shapes_template"}
@@ -193,7 +192,7 @@ def test_a_label_that_means_two_rewards_is_refused_where_it_is_served(tmp_path):
     recipe = write_recipe(
         tmp_path, {"t2i": [{"name": "geneval_shapes"}], "edit": [strict, {"name": "edit_shapes"}]}
     )
-    config = load_config(recipe)
+    config = load_served(recipe)
     with pytest.raises(
         ConfigError, match="'geneval_shapes' means geneval_shapes {} and geneval_shapes {'credit'"
     ):
@@ -202,7 +201,7 @@ def test_a_label_that_means_two_rewards_is_refused_where_it_is_served(tmp_path):
 
 
 def test_a_machine_without_the_prompts_still_serves(tmp_path, caplog):
-    config = load_config(write_recipe(tmp_path, {"t2i": [{"name": "geneval_shapes"}]}))
+    config = load_served(write_recipe(tmp_path, {"t2i": [{"name": "geneval_shapes"}]}))
     config.stages[0].prompts = "/absent/prompts.jsonl"
     (trial,) = select_rewards(config, [])
     assert trial.example_metadata == {} and "made-up prompt: /absent/prompts.jsonl" in caplog.text

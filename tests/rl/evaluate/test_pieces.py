@@ -8,15 +8,14 @@ import pytest
 from PIL import Image
 
 from core.prompts import Prompt
-from core.statistics import bootstrap_mean
+from core.statistics import bootstrap_mean, strata_bootstrap
 from rewards.base import RewardSpec
 from rewards.benchmarks.figures import Figure, image_mean
 from rewards.benchmarks.items import Item, ScoredItem
-from rewards.benchmarks.layouts import Grid, Numbered
+from rewards.benchmarks.layouts import Keyed, Numbered
 from rewards.benchmarks.registry import Part
 from rl.evaluate.cluster import make_placement
 from rl.evaluate.images import ImageStore
-from rl.evaluate.intervals import bootstrap_figure
 from rl.evaluate.plan import Batch, Plan, Sampling, item_sizes, make_batches, prompts_sha256
 from rl.evaluate.report import markdown, table_rows
 from rl.evaluate.scores import ImageScore, ScoreStore
@@ -89,17 +88,17 @@ def test_the_hash_of_prompts_knows_the_bytes_of_the_sources(tmp_path):
 def test_the_interval_of_one_group_is_the_bootstrap_of_a_mean():
     values = np.random.default_rng(0).random(40)
     expected = bootstrap_mean(values, resamples=500)
-    found = bootstrap_figure(Figure("x", {"": rows(values, weight=4.0)}, 160, 0), resamples=500)
+    found = strata_bootstrap([rows(values, weight=4.0)], resamples=500)
     assert found == pytest.approx((expected.low, expected.high))
 
 
 def test_the_interval_of_a_mean_over_groups_draws_within_each_group():
     """Two groups of no spread have no interval, however far apart they are; drawn together they would have one."""
     strata = {"a": rows([0.0] * 10), "b": rows([1.0] * 10)}
-    assert bootstrap_figure(Figure("x", strata, 20, 0), resamples=200) == (0.5, 0.5)
+    assert strata_bootstrap(strata.values(), resamples=200) == (0.5, 0.5)
     rng = np.random.default_rng(1)
     spread = {name: rows(rng.normal(size=50)) for name in "abc"}
-    low, high = bootstrap_figure(Figure("x", spread, 150, 0))
+    low, high = strata_bootstrap(spread.values())
     groups = [np.array([v for v, _ in spread[name]]) for name in "abc"]
     error = np.sqrt(sum(g.var() / len(g) for g in groups)) / 3
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.05)
@@ -108,10 +107,10 @@ def test_the_interval_of_a_mean_over_groups_draws_within_each_group():
 def test_prompts_weigh_by_their_pictures_and_missing_ones_not_at_all():
     heavy = Figure("x", {"": ((4.0, 4.0), (0.0, 1.0), (0.0, 0.0))}, 5, 0)
     assert heavy.value == 0.8
-    low, high = bootstrap_figure(heavy, resamples=2000)
+    low, high = strata_bootstrap(heavy.strata.values(), resamples=2000)
     assert (low, high) == (0.0, 1.0)
-    assert bootstrap_figure(Figure("x", {"a": rows([1.0]), "b": rows([1.0, 0.0])}, 3, 0)) == (None, None)
-    assert bootstrap_figure(Figure("x", {}, 0, 0)) == (None, None)
+    assert strata_bootstrap([rows([1.0]), rows([1.0, 0.0])]) == (None, None)
+    assert strata_bootstrap([]) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +150,7 @@ def pixels(count, side=4):
     return np.random.default_rng(count).integers(0, 255, (count, side, side, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("layout", [Numbered(), Grid()])
+@pytest.mark.parametrize("layout", [Numbered(), Keyed()])
 def test_a_committed_batch_is_laid_out_and_leaves_no_spool(tmp_path, batch, layout):
     store = ImageStore(layout, tmp_path / "images", 4, tmp_path / "spool")
     images = pixels(8)

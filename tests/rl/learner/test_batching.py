@@ -43,7 +43,6 @@ def test_the_invariants(seed):
     assert sorted(s for part in trained for s in map(_identity, part)) == sorted(map(_identity, samples))
     groups = Counter(group for part in trained for group in {s.group for s in part})
     assert set(groups.values()) <= {1}, "a group must not be split over updates"
-    assert len(batch.updates) + batch.skipped_updates == updates
     assert batch.num_samples == len(samples)
     assert len(batch.updates) == min(updates, len(groups))
 
@@ -53,7 +52,7 @@ def _identity(sample: SampleRef) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_order_of_landing_does_not_matter(seed):
+def test_the_order_of_arrival_does_not_matter(seed):
     rng = random.Random(seed)
     samples = random_samples(rng)
     shuffled = rng.sample(samples, len(samples))
@@ -86,7 +85,7 @@ def test_a_rank_without_samples_gets_padding_alone():
 def test_nothing_to_train_is_an_empty_batch():
     batch = make_train_batch([], 2, 3, 4)
     assert batch.updates == ()
-    assert (batch.skipped_updates, batch.num_samples) == (2, 0)
+    assert batch.num_samples == 0
 
 
 def test_unequal_numbers_of_steps_are_refused():

@@ -6,7 +6,8 @@ import time
 import pytest
 import ray
 
-from rl.learner.worker import LearnerGroup, LearnerLost
+from core.cluster.ranks import RankLost
+from rl.learner.worker import LearnerGroup
 
 
 class Rank:
@@ -36,10 +37,10 @@ class Rank:
 def test_a_dead_rank_ends_the_wait_for_the_others(ray_session, tmp_path):
     actors = [ray.remote(Rank).options(num_cpus=0.1).remote(rank) for rank in range(2)]
     group = LearnerGroup(actors, call_timeout_s=300, start_timeout_s=240)
-    with pytest.raises(LearnerLost, match=r"ranks \[1\] do not see .*file system that all nodes share"):
+    with pytest.raises(RankLost, match=r"ranks \[1\] do not see .*file system that all nodes share"):
         group.check_sees(tmp_path)
     started = time.monotonic()
-    with pytest.raises(LearnerLost, match="rank 1 died in begin_stage"):
+    with pytest.raises(RankLost, match="rank 1 died in begin_stage"):
         group.begin_stage()
     assert time.monotonic() - started < 200  # not the 300 s that the living rank would have taken
     for actor in actors:
@@ -49,6 +50,6 @@ def test_a_dead_rank_ends_the_wait_for_the_others(ray_session, tmp_path):
 def test_a_silent_rank_is_bounded_in_time(ray_session):
     actors = [ray.remote(Rank).options(num_cpus=0.1).remote(0)]
     group = LearnerGroup(actors, call_timeout_s=2, start_timeout_s=240)
-    with pytest.raises(LearnerLost, match="set_negative took longer than 2 s"):
+    with pytest.raises(RankLost, match="set_negative took longer than 2 s"):
         group.set_negative(None)
     ray.kill(actors[0])

@@ -8,12 +8,12 @@ from core.prompts import Prompt
 from models.components import load_transformer
 from models.lora.attach import adapter_parameters, attach_lora, load_adapter_state
 from rl.learner.batching import make_train_batch
-from rl.learner.rehearsal import Rehearsal, RehearsalPicture, draw_pictures, rank_share, rehearsal_prompts
+from rl.learner.rehearsal import Rehearsal, RehearsalPicture, SampledPicture, rank_share
 from rl.learner.stats import StatsAccumulator
 from rl.learner.worker import LearnerGroup, LearnerRank, LearnerSpec
-from rl.loop.collect import SampledPrompt
-from rl.loop.stage_parts import rehearsed_parts
+from rl.loop.rehearsal import draw_pictures, rehearsal_prompts
 from rl.recipe.schema import EmaConfig, RehearsalConfig, StageConfig, StagePartConfig, load_config
+from rl.recipe.stage_parts import rehearsed_parts
 from rollout.engine import RolloutEngine, SampleRequest
 from rollout.sampler import SamplingSpec
 from tests.fakes.tiny_models import make_tiny_folder
@@ -89,7 +89,7 @@ def test_all_ranks_run_as_many_micro_batches_of_one_size(samples, ranks, batches
 
 
 def test_ranks_share_the_pictures_and_none_goes_empty():
-    drawn = [SampledPrompt("t", row, "c") for row in range(5)]
+    drawn = [SampledPicture("t", row, "c") for row in range(5)]
     shares = [[p.row for p in rank_share(drawn, rank, 3)] for rank in range(3)]
     assert shares == [[0, 3], [1, 4], [2]]
     assert [rank_share(drawn[:1], rank, 2) for rank in range(2)] == [drawn[:1]] * 2
@@ -192,7 +192,7 @@ def test_two_ranks_rehearse_their_shares(folder, ray_session, stage):
         own = conditioning(f"old {i}", reference=True)
         ode = SamplingSpec(4, 0.0, 1.0, variant="ode")
         _, trajectory, _ = engine.sample(SampleRequest(i, 0, (i,), ()), ode, None, [own])
-        drawn.append(SampledPrompt(ray.put(trajectory), 0, ray.put(own)))
+        drawn.append(SampledPicture(ray.put(trajectory), 0, ray.put(own)))
     group.rehearse(RehearsalConfig(1.0, samples=4), drawn)
     found = []
     for first in (0, 2):
@@ -239,7 +239,7 @@ def test_a_run_rehearses_and_resumes_to_the_same(tmp_path, ray_session):
 
 def test_a_run_whose_old_prompts_cannot_be_sampled_says_so(tmp_path):
     class Nothing:
-        def sample_prompts(self, *args):
+        def sample(self, *args, **kwargs):
             return []
 
     config = load_config(tiny_recipe(tmp_path), ["stages[1].rehearsal={beta: 1.0, num_prompts: 4}"])

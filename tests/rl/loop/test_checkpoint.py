@@ -4,7 +4,8 @@ import logging
 
 import pytest
 
-from core.recipe import ConfigError
+from core.recipe import ConfigError, to_yaml
+from rewards.recipe import RewardConfig, ServiceConfig, StagePartConfig
 from rl.loop.checkpoint import (
     FOLDER,
     CheckpointError,
@@ -14,8 +15,8 @@ from rl.loop.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from rl.loop.state import RunState, StageProgress
-from rl.recipe.schema import RewardConfig, RunConfig, ServiceConfig, StageConfig, StagePartConfig, to_yaml
+from rl.recipe.schema import RunConfig, StageConfig
+from rl.record.state import RunState, StageProgress
 
 
 class FileLearner:
@@ -63,12 +64,13 @@ def test_a_checkpoint_holds_all_its_parts(tmp_path):
     assert find_checkpoint(tmp_path, str(folder)) == folder
 
 
-def test_the_state_survives_json():
+def test_the_state_survives_a_checkpoint(tmp_path):
     full = RunState(
         1, 12, 13, 400, 3.5, 2, 1,
         [StageProgress("edit", 8, 2.0, 0.25, 256, 3), StageProgress("t2i", 4, 1.5, None, 128, 0)],
     )  # fmt: skip
-    assert RunState.from_json(full.to_json()) == full
+    folder = save_checkpoint(tmp_path, full, "", FileLearner("w"), write_adapter, border=False)
+    assert read_state(folder) == full
 
 
 def test_a_kill_while_writing_leaves_the_older_checkpoint(tmp_path):

@@ -12,8 +12,7 @@ import yaml
 from core.prompts import load_prompts
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
-from rl.loop.stage_parts import stage_parts, steps_of
-from rl.loop.turns import Turns
+from rl.loop.schedule import StageSchedule
 from rl.recipe.plan import describe_run
 from rl.recipe.preflight import preflight
 from rl.recipe.reward_plan import reward_lines
@@ -26,6 +25,7 @@ from rl.recipe.schema import (
     StagePartConfig,
     load_config,
 )
+from rl.recipe.stage_parts import stage_parts, steps_of
 from rl.record.evaluation import TaskScores
 from rl.record.results import RunResults
 from rl.report.curves import drawn_panels
@@ -92,8 +92,8 @@ def joint_recipe(folder: Path) -> Path:
 
 def test_parts_take_turns_and_each_visits_its_own_prompts_without_a_gap():
     config = joint_config()
-    turns = Turns(config.stages[0], config)
-    assert [turns.of(step).part.label for step in range(5)] == [
+    schedule = StageSchedule(config.stages[0], config)
+    assert [schedule.part(step).part.label for step in range(5)] == [
         "joint.edit", "joint.t2i", "joint.edit", "joint.t2i", "joint.edit"
     ]  # fmt: skip
     for number, task in enumerate(PARTS):
@@ -101,10 +101,10 @@ def test_parts_take_turns_and_each_visits_its_own_prompts_without_a_gap():
         own = load_prompts(prompts(task), task)
         for step in range(3):
             expected = alone.groups(own, step)
-            found = turns.groups(2 * step + number)
+            found = schedule.groups(2 * step + number)
             assert [g.prompt for g in found] == [g.prompt for g in expected]
             assert [g.seeds for g in found] == [g.seeds for g in expected]
-    ids = [group.id for step in range(6) for group in turns.groups(step)]
+    ids = [group.id for step in range(6) for group in schedule.groups(step)]
     assert ids == list(range(18)), "a group's number names it within the stage"
 
 
@@ -114,20 +114,20 @@ def test_a_stage_of_one_task_samples_what_it_always_did():
     expected = GroupSampler(1024, 3, 4, config.seed, "edit")
     own = load_prompts(prompts("edit"), "edit")
     for step in range(4):
-        assert Turns(stage, config).groups(step) == expected.groups(own, step)
+        assert StageSchedule(stage, config).groups(step) == expected.groups(own, step)
 
 
 def test_each_parts_rewards_are_watched_apart():
     config = joint_config()
-    turns = Turns(config.stages[0], config)
-    assert turns.of(0).monitor is turns.of(2).monitor is not turns.of(1).monitor
+    schedule = StageSchedule(config.stages[0], config)
+    assert schedule.part(0).monitor is schedule.part(2).monitor is not schedule.part(1).monitor
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(2, [1, 1]), (5, [3, 2]), (8, [4, 4])])
 def test_steps_are_shared_out(steps, expected):
     stage = joint_stage(steps)
-    turns = Turns(stage, joint_config(steps))
-    counted = [sum(turns.of(s).part == part for s in range(steps)) for part in stage_parts(stage)]
+    schedule = StageSchedule(stage, joint_config(steps))
+    counted = [sum(schedule.part(s).part == part for s in range(steps)) for part in stage_parts(stage)]
     assert [steps_of(stage, part) for part in range(2)] == counted == expected
 
 

@@ -8,11 +8,11 @@ from core.prompts import Prompt
 from rewards.scoring import GroupScore
 from rl.learner.gate import LogProbGaps
 from rl.learner.stats import UpdateStats
-from rl.loop.collect import Chunk, SampledGroup
-from rl.loop.step import make_batch, reward_metrics, stage_learning_rate, update_metrics
+from rl.loop.schedule import stage_learning_rate
+from rl.loop.step import make_batch, reward_metrics, update_metrics
 from rl.recipe.schema import LearnerConfig, RunConfig
 from rl.record.metric_table import find_metric
-from rollout.prompts import PromptGroup
+from rl.workers.requests import Chunk, RolloutRequest, RolloutResult
 
 
 def config(**learner) -> RunConfig:
@@ -32,13 +32,12 @@ def scored(group_id, rewards, *, mask=None, dropped=False, components=None, step
 
 def sampled(group_id, size, score, steps=(0, 1, 2, 3)):
     """A group in chunks of 2."""
-    group = PromptGroup(
-        group_id, 0, Prompt(0, "t2i", "x"), tuple(range(100 * group_id, 100 * group_id + size))
-    )
+    seeds = tuple(range(100 * group_id, 100 * group_id + size))
+    request = RolloutRequest(group_id, (Prompt(0, "t2i", "x"),), seeds, steps)
     chunks = tuple(
         Chunk(first, min(2, size - first), f"t{group_id}.{first}", None) for first in range(0, size, 2)
     )
-    return SampledGroup(group, steps, f"c{group_id}", chunks, score)
+    return RolloutResult(request, (f"c{group_id}",), chunks, score)
 
 
 def trained(batch):
@@ -56,7 +55,7 @@ def test_samples_point_to_their_row_and_carry_their_advantage():
     assert advantages.used.all()
 
 
-def test_the_order_of_landing_does_not_matter():
+def test_the_order_of_arrival_does_not_matter():
     groups = [scored(g, [0.1 * g, 0.5, 0.9, 0.2]) for g in (5, 2, 9)]
     assert make_batch(groups, config())[0] == make_batch(groups[::-1], config())[0]
 

@@ -27,7 +27,7 @@ def _no_job(monkeypatch):
 
 
 def problems_of(recipe: Path, *overrides: str) -> list[str]:
-    return preflight(load_config(recipe, list(overrides))).problems
+    return preflight(load_config(recipe, list(overrides), defer_values=True)).problems
 
 
 def test_a_sound_recipe_passes_with_its_rewards(recipe):
@@ -58,7 +58,7 @@ def test_a_sound_recipe_passes_with_its_rewards(recipe):
         ("stages[0].prompts=/absent/edit.jsonl", "/absent/edit.jsonl: cannot be read"),
         ("evaluation.tasks[0].num_prompts=7", "edit.jsonl holds 6 prompts, num_prompts=7 asks for more"),
         ("stages[1].rewards[0].name=geneval_shapez", "reward 'geneval_shapez' is not built in: did you mean"),
-        ("stages[1].rewards[0].timeout_s=0", "timeout_s is 0"),
+        ("stages[1].rewards[0].timeout_s=0", "stages[1].rewards[0].timeout_s=0 must be above 0"),
         (
             "stages[1].rewards[0].service.urls=[localhost:8100]",
             "service.urls: localhost:8100: write it as http://",
@@ -82,8 +82,8 @@ def test_metaquery_needs_its_vlm_and_kontext_has_none(recipe, tmp_path):
     assert problem.startswith("model.vlm: /absent: no such folder")
     make_tiny_conditioner(llm_hidden_size=32, joint_attention_dim=20).save_pretrained(folder / "conditioner")
     problems = problems_of(recipe, f"model.path={folder}", f"model.vlm={vlm}", "model.position_mode=rope")
-    for part in ("model.position_mode='rope': choose", "llm_hidden_size=32, but hidden_size of",
-                 "joint_attention_dim=20, but joint_attention_dim of"):  # fmt: skip
+    for part in ("model.position_mode='rope' is not one of", "its llm_hidden_size is 32, model.vlm has",
+                 "its joint_attention_dim is 20, model.path has"):  # fmt: skip
         assert sum(part in problem for problem in problems) == 1, problems
     assert len(problems) == 3
 
@@ -137,8 +137,8 @@ def test_everything_wrong_is_told_at_once(recipe, tmp_path):
         "stages[1].steps=0",
     )
     expected = [
+        "stages[1].steps=0 must be at least 1",
         "ODE steps, which have no log-probability and cannot be trained",
-        "stage 't2i': steps=0",
         "LoRA targets match no linear layer of this transformer: nowhere",
         f"reference image {tmp_path}/broken.png of prompt 0 is unreadable",
         "reference image data:image/png;base64,AAAA of prompt 1 is unreadable",
@@ -154,7 +154,7 @@ def test_everything_wrong_is_told_at_once(recipe, tmp_path):
 
 def test_an_unknown_task_is_told_once(recipe):
     (problem, gap) = problems_of(recipe, "stages[0].task=video")
-    assert problem.startswith("stage 'edit': task='video' must be 'edit' or 't2i'")
+    assert problem.startswith("stages[0].task='video' is not one of edit, t2i, joint")
     assert gap.startswith("stage 'edit' trains video, of which evaluation.tasks holds no prompts")
 
 

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from core.recipe import ConfigError
-from rl.recipe.schema import RunConfig, load_config, to_yaml
+from core.recipe import ConfigError, to_yaml
+from rl.recipe.schema import RunConfig, load_config
 
 RECIPE = {
     "name": "small",

@@ -1,6 +1,7 @@
 """Grids show every sample at its stated place, and the sheet compares like with like."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_large_images_are_shrunk_with_their_aspect_ratio(tmp_path: Path) -> None
 
 
 def test_the_grid_reaches_tensorboard(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
+    with closing(MetricsWriter(tmp_path)) as writer:
         for step in (1, 2):
             path = tmp_path / "samples" / "t2i" / f"step_{step:06d}.png"
             save_grid(samples(2), path, step=step, stage="t2i", log_image=writer.log_image)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_records_hold_what_was_logged(tmp_path: Path) -> None:
         "policy/version": 3,
         "reward/judge/mean": None,
     }
-    with MetricsWriter(tmp_path) as writer:
+    with closing(MetricsWriter(tmp_path)) as writer:
         writer.log(values, step=4, stage="t2i", stage_step=1)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     record = json.loads(line)
@@ -51,7 +52,7 @@ def test_records_hold_what_was_logged(tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_the_same_numbers_as_one_run_per_stage(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
+    with closing(MetricsWriter(tmp_path)) as writer:
         log_steps(writer, range(1, 6))
     shown = [(event.step, event.value) for event in board(tmp_path, "edit").Scalars("reward/mean")]
     shown += [(event.step, event.value) for event in board(tmp_path, "t2i").Scalars("reward/mean")]
@@ -64,7 +65,7 @@ def test_values_that_are_not_finite_become_null_and_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = {"loss/total": math.nan, "optimizer/grad_norm": torch.tensor(math.inf), "reward/mean": 1.0}
-    with MetricsWriter(tmp_path) as writer, caplog.at_level(logging.WARNING):
+    with closing(MetricsWriter(tmp_path)) as writer, caplog.at_level(logging.WARNING):
         writer.log(values, step=1, stage="edit", stage_step=1)
     (record,) = read_records(tmp_path / "metrics.jsonl")
     assert record["loss/total"] is None and record["optimizer/grad_norm"] is None
@@ -74,7 +75,10 @@ def test_values_that_are_not_finite_become_null_and_are_counted(
 
 
 def test_an_undeclared_name_writes_nothing(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match="did you mean reward/mean"):
+    with (
+        closing(MetricsWriter(tmp_path)) as writer,
+        pytest.raises(ValueError, match="did you mean reward/mean"),
+    ):
         writer.log({"loss/total": 1.0, "reward/meen": 1.0}, step=1, stage="edit", stage_step=1)
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -82,10 +86,10 @@ def test_an_undeclared_name_writes_nothing(tmp_path: Path) -> None:
 def test_resume_after_a_kill_equals_a_run_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with MetricsWriter(tmp_path / "straight") as writer:
+    with closing(MetricsWriter(tmp_path / "straight")) as writer:
         log_steps(writer, range(1, 7))
     folder = tmp_path / "killed"
-    with MetricsWriter(folder) as writer:
+    with closing(MetricsWriter(folder)) as writer:
         log_steps(writer, range(1, 3))
         log_steps(writer, range(3, 6), offset=100.0)
     with open(folder / "metrics.jsonl", "a") as file:
@@ -93,7 +97,7 @@ def test_resume_after_a_kill_equals_a_run_without_one(
     # TensorBoard orders its files by the second they were opened in, so the resumed run starts in another.
     later = time.time() + 60
     monkeypatch.setattr(time, "time", lambda: later)
-    with MetricsWriter(folder, resume_step=2) as writer:
+    with closing(MetricsWriter(folder, resume_step=2)) as writer:
         log_steps(writer, range(3, 7))
 
     def timeless(path: Path) -> list[dict[str, object]]:
@@ -108,7 +112,7 @@ def test_resume_after_a_kill_equals_a_run_without_one(
 
 
 def test_a_fresh_writer_refuses_a_used_folder(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
+    with closing(MetricsWriter(tmp_path)) as writer:
         log_steps(writer, range(1, 2))
     with pytest.raises(FileExistsError, match="resume that run"):
         MetricsWriter(tmp_path)

@@ -58,7 +58,7 @@ def test_a_reward_of_weight_0_is_a_second_opinion_on_every_change(results):
     results.config.evaluation.tasks[0].rewards = [RewardConfig("shapes"), second]
     for moment, values in (("before", [0.5, 0.5]), ("after_edit", [0.5, 0.7]), ("after_t2i", [0.4, None])):
         results.moments[moment]["edit"].components["edit_shapes_template"] = values
-    assert list(results.second_opinions(-1, 0)) == ["edit/edit_shapes_template"]
-    assert results.second_opinions(-1, 0)["edit/edit_shapes_template"].mean == pytest.approx(0.1)
-    over_all = results.second_opinions(-1, 1)["edit/edit_shapes_template"]
+    assert list(results.independent_changes(-1, 0)) == ["edit/edit_shapes_template"]
+    assert results.independent_changes(-1, 0)["edit/edit_shapes_template"].mean == pytest.approx(0.1)
+    over_all = results.independent_changes(-1, 1)["edit/edit_shapes_template"]
     assert over_all.mean == pytest.approx(-0.1) and over_all.missing == 1

@@ -8,12 +8,12 @@ import numpy as np
 from core.files import atomic_write_json
 from core.spans import Span
 from core.statistics import paired_bootstrap
-from rl.loop.state import RunState, StageProgress
 from rl.recipe.schema import EvaluationTaskConfig, RewardConfig, RunConfig, StageConfig
 from rl.record.evaluation import TaskScores
 from rl.record.gallery import GallerySample
 from rl.record.groups import GroupRecord
 from rl.record.journal import Journal
+from rl.record.state import RunState, StageProgress
 from rl.record.summary import RunSummary
 
 PROMPTS = 12

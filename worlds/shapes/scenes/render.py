@@ -1,4 +1,4 @@
-"""Antialiased drawing of scenes in numpy.
+"""Antialiased drawing of scenes in numpy, and PIL pictures as arrays of that form.
 
 An object is a small coverage mask (a sprite) blended over the background. Masks are made once for each shape
 and sub-pixel offset and kept, so a scene costs a few tens of microseconds.
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
 
 from worlds.shapes.scenes.world import BACKGROUNDS, COLORS, SIZE, Scene, Shape
 
@@ -97,3 +98,16 @@ def silhouette(item: Shape) -> np.ndarray:
     canvas = np.zeros((SIZE, SIZE, 3), np.float32)
     _blend(canvas, item, np.ones(3, np.float32))
     return canvas[..., 0] >= 0.5
+
+
+def stack(images: Sequence[Image.Image]) -> np.ndarray:
+    """Pictures as uint8 [B, H, W, 3]. Raises ValueError for a size that is not the world's."""
+    for index, image in enumerate(images):
+        if image.size != (SIZE, SIZE):
+            raise ValueError(
+                f"image {index} is {image.width} x {image.height} px, the shapes world {SIZE} x {SIZE}; "
+                "set the recipe's height and width to that"
+            )
+    if not images:
+        return np.empty((0, SIZE, SIZE, 3), np.uint8)
+    return np.stack([np.asarray(image.convert("RGB"), np.uint8) for image in images])

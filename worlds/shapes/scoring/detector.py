@@ -73,9 +73,9 @@ class Detected:
     def classify_color(self, class_name: str, detections: Sequence[Detection]) -> list[str]:
         """The named colour nearest to each detection's own, as GenEval's rules ask for it."""
         if class_name == "background":
-            return [_nearest(self.picture.background, BACKGROUNDS) for _ in detections]
+            return [nearest(self.picture.background, BACKGROUNDS) for _ in detections]
         by_box = {component.box: component.color for component in self.picture.components}
-        return [_nearest(by_box[detection.box], COLORS) for detection in detections]
+        return [nearest(by_box[detection.box], COLORS) for detection in detections]
 
 
 def detect(images: np.ndarray) -> list[Detected]:
@@ -96,5 +96,6 @@ def _detections(picture: Picture) -> dict[str, list[Detection]]:
     return found
 
 
-def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
+def nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
+    """The name of the nearest RGB colour."""
     return min(names, key=lambda name: float(np.linalg.norm(color - names[name])))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from rewards.base import RewardOutput
 from rewards.geneval import evaluate
-from rewards.geneval.credits import check_credit, geneval_output
+from rewards.geneval.rewards import check_credit, geneval_output
 from worlds.shapes.scenes.edits import Edit
-from worlds.shapes.scenes.pictures import stack
+from worlds.shapes.scenes.render import stack
+from worlds.shapes.scenes.world import Scene
 from worlds.shapes.scoring.components import analyse
 from worlds.shapes.scoring.detector import detect
-from worlds.shapes.scoring.verifier import verify
+from worlds.shapes.scoring.verifier import EditScore, verify
 
 
 class GenEvalShapes:
@@ -36,12 +38,15 @@ class GenEvalShapes:
         references: Sequence[Image.Image | None],
         metadata: Sequence[Mapping[str, Any]],
     ) -> RewardOutput:
-        found = detect(stack(images))
         results = [
             evaluate(record, item.detections, classify_color=item.classify_color)
-            for record, item in zip(metadata, found, strict=True)
+            for record, item in zip(metadata, self.find(stack(images)), strict=True)
         ]
         return geneval_output(results, self.credit)
+
+    def find(self, images: np.ndarray) -> Sequence[Any]:
+        """What each picture of uint8 [B, H, W, 3] holds: `detections`, and `classify_color` for them."""
+        return detect(images)
 
 
 class EditShapes:
@@ -59,11 +64,9 @@ class EditShapes:
         references: Sequence[Image.Image | None],
         metadata: Sequence[Mapping[str, Any]],
     ) -> RewardOutput:
-        pictures = analyse(stack(images))
-        judged = [
-            verify(picture, *Edit.from_json(record.get("edit", {})))
-            for record, picture in zip(metadata, pictures, strict=True)
-        ]
+        pictures = stack(images)
+        edits = [Edit.from_json(record.get("edit", {})) for record in metadata]
+        judged = self.judge(pictures, edits)
         return RewardOutput(
             scores=[item.score for item in judged],
             components={
@@ -71,3 +74,7 @@ class EditShapes:
                 "preservation": [item.preservation for item in judged],
             },
         )
+
+    def judge(self, images: np.ndarray, edits: Sequence[tuple[Edit, Scene]]) -> list[EditScore]:
+        """Grades of results, uint8 [B, H, W, 3], each by its edit and source scene."""
+        return [verify(picture, *edit) for picture, edit in zip(analyse(images), edits, strict=True)]

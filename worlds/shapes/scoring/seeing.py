@@ -16,7 +16,14 @@ from worlds.shapes.scenes.instructions import parse_caption, parse_edit
 from worlds.shapes.scenes.render import centroid
 from worlds.shapes.scenes.world import BACKGROUNDS, COLORS, SHAPES, SIZE, Scene, Shape
 from worlds.shapes.scoring.components import Component, Picture, analyse, prototypes
-from worlds.shapes.scoring.detector import TOLERANCE, background_score, color_score, detect, shape_scores
+from worlds.shapes.scoring.detector import (
+    TOLERANCE,
+    background_score,
+    color_score,
+    detect,
+    nearest,
+    shape_scores,
+)
 from worlds.shapes.scoring.verifier import EditScore, verify
 
 
@@ -30,7 +37,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def scene_in(picture: Picture) -> Scene:
     """The scene that a clean picture shows: each component as its likeliest shape and nearest colour."""
-    background = _nearest(picture.background, BACKGROUNDS)
+    background = nearest(picture.background, BACKGROUNDS)
     return Scene(background, tuple(_object(component) for component in picture.components))
 
 
@@ -65,11 +72,7 @@ def _object(component: Component) -> Shape:
     misfit = (((component.moments - prototypes()[0]) / TOLERANCE) ** 2).sum(axis=1)
     shape = SHAPES[int(misfit.argmin())]
     x, y = centroid(Shape(shape, "red", 0.0, 0.0))
-    return Shape(shape, _nearest(component.color, COLORS), component.x - x, component.y - y)
-
-
-def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
-    return min(names, key=lambda name: float(np.linalg.norm(color - names[name])))
+    return Shape(shape, nearest(component.color, COLORS), component.x - x, component.y - y)
 
 
 def _mean(values: Sequence[float]) -> float:

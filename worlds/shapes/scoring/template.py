@@ -1,7 +1,7 @@
 """The second scorer: template matching against the renderer, for evaluation only.
 
 A gain that training shows could be an exploit of its own reward's detector. So evaluation scores both tasks
-again by another method, which shares no code with the detector and the verifier: every shape in every colour
+again by another method, which shares nothing with the detector and the verifier: every shape in every colour
 at every place is a hypothesis that predicts pixels, drawn by the renderer, and the best predictions win. No
 smoothing, components or moments, and for edits no partial likeness: an object is found or it is not.
 """
@@ -9,22 +9,19 @@ smoothing, components or moments, and for edits no partial likeness: an object i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
-from rewards.base import RewardOutput
-from rewards.geneval import Detection, evaluate
-from rewards.geneval.credits import check_credit, geneval_output
+from rewards.geneval import Detection
 from worlds.shapes.scenes.edits import Edit
-from worlds.shapes.scenes.pictures import stack
 from worlds.shapes.scenes.render import HALF_EXTENT, SPRITE_RADIUS, sprite
 from worlds.shapes.scenes.world import BACKGROUNDS, COLORS, SHAPES, SIZE, Scene, Shape
+from worlds.shapes.scoring.rewards import EditShapes, GenEvalShapes
+from worlds.shapes.scoring.verifier import EditScore
 
 FIRST, LAST = 4, 28
 """Range of whole-pixel centres that are searched, both ends included."""
@@ -74,6 +71,7 @@ class Matched:
     background_share: float
     objects: tuple[Match, ...]
 
+    @property
     def detections(self) -> dict[str, list[Detection]]:
         """In the form that GenEval's rules read."""
         found: dict[str, list[Detection]] = {}
@@ -164,8 +162,8 @@ def _explained(
     return 1.0 - float(error / (seen**2)[around].sum())
 
 
-def judge_edit(matched: Matched, edit: Edit, source: Scene) -> tuple[float, float]:
-    """(instruction, preservation) of an edit's result; objects count as found or not."""
+def judge_edit(matched: Matched, edit: Edit, source: Scene) -> EditScore:
+    """Grades of an edit's result; objects count as found or not."""
     found = [item for item in matched.objects if item.confidence > FOUND]
     kept = [item for i, item in enumerate(source.objects) if i != edit.index]
     preserved = [_find(found, item, anywhere=False) for item in kept]
@@ -180,7 +178,7 @@ def judge_edit(matched: Matched, edit: Edit, source: Scene) -> tuple[float, floa
     preservation = float(np.mean(preserved)) if preserved else 1.0
     if not edit.background:
         preservation *= background == source.background
-    return instruction, preservation * 0.5 ** len(found)
+    return EditScore(instruction, preservation * 0.5 ** len(found))
 
 
 def _find(found: list[Match], item: Shape, *, anywhere: bool) -> bool:
@@ -193,47 +191,17 @@ def _find(found: list[Match], item: Shape, *, anywhere: bool) -> bool:
     return False
 
 
-class TemplateGenEval:
-    """GenEval on the objects that template matching finds; `credit` as in `GenEvalShapes`."""
+class TemplateGenEval(GenEvalShapes):
+    """GenEval on the objects that template matching finds."""
 
-    def __init__(self, credit: str = "dense") -> None:
-        self.credit = check_credit(credit)
-
-    def score(
-        self,
-        *,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        references: Sequence[Image.Image | None],
-        metadata: Sequence[Mapping[str, Any]],
-    ) -> RewardOutput:
-        found = [match(image) for image in stack(images)]
-        results = [
-            evaluate(record, item.detections(), classify_color=item.classify_color)
-            for record, item in zip(metadata, found, strict=True)
-        ]
-        return geneval_output(results, self.credit)
+    def find(self, images: np.ndarray) -> Sequence[Matched]:
+        """See `GenEvalShapes.find`."""
+        return [match(image) for image in images]
 
 
-class TemplateEdit:
+class TemplateEdit(EditShapes):
     """Edits judged by template matching: instruction x preservation, as in `EditShapes` but found or not."""
 
-    def score(
-        self,
-        *,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        references: Sequence[Image.Image | None],
-        metadata: Sequence[Mapping[str, Any]],
-    ) -> RewardOutput:
-        judged = [
-            judge_edit(match(image), *Edit.from_json(record.get("edit", {})))
-            for record, image in zip(metadata, stack(images), strict=True)
-        ]
-        return RewardOutput(
-            scores=[instruction * preservation for instruction, preservation in judged],
-            components={
-                "instruction": [instruction for instruction, _ in judged],
-                "preservation": [preservation for _, preservation in judged],
-            },
-        )
+    def judge(self, images: np.ndarray, edits: Sequence[tuple[Edit, Scene]]) -> list[EditScore]:
+        """See `EditShapes.judge`."""
+        return [judge_edit(match(image), *edit) for image, edit in zip(images, edits, strict=True)]

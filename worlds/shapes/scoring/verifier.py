@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -36,8 +36,7 @@ SURPLUS_FACTOR = 0.5
 """Preservation is multiplied by this for each object that nobody asked for."""
 
 
-@dataclass(frozen=True)
-class EditScore:
+class EditScore(NamedTuple):
     """`instruction`: how far the edit was carried out; `preservation`: how far the rest is as it was."""
 
     instruction: float

@@ -8,8 +8,6 @@ table. Two ceilings stand beside the scores: right pictures as rendered (`truth`
 """
 
 import argparse
-import asyncio
-import inspect
 import json
 import sys
 from collections import defaultdict
@@ -26,22 +24,17 @@ from PIL import Image
 from torch import Tensor
 
 from core.seeds import numpy_generator
+from core.statistics import bootstrap_mean
 from core.training.randomness import torch_generator
-from models.components import (
-    check_model_folder,
-    is_metaquery_folder,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-)
+from models.components import load_scheduler, load_transformer, load_vae
+from models.conditioning import ConditioningBatch
 from models.kontext import KontextTransformer
 from models.latents import decode_latents, encode_images
-from models.metaquery.config import check_metaquery
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import POSITION_MODES, PositionMode
-from models.sampling import sample_latents
-from models.text import SD3TextEncoder
-from rewards.base import RewardOutput
+from models.preflight import model_problems
+from models.sampling import sample_latents, sigma_table
+from models.text import SD3TextEncoder, stack_embeds
 from worlds.shapes.scenes.captions import sample_t2i
 from worlds.shapes.scenes.edits import sample_edit
 from worlds.shapes.scenes.render import render_batch
@@ -97,11 +90,11 @@ def heldout_questions(task: str, count: int, seed: int = 0) -> list[Question]:
     return questions
 
 
-def bootstrap_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean over prompts."""
-    draws = np.random.default_rng(seed).integers(len(scores), size=(_RESAMPLES, len(scores)))
-    low, high = np.percentile(scores[draws].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+def mean_interval(scores: np.ndarray) -> tuple[float, float, float]:
+    """Mean, and its 95 % bootstrap interval over prompts; of one score, the score."""
+    found = bootstrap_mean(scores, resamples=_RESAMPLES)
+    mean = float(scores.mean())
+    return mean, mean if found.low is None else found.low, mean if found.high is None else found.high
 
 
 class Base:
@@ -151,43 +144,28 @@ class Base:
         if isinstance(self.encoder, MetaQueryEncoder):
             shown = sources and "vlm" in self.references
             pictures = [Image.fromarray(picture) for picture in render_batch(sources)] if shown else None
-            items = self.encoder.encode(prompts, pictures)
-        else:
-            items = self.encoder.encode(prompts)
-        return (
-            torch.stack([item.prompt_embeds for item in items]),
-            torch.stack([item.pooled_prompt_embeds for item in items]),
-        )
+            return stack_embeds(self.encoder.encode(prompts, pictures))
+        return stack_embeds(self.encoder.encode(prompts))
 
     def draw(self, questions: list[Question], guidance: float, steps: int, seed: int = 0) -> np.ndarray:
         """uint8 pictures [N, H, W, 3]; the noise of a question depends on the seed and its place alone."""
         pictures = []
+        sigmas = sigma_table(self.scheduler, steps)
         side = self.transformer.config["sample_size"]
+        shape = (self.transformer.config["in_channels"], side, side)
         for start in range(0, len(questions), _BATCH):
             batch = questions[start : start + _BATCH]
-            noise = torch.stack(
-                [
-                    torch.randn(
-                        self.transformer.config["in_channels"], side, side,
-                        generator=torch_generator(seed, start + i, _NOISE_STREAM),
-                    )
-                    for i in range(len(batch))
-                ]
-            )  # fmt: skip
+            generators = [torch_generator(seed, start + i, _NOISE_STREAM) for i in range(len(batch))]
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
             sources = [question.source for question in batch if question.source is not None]
             shown = sources and "transformer" in self.references
             references = encode_images(self.vae, to_tensor(sources)) if shown else None
-            prompt = self.embed([question.prompt for question in batch], sources)
-            latents = sample_latents(
-                self.transformer,
-                self.scheduler,
-                noise,
-                prompt,
-                self.embed([""] * len(batch), sources) if guidance != 1 else prompt,
+            prompts = ConditioningBatch(
+                *self.embed([question.prompt for question in batch], sources),
                 references,
-                guidance=guidance,
-                steps=steps,
+                *(self.embed([""] * len(batch), sources) if guidance != 1 else ()),
             )
+            latents = sample_latents(self.transformer, sigmas, noise, prompts, guidance)
             pictures.append(decode_latents(self.vae, latents).numpy())
         return np.concatenate(pictures)
 
@@ -198,38 +176,23 @@ class Base:
 
 
 def score(task: str, questions: list[Question], pictures: np.ndarray) -> np.ndarray:
-    """The world's reward for each picture. Raises RuntimeError where one could not be scored."""
+    """The world's reward for each picture."""
     reward = GenEvalShapes() if task == "t2i" else EditShapes()
-    references = [
-        None if question.source is None else Image.fromarray(render_batch([question.source])[0])
-        for question in questions
-    ]
-    output: Any = reward.score(
+    output = reward.score(
         images=[Image.fromarray(picture) for picture in pictures],
         prompts=[question.prompt for question in questions],
-        references=references,
+        references=[None] * len(questions),
         metadata=[question.metadata for question in questions],
     )
-    if inspect.isawaitable(output):
-        output = asyncio.run(_wait(output))
-    scores = output.scores if isinstance(output, RewardOutput) else output
-    missing = [index for index, value in enumerate(scores) if value is None]
-    if missing:
-        raise RuntimeError(f"{task}: pictures {missing[:5]} were not scored")
-    return np.asarray(scores, dtype=np.float64)
-
-
-async def _wait(output: Any) -> Any:
-    return await output
+    return np.asarray(output.scores, dtype=np.float64)
 
 
 def summarise(task: str, setting: str, questions: list[Question], scores: np.ndarray) -> Result:
-    low, high = bootstrap_interval(scores)
     groups = defaultdict(list)
     for question, value in zip(questions, scores, strict=True):
         groups[question.group].append(value)
     means = {name: float(np.mean(values)) for name, values in sorted(groups.items())}
-    return Result(task, setting, len(scores), float(scores.mean()), low, high, means)
+    return Result(task, setting, len(scores), *mean_interval(scores), means)
 
 
 def evaluate(
@@ -270,24 +233,19 @@ def as_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def _problems(base: str, vlm: str | None, references: Sequence[str]) -> list[str]:
-    metaquery = is_metaquery_folder(base)
-    if metaquery != (vlm is not None):
-        return [
-            f"{base} has {'a' if metaquery else 'no'} conditioner/: {'give' if metaquery else 'leave out'} --vlm"
-        ]
-    if vlm is None:
-        hidden = ["--references: without a VLM the transformer alone can be shown the picture to edit"]
-        return check_model_folder(base) + ([] if "transformer" in references else hidden)
-    return check_metaquery(base, vlm)
+def _problems(base: Path, vlm: Path | None, references: Sequence[str]) -> list[str]:
+    problems = model_problems(base, vlm, model_key="BASE", vlm_key="--vlm")
+    if vlm is None and "transformer" not in references:
+        problems.append("--references: without a VLM the transformer alone can be shown the picture to edit")
+    return problems
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m worlds.shapes.training.evaluate", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("base", help="model folder in the released layout")
-    parser.add_argument("--vlm", help="folder of the Qwen2.5-VL of a MetaQuery base")
+    parser.add_argument("base", type=Path, metavar="BASE", help="model folder in the released layout")
+    parser.add_argument("--vlm", type=Path, help="folder of the Qwen2.5-VL of a MetaQuery base")
     parser.add_argument("--position-mode", choices=POSITION_MODES, default="flat", help="of the VLM")
     parser.add_argument(
         "--references", nargs="+", choices=READERS, default=READERS, help="who is shown the picture to edit"

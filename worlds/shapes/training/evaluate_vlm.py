@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from core.seeds import numpy_generator
 from worlds.shapes.scenes.render import render_batch
 from worlds.shapes.scenes.world import Scene
-from worlds.shapes.training.evaluate import bootstrap_interval
+from worlds.shapes.training.evaluate import mean_interval
 from worlds.shapes.training.vlm_edits import PAIR_KINDS, pair_question, sample_pair
 from worlds.shapes.training.vlm_questions import (
     SCENE_KINDS,
@@ -40,7 +40,7 @@ _MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Asked:
+class HeldoutQuestion:
     """A held-out question and the scenes whose pictures go before it."""
 
     scenes: tuple[Scene, ...]
@@ -62,10 +62,10 @@ class Accuracy:
     guess: float
 
 
-def heldout_questions(count: int, seed: int = 0) -> list[Asked]:
+def heldout_questions(count: int, seed: int = 0) -> list[HeldoutQuestion]:
     """`count` held-out questions, the kinds in turn, no two alike, as a function of the seed."""
     rng = numpy_generator(seed, 0, _STREAM)
-    found: dict[tuple[tuple[str, ...], str], Asked] = {}
+    found: dict[tuple[tuple[str, ...], str], HeldoutQuestion] = {}
     while len(found) < count:
         asked = _ask(rng, KINDS[len(found) % len(KINDS)])
         if asked is not None:
@@ -73,17 +73,17 @@ def heldout_questions(count: int, seed: int = 0) -> list[Asked]:
     return list(found.values())
 
 
-def _ask(rng: np.random.Generator, kind: str) -> Asked | None:
+def _ask(rng: np.random.Generator, kind: str) -> HeldoutQuestion | None:
     scenes: tuple[Scene, ...] = ()
     if kind == "caption":
-        return Asked(scenes, caption_question(rng, "heldout"))
+        return HeldoutQuestion(scenes, caption_question(rng, "heldout"))
     if kind in PAIR_KINDS:
         pair = sample_pair(rng, "heldout")
         scenes, question = (pair.source, pair.result), pair_question(rng, pair, kind)
     else:
         scenes = (scene_of_split(rng, "heldout"),)
         question = scene_question(rng, scenes[0], kind)
-    return None if question is None else Asked(scenes, question)
+    return None if question is None else HeldoutQuestion(scenes, question)
 
 
 class Vlm:
@@ -149,13 +149,12 @@ def evaluate(folder: str | Path, count: int, seed: int = 0) -> list[Accuracy]:
     return [_accuracy(kind, right[where], [asked[i] for i in where]) for kind, where in places.items()]
 
 
-def _accuracy(kind: str, right: np.ndarray, asked: list[Asked]) -> Accuracy:
-    low, high = bootstrap_interval(right)
+def _accuracy(kind: str, right: np.ndarray, asked: list[HeldoutQuestion]) -> Accuracy:
     commonest: dict[str, Counter[str]] = defaultdict(Counter)
     for item in asked:
         commonest[item.question.kind][item.question.answer] += 1
     guess = sum(max(counts.values()) for counts in commonest.values()) / len(asked)
-    return Accuracy(kind, len(right), float(right.mean()), low, high, guess)
+    return Accuracy(kind, len(right), *mean_interval(right), guess)
 
 
 def as_table(results: list[Accuracy]) -> str:

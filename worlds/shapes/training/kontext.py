@@ -1,6 +1,7 @@
-"""Stage `kontext`: the whole DiT by flow matching, text-to-image and editing alternating by batch."""
+"""Stage `kontext`: the whole DiT by flow matching, text-to-image and editing by turns, up to target scores."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,25 @@ from torch import Tensor, nn
 from core.pictures import contact_sheet
 from core.training.randomness import torch_generator
 from models.components import load_vae
+from models.conditioning import ConditioningBatch
+from models.folders import TEXT_PARTS
 from models.kontext import KontextTransformer
 from models.latents import decode_latents
-from models.sampling import sample_latents
+from models.sampling import sample_latents, sigma_table
 from pretrain.flow.loss import add_noise, draw_sigmas, prompt_dropout_mask, velocity_error
 from worlds.shapes.training.config import KontextRecipe
-from worlds.shapes.training.pool import TEXT_PARTS, Pool, load_pool
-from worlds.shapes.training.stage import StageLoss
+from worlds.shapes.training.evaluate import TASKS, Base, heldout_questions, score
+from worlds.shapes.training.loop import Look, Stage, StageLoss
+from worlds.shapes.training.pool import Pool, load_pool, load_text
 
 _PREVIEWS = 12
 _PREVIEW_STEP = 1 << 30
+LEAST_SHARE = 0.1
+"""Of the batches, that a task gets which lacks nothing: without any it would be forgotten."""
+_PROMPT_SEED = 7
 
 
-class KontextStage:
+class KontextStage(Stage):
     """UniPic 2.0's Kontext training (section 3.1) on encoded samples of the shapes world."""
 
     def __init__(self, recipe: KontextRecipe) -> None:
@@ -34,7 +41,7 @@ class KontextStage:
         self.transformer = new_transformer(recipe, self.pool)
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe.scheduler_shift)
         self.vae = load_vae(recipe.vae, dtype=torch.float32)
-        self.modules: list[nn.Module] = [self.transformer]
+        self.modules = [self.transformer]
 
     def loss(self, step: int) -> StageLoss:
         pool, recipe = self.pool, self.recipe
@@ -89,19 +96,49 @@ class KontextStage:
     def _sample(self, text: Tensor, references: Tensor | None) -> np.ndarray:
         shape = (len(text), *self.pool.t2i_latents.shape[1:])
         noise = torch.randn(shape, generator=torch_generator(self.recipe.seed, _PREVIEW_STEP))
-        latents = sample_latents(
-            self.transformer,
-            self.scheduler,
-            noise,
-            self._prompt(text),
-            self._prompt(torch.zeros_like(text)),
-            references,
-            steps=self.recipe.preview_steps,
-        )
-        return self._decode(latents)
+        prompts = ConditioningBatch(*self._prompt(text), references)
+        sigmas = sigma_table(self.scheduler, self.recipe.preview_steps)
+        return self._decode(sample_latents(self.transformer, sigmas, noise, prompts, 1.0))
 
     def _decode(self, latents: Tensor) -> np.ndarray:
         return decode_latents(self.vae, latents).numpy()
+
+
+class ScoreTargets:
+    """Scores a stage as `evaluate` does at guidance 1, on held-out prompts that it does not ask, and deals the
+    batches until the next look to the tasks in proportion to what they lack."""
+
+    def __init__(self, recipe: KontextRecipe, stage: KontextStage) -> None:
+        """Loads the text encoders of the recipe's `text`. Raises FileNotFoundError as their loader does."""
+        self.stage, self.steps, self.every = stage, recipe.preview_steps, recipe.targets.every
+        self.targets = {"t2i": recipe.targets.t2i, "edit": recipe.targets.edit}
+        self.questions = {
+            task: heldout_questions(task, recipe.targets.prompts, _PROMPT_SEED) for task in TASKS
+        }
+        self.base = Base(stage.transformer, stage.vae, stage.scheduler, load_text(recipe.text))
+
+    def look(self) -> Look:
+        """Mean scores of the stage's weights as they are now; sets `stage.edit_share`."""
+        scores = {task: self._score(task) for task in TASKS}
+        self.stage.edit_share = edit_share(scores, self.targets)
+        figures = {f"score_{task}": value for task, value in scores.items()}
+        return Look(
+            {**figures, "edit_share": self.stage.edit_share},
+            reached=all(scores[task] >= target for task, target in self.targets.items()),
+        )
+
+    def _score(self, task: str) -> float:
+        questions = self.questions[task]
+        drawn = self.base.draw(questions, 1.0, self.steps, _PROMPT_SEED)
+        return float(score(task, questions, drawn).mean())
+
+
+def edit_share(scores: Mapping[str, float], targets: Mapping[str, float]) -> float:
+    """Editing's part of what both tasks lack to their targets, within [LEAST_SHARE, 1 - LEAST_SHARE]; .5 of nothing."""
+    lacks = {task: max(target - scores[task], 0.0) for task, target in targets.items()}
+    total = sum(lacks.values())
+    share = lacks["edit"] / total if total else 0.5
+    return min(max(share, LEAST_SHARE), 1 - LEAST_SHARE)
 
 
 def task_of(step: int, edit_share: float) -> str:

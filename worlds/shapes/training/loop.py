@@ -1,4 +1,4 @@
-"""The training loop shared by all stages: step, average, log, save, resume."""
+"""What a stage of training offers, and the loop that all stages share: step, average, log, save, resume."""
 
 import dataclasses
 import json
@@ -6,33 +6,59 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.training.optimization import WeightAverage, build_optimizers
+from core.recipe import ConfigError
+from core.records import append_records, keep_up_to
+from core.training.ema import MovingAverage
+from core.training.optimization import build_optimizers, trained_parameters
 from core.training.schedule import lr_factor
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from worlds.shapes.training.config import Recipe, RecipeError
-from worlds.shapes.training.stage import Stage
+from worlds.shapes.training.config import Recipe
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Keys that may differ between a run and its resumption: they leave the numbers alone.
-_FREE_KEYS = {
-    "output_dir",
-    "stop_step",
-    "threads",
-    "log_every",
-    "sample_every",
-    "save_every",
-    "keep_checkpoints",
-}
+_FREE_KEYS = set(
+    ["output_dir", "stop_step", "threads", "log_every", "sample_every", "save_every", "keep_checkpoints"]
+)
+
+
+@dataclass(frozen=True)
+class StageLoss:
+    """Loss of one batch, and named figures of it for the log."""
+
+    loss: Tensor
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Stage:
+    """One kind of training. Data must be a function of (seed, step) alone.
+
+    `modules`: what is trained, in a fixed order, which average and optimizers follow.
+    """
+
+    modules: list[nn.Module]
+
+    def loss(self, step: int) -> StageLoss:
+        """Of the batch of a step."""
+        raise NotImplementedError
+
+    def sample_grid(self) -> Image.Image | None:
+        """A picture that shows how far the modules are; None where there is nothing to see."""
+        return None
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write the parts this stage owns in the released layout; returns figures measured on the way."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -68,14 +94,14 @@ class TrainingLoop:
         self.step = 0
         self.optimizers = build_optimizers(stage.modules, recipe.optimization)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.average = WeightAverage(stage.modules, recipe.optimization.ema_decay)
+        self.average = MovingAverage(self._trained(), decay=recipe.optimization.ema_decay, ramp=True)
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
 
     def resume(self, path: str) -> None:
         """Continue from a checkpoint folder, or with `auto` from the newest one if there is any.
 
         Raises:
-            RecipeError: the checkpoint was made by a recipe that would give other numbers.
+            ConfigError: the checkpoint was made by a recipe that would give other numbers.
         """
         if path == "auto":
             found = complete_checkpoints(self.folder / "checkpoints")
@@ -87,18 +113,17 @@ class TrainingLoop:
         now = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
         changed = sorted(k for k in {*made_by, *now} - _FREE_KEYS if made_by.get(k) != now.get(k))
         if changed:
-            raise RecipeError(
-                f"{path} was made with other values of {', '.join(changed)}: restore them to resume"
+            raise ConfigError(
+                [f"{path} was made with other values of {', '.join(changed)}: restore them to resume"]
             )
         for module, weights in zip(self.stage.modules, state["modules"], strict=True):
             module.load_state_dict(weights)
         for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
-        for average, stored in zip(self.average.tensors, state["average"], strict=True):
-            average.copy_(stored)
-        self.average.updates = state["average_updates"]
+        stored = dict(zip(self.average.average, state["average"], strict=True))
+        self.average.load(stored, state["average_updates"])
         self.step = state["step"]
-        _drop_lines_after(self.folder / "metrics.jsonl", self.step)
+        keep_up_to(self.folder / "metrics.jsonl", self.step)
         log.info("resumed %s at step %d", path, self.step)
 
     def run(self) -> None:
@@ -144,7 +169,7 @@ class TrainingLoop:
             "step": self.step,
             "modules": [module.state_dict() for module in self.stage.modules],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "average": self.average.tensors,
+            "average": list(self.average.average.values()),
             "average_updates": self.average.updates,
         }
         made_by = dataclasses.asdict(self.recipe)
@@ -165,11 +190,10 @@ class TrainingLoop:
                 f"loss is {result.loss.item()} at step {self.step}: lower optimization.lr or muon_lr"
             )
         result.loss.backward()
-        parameters = [p for module in self.stage.modules for p in module.parameters() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(list(self._trained().values()), settings.gradient_clip)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.average.update()
+        self.average.step(self._trained())
         return {"loss": result.loss.item(), "gradient_norm": norm.item(), **result.figures}
 
     def _good_enough(self) -> bool:
@@ -189,8 +213,8 @@ class TrainingLoop:
         line["lr_factor"] = lr_factor(self.step - 1, self.recipe.steps, self.recipe.optimization)
         line["samples_per_second"] = count * self.recipe.batch_size / seconds
         self._sums.clear()
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **{k: round(v, 6) for k, v in line.items()}}) + "\n")
+        record = {"step": self.step, **{k: round(v, 6) for k, v in line.items()}}
+        append_records(self.folder / "metrics.jsonl", [record])
 
     def _write_samples(self) -> None:
         grid = self._with_average(self.stage.sample_grid)
@@ -202,20 +226,15 @@ class TrainingLoop:
 
     def _with_average(self, action: Callable[[], T]) -> T:
         """Run `action` on the averaged weights in eval mode."""
-        self.average.swap()
-        for module in self.stage.modules:
-            module.eval()
-        try:
-            with torch.no_grad():
-                return action()
-        finally:
-            self.average.swap()
+        with self.average.in_place_of(self._trained()), torch.no_grad():
             for module in self.stage.modules:
-                module.train()
+                module.eval()
+            try:
+                return action()
+            finally:
+                for module in self.stage.modules:
+                    module.train()
 
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their old lines go."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by module number and name."""
+        return {f"{i}.{n}": p for i, m in enumerate(self.stage.modules) for n, p in trained_parameters(m)}

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.components import load_vae
+from models.folders import TEXT_PARTS
 from models.latents import encode_images
 from models.text import SD3TextEncoder
 from worlds.shapes.scenes.world import Scene
@@ -22,7 +23,6 @@ from worlds.shapes.training.shapes import edit_batch, t2i_batch, to_tensor
 log = logging.getLogger(__name__)
 
 _CHUNK = 64
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 @dataclass(frozen=True)

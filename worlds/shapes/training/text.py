@@ -18,8 +18,8 @@ from transformers import (
 from core.seeds import numpy_generator
 from worlds.shapes.scenes.world import SIZE
 from worlds.shapes.training.config import TextRecipe
+from worlds.shapes.training.loop import Stage, StageLoss
 from worlds.shapes.training.shapes import edit_batch, t2i_batch, to_tensor
-from worlds.shapes.training.stage import StageLoss
 from worlds.shapes.training.tokenizers import clip_tokenizer, t5_tokenizer
 
 _SPAN_STREAM = 103
@@ -28,7 +28,7 @@ _PROBE_STEP = _CORPUS_STEP + 1
 _INITIAL_TEMPERATURE = 0.07
 
 
-class TextStage:
+class TextStage(Stage):
     """CLIP by contrast with pictures, T5 by restoring a masked span; the sum of the losses is trained.
 
     A caption is matched with its picture, an instruction with the pair (source, target). The picture encoder
@@ -47,7 +47,7 @@ class TextStage:
         self.clips = nn.ModuleList(self._new_clip(width) for width in model.clip_widths)
         self.t5 = self._new_t5()
         self.vision = _PictureEncoder(recipe.vision_width, model.clip_projection, len(self.clips))
-        self.modules: list[nn.Module] = [self.clips, self.t5, self.vision]
+        self.modules = [self.clips, self.t5, self.vision]
 
     def loss(self, step: int) -> StageLoss:
         prompts, before, after = self._batch(step)
@@ -67,9 +67,6 @@ class TextStage:
         accuracy = _token_accuracy(restored.logits, labels)
         figures = {"contrastive": contrastive.item(), "t5": restored.loss.item(), "t5_accuracy": accuracy}
         return StageLoss(contrastive + restored.loss, figures)
-
-    def sample_grid(self) -> None:
-        """There is nothing to look at."""
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write `text_encoder{,_2,_3}/` and `tokenizer{,_2,_3}/`; probe what a batch of captions tells."""

@@ -5,59 +5,36 @@ Stages: `vae`, `text`, `kontext`, `vision`, `vlm`; the recipe's `stage` key choo
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import torch
 
 from core.logs import start_logging
-from worlds.shapes.training.config import (
-    KontextRecipe,
-    Recipe,
-    RecipeError,
-    TextRecipe,
-    VaeRecipe,
-    VisionRecipe,
-    VlmRecipe,
-    load_recipe,
-)
-from worlds.shapes.training.loop import EndRule, TrainingLoop
-from worlds.shapes.training.stage import Stage
+from core.recipe import ConfigError
+from worlds.shapes.training.config import KontextRecipe, Recipe, load_recipe
+from worlds.shapes.training.kontext import KontextStage, ScoreTargets
+from worlds.shapes.training.loop import EndRule, Stage, TrainingLoop
+from worlds.shapes.training.text import TextStage
+from worlds.shapes.training.vae import VaeStage
+from worlds.shapes.training.vision import VisionStage
+from worlds.shapes.training.vlm import VlmStage
 
-if TYPE_CHECKING:
-    from worlds.shapes.training.kontext import KontextStage
+_STAGES: dict[str, Any] = {
+    "vae": VaeStage, "text": TextStage, "kontext": KontextStage, "vision": VisionStage, "vlm": VlmStage,
+}  # fmt: skip
 
 
 def build_stage(recipe: Recipe) -> Stage:
     """The stage of a recipe, with fresh weights drawn from its seed."""
     torch.manual_seed(recipe.seed)
-    if recipe.stage == "vae":
-        from worlds.shapes.training.vae import VaeStage
-
-        return VaeStage(cast(VaeRecipe, recipe))
-    if recipe.stage == "text":
-        from worlds.shapes.training.text import TextStage
-
-        return TextStage(cast(TextRecipe, recipe))
-    if recipe.stage == "vision":
-        from worlds.shapes.training.vision import VisionStage
-
-        return VisionStage(cast(VisionRecipe, recipe))
-    if recipe.stage == "vlm":
-        from worlds.shapes.training.vlm import VlmStage
-
-        return VlmStage(cast(VlmRecipe, recipe))
-    from worlds.shapes.training.kontext import KontextStage
-
-    return KontextStage(cast(KontextRecipe, recipe))
+    return _STAGES[recipe.stage](recipe)
 
 
 def end_rule(recipe: Recipe, stage: Stage) -> EndRule | None:
     """The scores at which a recipe ends, where it names them."""
-    if not isinstance(recipe, KontextRecipe) or not recipe.targets.edit:
-        return None
-    from worlds.shapes.training.targets import ScoreTargets
-
-    return ScoreTargets(recipe, cast("KontextStage", stage))
+    if isinstance(recipe, KontextRecipe) and isinstance(stage, KontextStage) and recipe.targets.edit:
+        return ScoreTargets(recipe, stage)
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         loop = TrainingLoop(stage, recipe, end_rule(recipe, stage))
         if options.resume:
             loop.resume(options.resume)
-    except (RecipeError, FileNotFoundError) as error:
+    except (ConfigError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     loop.run()

@@ -7,21 +7,21 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.pictures import contact_sheet
 from core.training.randomness import torch_generator
 from worlds.shapes.scenes.world import SIZE
 from worlds.shapes.training.config import VaeRecipe
+from worlds.shapes.training.loop import Stage, StageLoss
 from worlds.shapes.training.shapes import scene_batch, to_tensor
-from worlds.shapes.training.stage import StageLoss
 
 # Steps no training batch reaches: data for grids and for the latents' statistics.
 _STATISTICS_STEP = 1 << 30
 _GRID_STEP = _STATISTICS_STEP + 1
 
 
-class VaeStage:
+class VaeStage(Stage):
     """Absolute plus squared error, plus a KL term that keeps latents small and the decoder used to noise.
 
     No perceptual or adversarial loss: the world has flat colours and sharp edges only. The posterior's noise is
@@ -44,7 +44,7 @@ class VaeStage:
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-        self.modules: list[nn.Module] = [self.vae]
+        self.modules = [self.vae]
 
     def loss(self, step: int) -> StageLoss:
         images = to_tensor(scene_batch(self.recipe.seed, step, self.recipe.batch_size))

@@ -23,8 +23,8 @@ from core.seeds import numpy_generator
 from core.training.randomness import torch_generator
 from worlds.shapes.scenes.world import Scene, sample_name
 from worlds.shapes.training.config import VlmRecipe
+from worlds.shapes.training.vision import GRID, shown
 from worlds.shapes.training.vlm_edits import JUDGEMENTS, pair_question, sample_pair
-from worlds.shapes.training.vlm_pictures import GRID, shown
 from worlds.shapes.training.vlm_questions import (
     SCENE_KINDS,
     Question,

@@ -1,6 +1,5 @@
 """The endpoint that stands for GPT-4.1: instructions read back, and grades through the judge's own client over HTTP."""
 
-import argparse
 import asyncio
 import base64
 import io
@@ -20,9 +19,9 @@ import yaml
 from PIL import Image
 
 from rewards.base import RewardOutput, RewardSpec
-from rewards.editreward.data import label
+from rewards.editreward.__main__ import main
 from rewards.editreward.data.shards import EditSample, read_shard, write_shard
-from rewards.judge.expected_score import HIGH
+from rewards.judge.protocols import HIGHEST_DIGIT
 from rewards.loading import load_reward
 from worlds.shapes.scenes.captions import TAGS, sample_t2i
 from worlds.shapes.scenes.edits import KINDS, Edit, sample_edit
@@ -166,7 +165,7 @@ def test_the_judge_reward_orders_edits_by_every_protocol(endpoint):
             "a noisy picture is not clean"
         )
     least = judged(url, "expected_score", pictures, source=picture(SOURCE)).scores
-    assert least[:4] == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1 / HIGH / 2)
+    assert least[:4] == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1 / HIGHEST_DIGIT / 2)
 
 
 def test_text_to_image_is_graded_by_genevals_rules(endpoint):
@@ -249,9 +248,7 @@ def test_label_gets_its_three_grades_from_it(endpoint, tmp_path):
     section = {"shards": [str(tmp_path / "edits" / "*.tar")], "judge": judge, "second_opinions": 0.5}
     content = {"name": "run", "output_dir": str(tmp_path), "label": section, "generate": {"model": "x"}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    parser = argparse.ArgumentParser()
-    label.add_arguments(parser)
-    assert label.run(parser.parse_args([str(tmp_path / "recipe.yaml")])) == 0
+    assert main(["label", str(tmp_path / "recipe.yaml")]) == 0
     found = [s.scores for s in read_shard(tmp_path / "run" / "labelled" / "edits-00000.tar")]
     assert [scores["instruction"] for scores in found] == [10, 10, 0, 0]
     assert [scores["preservation"] for scores in found] == [10, 5, 10, 5]

@@ -5,8 +5,7 @@ from PIL import Image
 from rewards.base import RewardOutput
 from worlds.shapes.scenes.captions import sample_t2i
 from worlds.shapes.scenes.edits import sample_edit
-from worlds.shapes.scenes.pictures import stack
-from worlds.shapes.scenes.render import render
+from worlds.shapes.scenes.render import render, stack
 from worlds.shapes.scenes.world import Scene, Shape
 from worlds.shapes.scoring.rewards import EditShapes, GenEvalShapes
 from worlds.shapes.scoring.template import TemplateEdit, TemplateGenEval

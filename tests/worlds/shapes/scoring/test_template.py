@@ -38,7 +38,7 @@ def test_clean_renders_pass_genevals_rules(tag):
     for _ in range(40):
         metadata, scene = sample_t2i(rng, "heldout", tag)
         found = match(render(scene))
-        result = evaluate(metadata, found.detections(), classify_color=found.classify_color)
+        result = evaluate(metadata, found.detections, classify_color=found.classify_color)
         assert result.strict, (metadata, result.reason)
 
 
@@ -70,4 +70,4 @@ def test_noise_alone_holds_no_objects():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     found = match(image)
     assert not [item for item in found.objects if item.confidence > 0.3]
-    assert "background" not in found.detections()
+    assert "background" not in found.detections

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from models.components import check_model_folder
+from models.folders import check_model_folder
 from worlds.shapes.training.evaluate import Base, evaluate, heldout_questions
 
 BASE = Path(__file__).parents[4] / "recipes" / "shapes" / "base"

@@ -10,9 +10,9 @@ from worlds.shapes.training.evaluate import (
     Base,
     Result,
     as_table,
-    bootstrap_interval,
     heldout_questions,
     main,
+    mean_interval,
     score,
     summarise,
 )
@@ -42,8 +42,8 @@ def test_an_edit_that_changes_nothing_scores_zero():
 
 def test_the_interval_holds_the_mean_and_shrinks_as_the_root_of_the_count():
     scores = np.random.default_rng(0).random(400)
-    low, high = bootstrap_interval(scores)
-    assert low < scores.mean() < high
+    mean, low, high = mean_interval(scores)
+    assert low < mean == scores.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * scores.std() / 20, rel=0.1)
 
 
@@ -77,9 +77,13 @@ def test_a_metaquery_base_is_drawn_with_its_vlm(tmp_path, tiny_model, capsys):
     seen, unseen = base.embed(["make it red"] * 3, sources), base.embed(["make it red"] * 3, [])
     assert not np.allclose(seen[0], unseen[0]) and not np.allclose(seen[0][0], seen[0][1])
 
-    assert main([str(folder)]) == 2 and "has a conditioner/: give --vlm" in capsys.readouterr().err
+    assert main([str(folder)]) == 2
+    assert "(it has conditioner/): give its Qwen2.5-VL as --vlm" in capsys.readouterr().err
     assert main([str(tiny_model), "--vlm", str(vlm)]) == 2
-    assert "has no conditioner/: leave out --vlm" in capsys.readouterr().err
+    assert (
+        "(it has no conditioner/), which reads prompts with its text encoders; leave"
+        in capsys.readouterr().err
+    )
     options = ["--num-prompts", "4", "--guidance", "1", "2", "--steps", "1"]
     assert main([str(folder), "--vlm", str(vlm), *options]) == 0
     assert capsys.readouterr().out.count("| CFG 2 |") == 2

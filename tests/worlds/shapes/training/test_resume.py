@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.recipe import ConfigError
 from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from worlds.shapes.training.config import RecipeError, load_recipe
+from worlds.shapes.training.config import load_recipe
 from worlds.shapes.training.evaluate import Base, heldout_questions, score
+from worlds.shapes.training.kontext import ScoreTargets, edit_share
 from worlds.shapes.training.loop import Look, TrainingLoop
-from worlds.shapes.training.targets import ScoreTargets, edit_share
 from worlds.shapes.training.train import build_stage, main
 
 SHAPES = Path(__file__).parents[4] / "recipes" / "shapes"
@@ -182,7 +183,7 @@ def test_a_resume_under_another_recipe_is_refused(parts, tmp_path):
     first = new_loop("vae", overrides_of("vae", parts, tmp_path))
     first.save()
     other = new_loop("vae", [*overrides_of("vae", parts, tmp_path), "kl_weight=1", "threads=2"])
-    with pytest.raises(RecipeError, match="other values of kl_weight: restore"):
+    with pytest.raises(ConfigError, match="other values of kl_weight: restore"):
         other.resume("auto")
 
 

@@ -15,12 +15,11 @@ from worlds.shapes.scenes.render import render_batch
 from worlds.shapes.training.checkpoint import load_checkpoint
 from worlds.shapes.training.config import load_recipe
 from worlds.shapes.training.loop import TrainingLoop
+from worlds.shapes.training.tokenizers import SPECIAL_TOKENS, vlm_tokenizer
 from worlds.shapes.training.train import build_stage, main
-from worlds.shapes.training.vlm import corpus
+from worlds.shapes.training.vision import GRID, VLM_SIZE, patches, shrink, vision_features
+from worlds.shapes.training.vlm import corpus, read_rows
 from worlds.shapes.training.vlm_batch import Row, sample_rows
-from worlds.shapes.training.vlm_model import read_rows, vision_features
-from worlds.shapes.training.vlm_pictures import GRID, VLM_SIZE, patches, shrink
-from worlds.shapes.training.vlm_tokenizer import SPECIAL_TOKENS, vlm_tokenizer
 
 SHAPES = Path(__file__).parents[4] / "recipes" / "shapes"
 COMMON = ["save_every=2", "log_every=2", "threads=1"]

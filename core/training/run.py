@@ -1,0 +1,155 @@
+"""A supervised training run as seen from the driver: advance, log, then whatever is due. The ranks do the work.
+
+run_dir/recipe.yaml                   the resolved recipe
+run_dir/metrics.jsonl, tensorboard/   see `core/scalars.py`
+run_dir/checkpoints/step_*            exact state, the newest few
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from core.checkpoints import CHECKPOINTS, check_same_keys, find_step, next_multiple, publish_step
+from core.cluster.ranks import MakeRank, RankLost, RankResources, Ranks, start_ranks
+from core.files import atomic_write_json, atomic_write_text
+from core.progress import Progress
+from core.recipe import flat, to_yaml
+from core.scalars import ScalarLog
+
+log = logging.getLogger(__name__)
+RECIPE, STATE = "recipe.yaml", "state.json"
+
+
+class RunRecipe(Protocol):
+    """What every training recipe has: its name, and the folder that the run writes."""
+
+    name: str
+
+    @property
+    def run_dir(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands: optimizer steps done. What a training adds to it is saved with every checkpoint."""
+
+    step: int = 0
+
+
+R = TypeVar("R", bound=RunRecipe)
+S = TypeVar("S", bound=RunState)
+Due = tuple[int, Callable[[], None]]
+"""Steps between two calls (0: never), and what is called; at the last step of a run it is called in any case."""
+
+
+class SupervisedRun(ABC):
+    """Runs ranks that are set up, from `state` on; a run that is not `fresh` drops its records after that step."""
+
+    def __init__(self, recipe: Any, ranks: Ranks, state: Any, *, end: int, log_every: int, fresh: bool):
+        """`end`: the step at which this run stops. Raises RankLost for ranks that do not see the run's folder."""
+        self.recipe, self.ranks, self.state = recipe, ranks, state
+        self.end, self.log_every = end, log_every
+        self.folder: Path = recipe.run_dir
+        seen = ranks.call("sees", str(self.folder))
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        if blind:
+            raise RankLost(
+                f"ranks {blind} do not see {self.folder}: output_dir must lie on a file system that all nodes share"
+            )
+        self.scalars = ScalarLog(self.folder, resume_step=None if fresh else state.step)
+
+    @abstractmethod
+    def record(self, figures: list[list[Any]], seconds: float) -> None:
+        """Take in the steps just done: the figures of each rank, and how long they took."""
+
+    @abstractmethod
+    def due(self) -> Sequence[Due]:
+        """What is done between steps, in this order."""
+
+    def run(self) -> Any:
+        """Train to the end of this run, where everything is due once more. Returns its state."""
+        actions = self.due()
+        beats = [self.log_every, *(every for every, _ in actions if every)]
+        with Progress().phase("train", total=max(0, self.end - self.state.step), unit="step") as bar:
+            while (start := self.state.step) < self.end:
+                stop = min(self.end, *(next_multiple(start, beat) for beat in beats))
+                started = time.perf_counter()
+                figures = self.ranks.call("advance", stop)
+                self.state = replace(self.state, step=stop)
+                self.record(figures, time.perf_counter() - started)
+                for every, action in actions:
+                    if every and (stop % every == 0 or stop == self.end):
+                        action()
+                bar.advance(stop - start)
+        self.finish()
+        self.scalars.close()
+        return self.state
+
+    def finish(self) -> None:  # noqa: B027 - most runs have nothing to add
+        """What is done once, behind the last step."""
+
+    def publish(
+        self, kind: str, method: str, *, keep: int, more: Callable[[Path], None] | None = None
+    ) -> None:
+        """A folder `kind/step_*` with what `method` of the ranks writes, recipe, state, and what `more` writes."""
+
+        def fill(folder: Path) -> None:
+            self.ranks.call(method, str(folder))
+            atomic_write_text(folder / RECIPE, to_yaml(self.recipe))
+            atomic_write_json(folder / STATE, asdict(self.state))
+            if more is not None:
+                more(folder)
+
+        publish_step(self.folder / kind, self.state.step, fill, keep=keep)
+
+    def save(self, *, keep: int, more: Callable[[Path], None] | None = None) -> None:
+        """The exact state of this step; see `find_checkpoint`."""
+        self.publish(CHECKPOINTS, "save", keep=keep, more=more)
+
+
+def find_checkpoint(
+    recipe: R, resume: str | None, load: Callable[[Path], R], *, free: tuple[str, ...]
+) -> Path | None:
+    """The folder to continue from; see `find_step`. Keys that begin with `free` leave what is learned alone.
+
+    Raises ConfigError where another recipe wrote it.
+    """
+
+    def check(folder: Path) -> None:
+        check_same_keys(flat(load(folder / RECIPE)), flat(recipe), free=free, when=folder.name)
+
+    return find_step(recipe.run_dir, resume, check)
+
+
+def read_state(checkpoint: Path, kind: type[S]) -> S:
+    """Where a checkpoint stands."""
+    return kind(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+
+
+def train_on_ranks(
+    recipe: RunRecipe,
+    make_rank: MakeRank,
+    count: int,
+    resources: RankResources,
+    make_run: Callable[[Ranks], SupervisedRun],
+    *,
+    checkpoint: Path | None,
+    step: int,
+) -> Any:
+    """Write the recipe, start the ranks, bring them to the checkpoint, train to the end; returns the run's state."""
+    atomic_write_text(recipe.run_dir / RECIPE, to_yaml(recipe))
+    ranks = start_ranks(make_rank, count, resources)
+    try:
+        if checkpoint is not None:
+            ranks.call("load", str(checkpoint), step)
+            log.info("continuing from %s", checkpoint)
+        return make_run(ranks).run()
+    finally:
+        ranks.close()

@@ -1,0 +1,212 @@
+"""Everything that is recorded of a run: metrics, evaluations, pictures, accounts, checkpoints and its results."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError
+
+from models.lora.attach import Adapter
+from rl.learner.stats import UpdateStats
+from rl.learner.worker import LearnerGroup
+from rl.loop.advantages import Advantages
+from rl.loop.checkpoint import prune_checkpoints, save_checkpoint
+from rl.loop.schedule import ScheduledPart
+from rl.loop.step import reward_metrics, update_metrics
+from rl.recipe.schema import RunConfig, StageConfig
+from rl.recipe.stage_parts import stage_tasks
+from rl.record.evaluation import Evaluator
+from rl.record.groups import GroupRecord, best_and_worst, group_record, group_samples
+from rl.record.journal import Journal
+from rl.record.results import RunResults
+from rl.record.state import RunState
+from rl.workers.collect import Collector
+from rl.workers.requests import RolloutResult
+from rollout.worker import Policy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step came to. `stats` has one entry per optimizer update, none where no group has spread; `laps` are the
+    seconds of rollout, update and publish."""
+
+    results: list[RolloutResult]
+    advantages: Advantages
+    trained_samples: int
+    stats: Sequence[UpdateStats]
+    learning_rate: float
+    laps: dict[str, float]
+
+    @property
+    def images(self) -> int:
+        return sum(len(result.request.seeds) for result in self.results)
+
+
+class Observer:
+    """Records one run. It changes nothing that is computed; what it counts goes into the run's `state`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        learner: LearnerGroup,
+        rollout: Collector,
+        run_dir: Path,
+        state: RunState,
+        resumed: Path | None,
+        *,
+        fresh: bool,
+    ):
+        self.config, self.learner, self.rollout, self.state = config, learner, rollout, state
+        self.run_dir, self.resumed = run_dir, resumed
+        self.evaluator = Evaluator(config.evaluation, rollout, run_dir, config.gallery.prompts)
+        at_border = bool(state.stages) and state.stages[-1].steps == config.stages[state.stage].steps
+        self.journal = Journal(
+            run_dir,
+            config,
+            resume_step=None if fresh else state.step if resumed else -1,
+            redo_evaluation=at_border,
+        )
+        self.results = RunResults(config, self.evaluator, run_dir)
+        self._worker_events = (0, 0)
+
+    def begin_run(self, policy: Policy) -> None:
+        """Evaluate before the first stage; a resumed run reads what the first one measured."""
+        scales = {f"before_guidance_{scale:g}": scale for scale in self.config.evaluation.baseline_guidance}
+        if self.resumed:
+            finished = [f"after_{stage.name}" for stage in self.config.stages[: self.state.stage]]
+            for moment in ["before", *scales, *finished]:
+                self.results.add(moment, self.evaluator.read(moment))
+            return
+        self._evaluate("before", policy)
+        for moment, scale in scales.items():
+            began = time.monotonic()
+            with self.journal.timed("evaluate", self.state.step):
+                scores = self.evaluator.evaluate(moment, policy, self.state.step, guidance_scale=scale)
+            self.results.add(moment, scores)
+            self.state.seconds += time.monotonic() - began
+
+    def close_step(
+        self, stage: StageConfig, part: ScheduledPart, outcome: StepOutcome, policy: Policy
+    ) -> None:
+        """Metrics, pictures, evaluation. The checkpoint comes last, so that what it promises is on disk."""
+        config, progress = self.config, self.state.stages[-1]
+        metrics = self._metrics(outcome, policy)
+        self._account(outcome, metrics)
+        step = self.state.step
+        self.journal.spans(self.rollout.spans)
+        records = [group_record(result, step, stage.name) for result in outcome.results]
+        self.journal.groups(records)
+        task = part.part.task if stage.parts else None
+        self.journal.log(metrics, step, stage.name, progress.steps, part=task)
+        ends = progress.steps == stage.steps
+        if config.evaluation.every and progress.steps % config.evaluation.every == 0 and not ends:
+            self._evaluate(f"step_{step:06d}", policy, tasks=stage_tasks(stage))
+        if config.gallery.prompts and progress.steps % config.gallery.every == 0:
+            self._group_pictures(outcome.results, records)
+            if not ends:
+                self._gallery(stage, policy)
+        if ends or progress.steps % config.checkpoint.every == 0:
+            with self.journal.timed("checkpoint", step):
+                save_checkpoint(
+                    self.run_dir, self.state, self.journal.config_yaml, self.learner,
+                    lambda folder: self.results.write_adapter(self._shipped_adapter(), folder), border=ends,
+                )  # fmt: skip
+            prune_checkpoints(self.run_dir, config.checkpoint.keep_last)
+
+    def close_stage(self, index: int, policy: Policy) -> None:
+        """Evaluate what the stage ships, on all tasks."""
+        self._evaluate(f"after_{self.config.stages[index].name}", policy)
+        self.journal.alarms(self.results.cross_task_alarms(index))
+
+    def close_run(self) -> None:
+        """The shipped adapter, the merged transformer and the summary."""
+        self.results.write_final(self._shipped_adapter())
+        self.journal.finish(self.results.summary(self.state))
+
+    def _metrics(self, outcome: StepOutcome, policy: Policy) -> dict[str, Any]:
+        laps, seconds = outcome.laps, sum(outcome.laps.values())
+        # What the run survived since the last step's record, evaluations in between included.
+        before, self._worker_events = self._worker_events, self.rollout.dispatcher.events
+        restarts, redispatched = (now - then for now, then in zip(self._worker_events, before, strict=True))
+        return {
+            **reward_metrics(outcome.results, outcome.advantages, self.config.learner.advantage_clip),
+            **update_metrics(outcome.stats, outcome.learning_rate, outcome.trained_samples),
+            **{f"time/{name}": lap for name, lap in laps.items()},
+            "time/step": seconds,
+            "throughput/images_per_second": outcome.images / laps["rollout"],
+            "throughput/samples_per_second": outcome.trained_samples / seconds,
+            "policy/version": policy.version,
+            "workers/restarts": restarts,
+            "workers/redispatched_chunks": redispatched,
+        }
+
+    def _account(self, outcome: StepOutcome, metrics: dict[str, Any]) -> None:
+        state, progress, seconds = self.state, self.state.stages[-1], metrics["time/step"]
+        state.step += 1
+        progress.steps += 1
+        progress.seconds += seconds
+        progress.reward_mean = metrics["reward/mean"]
+        progress.samples += outcome.images
+        progress.missing += round(metrics["reward/missing_share"] * outcome.images)
+        state.images += self.rollout.take_images()
+        state.seconds += seconds
+        state.restarts += metrics["workers/restarts"]
+
+    def _evaluate(self, moment: str, policy: Policy, *, tasks: list[str] | None = None) -> None:
+        """Evaluate the shipped adapter on all tasks (or `tasks`) and record it."""
+        state, began = self.state, time.monotonic()
+        with self.journal.timed("evaluate", state.step):
+            scores = self.evaluator.evaluate(moment, self._shipped_policy(policy), state.step, tasks=tasks)
+        self.results.add(moment, scores)
+        seconds = time.monotonic() - began
+        state.images += self.rollout.take_images()
+        state.seconds += seconds
+        self.journal.evaluation(moment, scores, self.results.change_since_before, state, seconds)
+        self.journal.spans(self.rollout.spans)
+        stage_name = state.stages[-1].name if state.stages else "before"
+        for task in scores:
+            samples = self.evaluator.gallery.get(task, {}).get(moment, [])
+            self.journal.grid(task, stage_name, samples, state.step)
+        if state.stages:
+            self.journal.alarms(self.results.hacking_alarms(state.stage, scores))
+
+    def _gallery(self, stage: StageConfig, policy: Policy) -> None:
+        step = self.state.step
+        for task in stage_tasks(stage):
+            samples = self.evaluator.sample_gallery(task, self._shipped_policy(policy), step)
+            self.state.images += self.rollout.take_images()
+            self.journal.grid(task, stage.name, samples, step)
+
+    def _group_pictures(self, results: Sequence[RolloutResult], records: Sequence[GroupRecord]) -> None:
+        """Pictures of the step's best and worst group; losing them with a node does not stop the run."""
+        by_id = {result.request.id: result for result in results}
+        for record in best_and_worst(records):
+            result = by_id[record.group]
+            try:
+                images = ray.get([chunk.images for chunk in result.chunks], timeout=120)
+            except RayError as error:
+                log.warning(
+                    "step %d: no pictures of group %d are kept (%s)", record.step, record.group, error
+                )
+                continue
+            samples = group_samples(result.request, np.concatenate(images), record.rewards)
+            self.journal.group_pictures(record, samples)
+
+    def _shipped_adapter(self) -> Adapter:
+        return self.learner.adapter(self.state.version, shipped=True)
+
+    def _shipped_policy(self, policy: Policy) -> Policy:
+        """The moving average where one is kept; replicas fetch it with their first call."""
+        if not self.config.learner.ema.enabled:
+            return policy
+        adapter = self._shipped_adapter()
+        return Policy(adapter.version, adapter.sha256, (ray.put(adapter),))

@@ -1,0 +1,34 @@
+"""Where a run stands: everything a resumed run needs beside the learner's own state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StageProgress:
+    """What a stage has come to so far."""
+
+    name: str
+    steps: int = 0
+    seconds: float = 0.0
+    reward_mean: float | None = None
+    samples: int = 0
+    missing: int = 0
+
+
+@dataclass
+class RunState:
+    """Stage `stage` (index) has `stages[stage].steps` finished steps; `step` counts over all stages.
+
+    All sampling is a pure function of seed, stage and step, so no random-number state is kept.
+    """
+
+    stage: int = 0
+    step: int = 0
+    version: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    restarts: int = 0
+    failed_prompts: int = 0
+    stages: list[StageProgress] = field(default_factory=list)

@@ -1,0 +1,73 @@
+"""Requests to the workers, and their results. Tensors are references here: they stay in the object store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from core.prompts import Prompt
+from rewards.scoring import GroupScore
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """Samples that are drawn and scored together: a training group of one prompt, or a batch of several.
+
+    `seeds` has the same number of samples for each prompt, in the order of the prompts; a sample's seed alone decides
+    its noise. `steps` and `trunk_seed` as in `SampleRequest`. `size`: height and width in px where they are not the
+    workers' own.
+    """
+
+    id: int
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    steps: tuple[int, ...] = ()
+    trunk_seed: int | None = None
+    size: tuple[int, int] | None = None
+
+    def prompt_index(self, k: int) -> int:
+        """Which of `prompts` sample k is of."""
+        return k * len(self.prompts) // len(self.seeds)
+
+    def prompt_of(self, k: int) -> Prompt:
+        return self.prompts[self.prompt_index(k)]
+
+    @property
+    def span(self) -> str:
+        """The places of a batch's prompts, for messages."""
+        return f"{self.id}-{self.id + len(self.prompts) - 1}"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a request that one worker drew: sample k lies in row k - first of the trajectory and of the images."""
+
+    first: int
+    size: int
+    trajectory: Any
+    images: Any
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """What came of a request: one conditioning per prompt, the chunks in order, and the score where it was scored;
+    or the `failure`: a prompt that could not be sampled or scored."""
+
+    request: RolloutRequest
+    conditionings: tuple[Any, ...]
+    chunks: tuple[Chunk, ...] = ()
+    score: GroupScore | None = None
+    failure: str = ""
+
+    def conditioning_of(self, k: int) -> Any:
+        return self.conditionings[self.request.prompt_index(k)]
+
+
+def batch_requests(prompts: list[Prompt], seeds: list[int], batch_size: int) -> list[RolloutRequest]:
+    """One sample per prompt, in batches fixed by position, whatever workers there are; a batch's id is its first."""
+    return [
+        RolloutRequest(
+            start, tuple(prompts[start : start + batch_size]), tuple(seeds[start : start + batch_size])
+        )
+        for start in range(0, len(prompts), batch_size)
+    ]

@@ -1,0 +1,98 @@
+"""The rollout, encode and reward workers of a run or an evaluation: what they are built from, and their start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import recipes
+from core.cluster.actors import PlacedActors
+from core.cluster.dispatch import Dispatcher
+from rewards.base import RewardSet
+from rewards.worker import RewardWorker
+from rl.recipe.schema import ModelConfig, ResourcesConfig
+from rollout.encoder import EncoderSpec, EncodeWorker
+from rollout.engine import ReplicaSpec
+from rollout.worker import RolloutWorker
+
+
+@dataclass
+class Workers:
+    """Running workers. `encoder` None: nothing is sampled."""
+
+    placed: PlacedActors
+    dispatcher: Dispatcher
+    encoder: Any
+
+    def close(self) -> None:
+        """Stop every actor and give the resources back."""
+        self.placed.close()
+
+
+def replica_spec(model: ModelConfig, resources: ResourcesConfig) -> ReplicaSpec:
+    """What a replica of the transformer is built from, on any node."""
+    return ReplicaSpec(
+        model_path=str(recipes.resolve(model.path)),
+        dtype=model.dtype,
+        device=resources.device,
+        height=model.height,
+        width=model.width,
+        lora_rank=model.lora.rank,
+        lora_alpha=model.lora.alpha,
+        lora_targets=tuple(model.lora.targets),
+        threads=resources.threads,
+        compile=model.compile,
+    )
+
+
+def encoder_spec(model: ModelConfig, resources: ResourcesConfig, negative_prompt: str) -> EncoderSpec:
+    """What the encode worker is built from."""
+    return EncoderSpec(
+        model_path=str(recipes.resolve(model.path)),
+        dtype=model.dtype,
+        device=resources.device if resources.encode_gpus else "cpu",
+        height=model.height,
+        width=model.width,
+        max_sequence_length=model.max_sequence_length,
+        cache_bytes=int(model.embedding_cache_gib * 2**30),
+        threads=resources.threads,
+        vlm_path=None if model.vlm is None else str(recipes.resolve(model.vlm)),
+        position_mode=model.position_mode,
+        negative_prompt=negative_prompt,
+    )
+
+
+def start_workers(
+    placed: PlacedActors,
+    replica: ReplicaSpec | None,
+    encoder: EncoderSpec | None,
+    reward_sets: list[RewardSet],
+    resources: ResourcesConfig,
+    *,
+    ranks: list[Any] | None = None,
+    floor: int = 1,
+) -> Workers:
+    """Start the workers that the plan has room for; they need not have answered yet.
+
+    ranks: actors that sample in place of rollout workers. floor: how many that sample must be left.
+    """
+    restarts = resources.max_restarts
+    sampling = placed.start("rollout", RolloutWorker, lambda kind, _: kind.remote(replica), restarts=restarts)
+    rewards = placed.start(
+        "reward", RewardWorker, lambda kind, _: kind.remote(reward_sets, threads=resources.threads),
+        restarts=restarts, max_concurrency=resources.reward_concurrency,
+    )  # fmt: skip
+    # Encoding is a function of its arguments alone, so Ray itself may restart the worker and repeat the call.
+    encoders = placed.start(
+        "encode",
+        EncodeWorker,
+        lambda kind, _: kind.remote(encoder),
+        restarts=restarts,
+        max_task_retries=restarts,
+    )
+    dispatcher = Dispatcher(
+        call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s
+    )
+    dispatcher.add_pool("rollout", ranks or sampling, floor=floor)
+    dispatcher.add_pool("reward", rewards, max_in_flight=resources.reward_concurrency)
+    return Workers(placed, dispatcher, encoders[0] if encoders else None)

@@ -1,0 +1,102 @@
+"""Requests in chunks become whole results, scored ones with their score; a failure takes its own request alone."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from core.cluster.dispatch import Done
+from core.failures import DataFailure
+from core.progress import Progress
+from core.prompts import Prompt
+from rewards.scoring import GroupScore
+from rl.workers.collect import Collector
+from rl.workers.requests import RolloutRequest, batch_requests
+from rollout.engine import SampleInfo
+from rollout.sampler import SamplingSpec
+from rollout.worker import Policy
+
+SPEC = SamplingSpec(4, 0.0, 1.0, variant="ode")
+POLICY = Policy(1, "f" * 64, ())
+
+
+class Wire:
+    """The dispatcher as far as the collector sees it; calls come back in reverse order, and `broken` ones fail."""
+
+    def __init__(self, broken=(), sha256=POLICY.sha256):
+        self.broken, self.sha256, self.calls = broken, sha256, []
+
+    def stream(self, role, calls, *, ahead=None):
+        calls = list(calls)
+        self.calls += calls
+        for call in reversed(calls):
+            if (role, call.key) in self.broken:
+                yield Done(call, (), None, DataFailure(f"{role} {call.key} is broken"))
+            elif role == "rollout":
+                info = SampleInfo(call.key[0], call.key[1], 1, self.sha256, 0.5, 10.0, "node:1")
+                yield Done(call, tuple(f"{what} of {call.key}" for what in ("info", "t", "i")), info)
+            else:
+                rewards = [0.5] * len(call.args[2])
+                yield Done(
+                    call,
+                    (),
+                    GroupScore(call.key, rewards, [], {"red": rewards}, {}, {}, {"red": 2.0}, False, ""),
+                )
+
+
+def collector(wire):
+    encoder = SimpleNamespace(encode_one=SimpleNamespace(remote=lambda prompt, size: f"c {prompt.index}"))
+    return Collector(wire, encoder, Progress())
+
+
+def group(number, size=5):
+    return RolloutRequest(number, (Prompt(number, "t2i", "x"),), tuple(range(size)))
+
+
+def by_id(results):
+    found = list(results)
+    assert len({r.request.id for r in found}) == len(found), "one result for each request"
+    return {r.request.id: r for r in found}
+
+
+def test_chunks_come_together_in_order_and_are_scored_as_one():
+    wire = Wire()
+    own = collector(wire)
+    sampled = own.sample([group(3), group(4)], SPEC, POLICY, step=7, chunk_size=2)
+    results = by_id(own.score(sampled, "set", step=7, total=10))
+    assert [(c.first, c.size, c.trajectory) for c in results[3].chunks] == [
+        (0, 2, "t of (3, 0)"), (2, 2, "t of (3, 2)"), (4, 1, "t of (3, 4)"),
+    ]  # fmt: skip
+    assert results[4].score.rewards == [0.5] * 5 and results[4].failure == ""
+    assert {results[3].conditioning_of(k) for k in range(5)} == {"c 3"}
+    assert own.take_images() == 10 and own.take_images() == 0
+    assert {(s.name, s.step) for s in own.spans} == {("rollout", 7), ("reward", 7)}
+    scored = [call for call in wire.calls if call.role == "reward"]
+    assert scored[-1].args[3:] == tuple(chunk.images for chunk in results[scored[-1].key].chunks)
+
+
+def test_a_batch_gives_every_sample_the_conditioning_of_its_prompt():
+    wire = Wire()
+    prompts = [Prompt(i, "t2i", f"p{i}") for i in range(5)]
+    results = by_id(collector(wire).sample(batch_requests(prompts, list(range(5)), 2), SPEC, POLICY, step=0))
+    assert [call.args[4:] for call in wire.calls] == [("c 0", "c 1"), ("c 2", "c 3"), ("c 4",)]
+    assert [r.request.seeds for r in map(results.get, (0, 2, 4))] == [(0, 1), (2, 3), (4,)]
+    many = RolloutRequest(0, tuple(prompts[:2]), tuple(range(6)))
+    assert [many.prompt_of(k).index for k in range(6)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_failure_on_either_way_takes_its_own_request_alone():
+    broken = {("rollout", (1, 0)), ("rollout", (1, 2)), ("reward", 2)}
+    own = collector(Wire(broken))
+    sampled = own.sample([group(n) for n in (1, 2, 3)], SPEC, POLICY, step=0, chunk_size=2)
+    results = by_id(own.score(sampled, "set", step=0, total=15))
+    assert "rollout (1, 2) is broken" in results[1].failure, "the first of its chunks that failed"
+    assert "reward 2 is broken" in results[2].failure and results[2].score is None
+    assert results[3].score is not None
+
+
+def test_a_sample_of_another_policy_stops_the_run():
+    own = collector(Wire(sha256="0" * 64))
+    with pytest.raises(
+        RuntimeError, match="node:1 sampled with adapter 000000000000, asked for was ffffffffffff"
+    ):
+        list(own.sample([group(1)], SPEC, POLICY, step=0))
