@@ -9,10 +9,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
+import hypothesis
 import pytest
 
 from tests.fakes.forked_workers import WorkerServer
 from tests.levels import BUDGET_S, LEVELS, USES, group_of, level_of, levels_of
+
+# The same examples in every run, on a machine of any speed.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
 
 RAY_STARTS = 3
 """On a machine so busy that Ray does not get up in the 30 s it gives itself."""

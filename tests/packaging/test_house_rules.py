@@ -15,15 +15,8 @@ FILES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py")
 HEAVY = ["torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "PIL"]
 MAX_LINES, MAX_FUNCTION, MIN_LINES = 400, 60, 20
 SHORT = {
-    "core/failures.py": "exceptions that every floor names; they belong to no module above",
-    "core/logs.py": "how every command starts its log",
     "core/seeds.py": "the one rule from names to seeds, without torch",
-    "core/shards/errors.py": "raised by readers and writers of shards, which do not import each other",
     "core/training/randomness.py": "the torch half of core/seeds.py",
-    "pretrain/data/readable.py": "one wording for readers that do not import each other",
-    "pretrain/flow/peaks.py": "a table of hardware",
-    "rewards/builtin.py": "the list of names that recipes may use",
-    "rl/record/evaluation_sets.py": "a name shared with reward workers, which load no record",
 }
 """Files below 20 lines, each with the reason why it does not belong to a neighbour."""
 
