@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pretrain.flow.peaks import PEAK_TFLOPS
+from core.training.estimates import PEAK_TFLOPS
 
 from core.keys import allowed, split_annotated, split_optional
 from core.recipe import ConfigError, to_yaml, value_problems
