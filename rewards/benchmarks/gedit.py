@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ MEASURES = {
 }
 
 
+@dataclass(frozen=True)
+class _Edit:
+    """One edit; `where` it stands, for messages. `intersection` is None where the data does not say."""
+
+    where: str
+    key: str
+    group: str
+    language: str
+    instruction: Any
+    source: Path
+    intersection: bool | None = None
+
+
 def read(path: Path, *, languages: Sequence[str] = ("en",), references: Path | None = None) -> list[Item]:
     """The edits in `languages`.
 
@@ -55,20 +69,20 @@ def read(path: Path, *, languages: Sequence[str] = ("en",), references: Path | N
     source pictures at `references / id`. The latter says nothing of the intersection. Raises DataError.
     """
     if path.is_dir():
-        records = _unpacked(path)
+        edits = _unpacked(path)
     elif references is None:
         raise DataError(
             [f"{path}: is not a folder; with a JSON file give --references, the folder of its pictures"]
         )
     else:
-        records = _json(path, references)
-    problems = [problem for record in records for problem in _problems(record)]
+        edits = _json(path, references)
+    problems = [problem for edit in edits for problem in _problems(edit)]
     if problems:
         raise DataError(problems)
-    chosen = [record for record in records if record["language"] in languages]
+    chosen = [edit for edit in edits if edit.language in languages]
     if not chosen:
         raise DataError([f"{path}: holds no instructions in {', '.join(languages)}"])
-    return [_item(index, record) for index, record in enumerate(chosen)]
+    return [_item(index, edit) for index, edit in enumerate(chosen)]
 
 
 def figures(scored: Sequence[ScoredItem], *, compat: bool = False) -> list[Figure]:
@@ -98,29 +112,23 @@ def _mean(name: str, groups: Mapping[str, Sequence[ScoredItem]], measure: str) -
     return figure(name, groups, found)
 
 
-def _unpacked(folder: Path) -> list[dict[str, Any]]:
+def _unpacked(folder: Path) -> list[_Edit]:
     text = read_text(folder / METADATA, "the list of GEdit-Bench's edits", GET_DATA)
-    records, problems = [], []
+    edits, problems = [], []
     for number, line in enumerate(text.split("\n"), 1):
+        where = f"{folder / METADATA}:{number}"
         try:
             if line.strip():
                 row = json.loads(line)
                 key, group, language = row["key"], row["task_type"], row["instruction_language"]
-                record = {
-                    "where": f"{folder / METADATA}:{number}",
-                    "key": key,
-                    "group": group,
-                    "language": language,
-                }
-                record["instruction"] = row["instruction"]
-                record["intersection"] = bool(row["Intersection_exist"])
-                record["source"] = source_path(folder, group, language, key)
-                records.append(record)
+                source = source_path(folder, group, language, key)
+                marked = bool(row["Intersection_exist"])
+                edits.append(_Edit(where, key, group, language, row["instruction"], source, marked))
         except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{folder / METADATA}:{number}: {type(error).__name__}: {error}; {GET_DATA}")
+            problems.append(f"{where}: {type(error).__name__}: {error}; {GET_DATA}")
     if problems:
         raise DataError(problems)
-    return records
+    return edits
 
 
 def source_path(folder: Path, group: str, language: str, key: str) -> Path:
@@ -128,35 +136,24 @@ def source_path(folder: Path, group: str, language: str, key: str) -> Path:
     return folder / "fullset" / group / language / f"{key}_SRCIMG.png"
 
 
-def _json(path: Path, references: Path) -> list[dict[str, Any]]:
+def _json(path: Path, references: Path) -> list[_Edit]:
     return [
-        {
-            "where": f"{path}: {key}",
-            "key": key,
-            "group": group,
-            "language": Path(id).parent.name,
-            "instruction": instruction,
-            "intersection": None,
-            "source": references / id,
-        }
+        _Edit(f"{path}: {key}", key, group, Path(id).parent.name, instruction, references / id)
         for key, id, instruction, group in read_edits(path, "GEdit-Bench's instructions", GET_DATA)
     ]
 
 
-def _problems(record: Mapping[str, Any]) -> list[str]:
+def _problems(edit: _Edit) -> list[str]:
     checks = [
-        (record["group"] in GROUPS, f"group {record['group']!r} is not one of {', '.join(GROUPS)}"),
-        (
-            record["language"] in LANGUAGES,
-            f"language {record['language']!r} is not one of {', '.join(LANGUAGES)}",
-        ),
-        (str(record["instruction"]).strip() != "", "the instruction is empty"),
-        (record["source"].is_file(), f"source picture {record['source']} does not exist; {GET_DATA}"),
+        (edit.group in GROUPS, f"group {edit.group!r} is not one of {', '.join(GROUPS)}"),
+        (edit.language in LANGUAGES, f"language {edit.language!r} is not one of {', '.join(LANGUAGES)}"),
+        (str(edit.instruction).strip() != "", "the instruction is empty"),
+        (edit.source.is_file(), f"source picture {edit.source} does not exist; {GET_DATA}"),
     ]
-    return [f"{record['where']}: {message}" for fine, message in checks if not fine]
+    return [f"{edit.where}: {message}" for fine, message in checks if not fine]
 
 
-def _item(index: int, record: Mapping[str, Any]) -> Item:
-    metadata = {name: record[name] for name in ("group", "language", "intersection")}
-    prompt = Prompt(index, "edit", record["instruction"], str(record["source"].absolute()), metadata)
-    return Item(f"{record['group']}/{record['language']}/{record['key']}", record["group"], prompt)
+def _item(index: int, edit: _Edit) -> Item:
+    metadata = {"group": edit.group, "language": edit.language, "intersection": edit.intersection}
+    prompt = Prompt(index, "edit", edit.instruction, str(edit.source.absolute()), metadata)
+    return Item(f"{edit.group}/{edit.language}/{edit.key}", edit.group, prompt)
