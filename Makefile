@@ -1,7 +1,9 @@
 # make setup   .venv with pinned versions (a few minutes, about 8 GB; again only when its inputs change)
 # make extras  the same with every extra: mmdet, reward services, vLLM, test tools
 # make demo    both PDTR stages on the shapes world, on CPU; results in runs/demo/
-# make test    lint, types, all tests
+# make lint    style, types, floors, dead code
+# make test    lint, then all tests on WORKERS=2 cores, and what each level took of its budget
+# make test-fast  the unit tests alone
 # make accept  the long proofs, which write docs/evidence/
 # make bench   the two engines at tiny size
 # make clean   build leftovers and caches; never .venv or runs
@@ -9,13 +11,16 @@
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
+WORKERS := 2
+# Groups are handed out in the order of the levels, and stay on one worker each (tests/levels.py).
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 READY := $(VENV)/.ready
 READY_ALL := $(VENV)/.ready-all
 export PYTHONUNBUFFERED := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup extras demo test accept lint bench clean
+.PHONY: setup extras demo test test-fast accept lint bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -37,13 +42,19 @@ lint: extras
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m vulture
 
-test: export HF_HUB_OFFLINE := 1
-test: export OMP_NUM_THREADS := 1
-test: export RAY_DEDUP_LOGS := 0
+test test-fast: export HF_HUB_OFFLINE := 1
+test test-fast: export OMP_NUM_THREADS := 1
+test test-fast: export RAY_DEDUP_LOGS := 0
+
 test: lint
 	@scripts/chromium.sh
-	$(PY) -m pytest --durations=30
+	$(PYTEST) --durations=20
+
+test-fast: extras
+	$(PYTEST) -m unit --durations=5
 
 accept: extras
 	@failed=; \
@@ -57,5 +68,5 @@ bench: extras
 	$(PY) -m bench engine
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find bench core models pretrain recipes rewards rl rollout tests worlds -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from bench.measure import Measurement, device_name, measure
-from rewards.geneval.backend import ColorQuestion
-from rewards.geneval.detection import Detection
+from rewards.geneval.detection import ColorQuestion, Detection
 from rewards.geneval.settings import PUBLISHED_SCALE, DetectorSettings
 
 SHAPES_SIZE = 32

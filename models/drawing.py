@@ -100,7 +100,9 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             max(guidance_scale, 1.0),
             progress=self.progress_bar,
         )
-        output: Any = final if output_type == "latent" else _convert(decode_latents(self.vae, final), output_type)
+        output: Any = (
+            final if output_type == "latent" else _convert(decode_latents(self.vae, final), output_type)
+        )
         return ImagePipelineOutput(images=output) if return_dict else (output,)
 
     @staticmethod

@@ -68,9 +68,8 @@ async def call_reward(loaded: LoadedReward, batch: RewardBatch) -> RewardOutput:
 
 
 def _is_async(loaded: LoadedReward) -> bool:
-    call = type(
-        loaded.function
-    ).__call__  # an object whose `__call__` is async is not itself a coroutine function
+    # An object whose `__call__` is async is no coroutine function itself.
+    call = type(loaded.function).__call__
     return inspect.iscoroutinefunction(loaded.function) or inspect.iscoroutinefunction(call)
 
 

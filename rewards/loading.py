@@ -17,10 +17,25 @@ from types import ModuleType
 from typing import Any
 
 from rewards.base import RewardLoadError, RewardSpec, reward_label, spec_problems
-from rewards.builtin import BUILTIN_REWARDS, SERVED_REWARD
 from rewards.thread import RewardThread
 
 logger = logging.getLogger(__name__)
+
+BUILTIN_REWARDS: dict[str, str] = {
+    "geneval": "rewards.geneval.rewards:GenEval",
+    "geneval_strict": "rewards.geneval.rewards:GenEvalStrict",
+    "geneval_official": "rewards.geneval.rewards:GenEvalOfficial",
+    "judge": "rewards.judge.judge:Judge",
+    "editreward": "rewards.editreward.client:EditReward",
+    "geneval_shapes": "worlds.shapes.scoring.rewards:GenEvalShapes",
+    "edit_shapes": "worlds.shapes.scoring.rewards:EditShapes",
+    "geneval_shapes_template": "worlds.shapes.scoring.template:TemplateGenEval",
+    "edit_shapes_template": "worlds.shapes.scoring.template:TemplateEdit",
+}
+"""Names of the built-in rewards. The module behind a name loads when it is used."""
+
+SERVED_REWARD = "rewards.service.client:ServedReward"
+"""The client in whose hands a reward with a `service` is."""
 
 PROTOCOL_KEYWORDS = ("images", "prompts", "references", "metadata")
 

@@ -22,7 +22,7 @@ from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError, read_recipe
 from rewards.base import RewardError, RewardSet, reward_label
 from rewards.recipe import REST, ServedRecipe, served_sets
-from rewards.service.token import read_token
+from rewards.service.wire import read_token
 
 log = logging.getLogger("rewards.serve")
 

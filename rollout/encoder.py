@@ -104,7 +104,9 @@ class Encoder:
         (embeds,) = self.text.encode([text])
         return Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds)
 
-    def _embed(self, prompt: Prompt, text: str, image: Image.Image | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(
+        self, prompt: Prompt, text: str, image: Image.Image | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """prompt_embeds and pooled_prompt_embeds of a text read beside a picture, where the encoder sees one."""
         if isinstance(self.text, SD3TextEncoder):
             (embeds,) = self.text.encode([text])

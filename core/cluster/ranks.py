@@ -93,8 +93,9 @@ class RayRanks:
     def __init__(self, make: MakeRank, count: int, resources: RankResources):
         import ray
 
-        from core.cluster.actors import ClusterError, PlacedActors, connect
+        from core.cluster.actors import PlacedActors, connect
         from core.cluster.placement import uniform_plan
+        from core.failures import ClusterError
 
         connect()
         self.resources = resources

@@ -159,11 +159,10 @@ def encode_texts(
         except SampleError as error:
             broken[ordinal], texts = str(error), ()
         rows.append([numbers.setdefault(text, len(numbers)) for text in texts])
-    width = max(1, *map(len, rows))
     embeds = encoder.encode(list(numbers))
     prompt_embeds, pooled = stack([(item.prompt_embeds, item.pooled_prompt_embeds) for item in embeds])
     tensors = {
-        "rows": torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32),
+        "rows": _padded(rows),
         "prompt_embeds": prompt_embeds,
         "pooled_prompt_embeds": pooled,
     }
@@ -206,9 +205,7 @@ def encode_queries(
                 rows[-1].append(numbers[key])
         if prompts:
             done.append(reader.hidden_states(queries, prompts, pictures).cpu())
-    width = max(1, *map(len, rows))
-    filled = [row + [-1] * (width - len(row)) for row in rows]
-    return {"rows": torch.tensor(filled, dtype=torch.int32), "states": torch.cat(done)}, broken
+    return {"rows": _padded(rows), "states": torch.cat(done)}, broken
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -220,6 +217,12 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     partial.chmod(0o644)
     partial.rename(path)
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    """N T int32 of rows of unequal lengths, -1 where a row ends."""
+    width = max(1, *map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32)
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

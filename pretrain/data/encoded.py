@@ -40,12 +40,12 @@ class Shards:
     """Where the shards of one kind are, and their rows. Safe to use from several threads."""
 
     def __init__(
-        self, data: DataConfig, sources: Sequence[Source], folder: Path, areas: Sequence[Sequence[int]]
+        self, data: DataConfig, sources: Sequence[Source], name: str, areas: Sequence[Sequence[int]]
     ) -> None:
-        """`areas`: of each source; [0] where the size of pictures does not count."""
+        """`name`: of their folder. `areas`: of each source; [0] where the size of pictures does not count."""
         self._sources, self._size = sources, data.cache.samples_per_shard
         self._areas = areas
-        self.folder = folder
+        self.folder = Path(data.cache_dir) / "encoded" / name
         self._lock = threading.Lock()
         self._open = lru_cache(maxsize=_FILES_KEPT)(lambda path: safe_open(path, framework="pt"))
 
@@ -89,8 +89,7 @@ class EncodedLatents:
     def __init__(self, data: DataConfig, sources: Sequence[Source]) -> None:
         settings = [FORMAT, data.multiple, data.aspect_buckets, data.cache.samples_per_shard]
         digest = encoders_digest(data, data.cache.vae, ["vae"], settings)
-        folder = Path(data.cache_dir) / "encoded" / f"latents-{digest}"
-        self.shards = Shards(data, sources, folder, [areas(data.resolution)] * len(sources))
+        self.shards = Shards(data, sources, f"latents-{digest}", [areas(data.resolution)] * len(sources))
 
     def get(self, source: int, ordinal: int, area: int) -> tuple[Tensor, ...]:
         """(latents,), or (source's, target's) of an edit: C h w each.
@@ -99,10 +98,8 @@ class EncodedLatents:
             SampleError: one that could not be read when it was to be encoded.
         """
         file, place = self.shards.file(source, ordinal, area)
-        row = int(file.get_slice("rows")[place : place + 1])
+        row = _row(file, place, 0)
         bucket = int(file.get_slice("buckets")[place : place + 1])
-        if row < 0:
-            raise SampleError("it could not be read when it was to be encoded")
         names = [name for name in (f"references.{bucket}", f"latents.{bucket}") if name in file.keys()]  # noqa: SIM118
         return tuple(file.get_slice(name)[row] for name in names)
 
@@ -114,8 +111,7 @@ class EncodedTexts:
         cache = data.cache
         settings = [FORMAT, cache.max_sequence_length, cache.text_dtype, cache.samples_per_shard]
         digest = encoders_digest(data, cache.text_encoders, TEXT_PARTS, settings)
-        folder = Path(data.cache_dir) / "encoded" / f"text-{digest}"
-        self.shards = Shards(data, sources, folder, [[0]] * len(sources))
+        self.shards = Shards(data, sources, f"text-{digest}", [[0]] * len(sources))
 
     def get(self, source: int, ordinal: int, number: int | None) -> tuple[Tensor, Tensor]:
         """Prompt embeddings L D and pooled ones P of a sample's `number`-th text; None: of the empty prompt.
@@ -124,12 +120,7 @@ class EncodedTexts:
             SampleError: one that could not be read when it was to be encoded.
         """
         file, place = self.shards.file(source, ordinal, 0)
-        row = 0
-        if number is not None:
-            rows = file.get_slice("rows")[place : place + 1][0]
-            row = int(rows[number]) if number < len(rows) else -1
-        if row < 0:
-            raise SampleError("its text could not be read when it was to be encoded")
+        row = 0 if number is None else _row(file, place, number)
         embeds: Tensor = file.get_slice("prompt_embeds")[row]
         return embeds, file.get_slice("pooled_prompt_embeds")[row]
 
@@ -144,12 +135,8 @@ class EncodedQueries:
         settings += [encoders_digest(data, cache.conditioner, ["conditioner"], [])]
         digest = encoders_digest(data, cache.vlm, [""], settings)
         self._shown = [cache.show_references and source.task == "edit" for source in data.sources]
-        self.shards = Shards(
-            data,
-            sources,
-            Path(data.cache_dir) / "encoded" / f"queries-{digest}",
-            [areas(data.resolution) if shown else [0] for shown in self._shown],
-        )
+        sizes = [areas(data.resolution) if shown else [0] for shown in self._shown]
+        self.shards = Shards(data, sources, f"queries-{digest}", sizes)
 
     def get(self, source: int, ordinal: int, area: int, number: int | None) -> Tensor:
         """States Q D at a sample's `number`-th text; None: at the empty prompt.
@@ -158,23 +145,26 @@ class EncodedQueries:
             SampleError: one that could not be read when it was to be encoded.
         """
         file, place = self.shards.file(source, ordinal, area if self._shown[source] else 0)
-        rows = file.get_slice("rows")[place : place + 1][0]
-        column = 0 if number is None else 1 + number
-        row = int(rows[column]) if column < len(rows) else -1
-        if row < 0:
-            raise SampleError("it could not be read when it was to be encoded")
-        states: Tensor = file.get_slice("states")[row]
+        states: Tensor = file.get_slice("states")[_row(file, place, 0 if number is None else 1 + number)]
         return states
+
+
+def _row(file: Any, place: int, column: int) -> int:
+    """Where a shard holds the sample at `place`, or its text of that column. Raises SampleError for nowhere."""
+    rows = file.get_slice("rows")[place : place + 1].flatten()
+    row = int(rows[column]) if column < len(rows) else -1
+    if row < 0:
+        raise SampleError("it could not be read when it was to be encoded")
+    return row
 
 
 def open_encoded(
     data: DataConfig, sources: Sequence[Source]
 ) -> tuple[EncodedLatents | None, EncodedTexts | None, EncodedQueries | None]:
     """What the recipe reads from its cache. Raises DataError where shards are missing."""
-    cache = data.cache
-    latents = EncodedLatents(data, sources) if cache.latents else None
-    texts = EncodedTexts(data, sources) if cache.text else None
-    queries = EncodedQueries(data, sources) if cache.queries else None
+    latents = EncodedLatents(data, sources) if data.cache.latents else None
+    texts = EncodedTexts(data, sources) if data.cache.text else None
+    queries = EncodedQueries(data, sources) if data.cache.queries else None
     for encoded in (latents, texts, queries):
         if encoded:
             encoded.shards.require()

@@ -101,9 +101,7 @@ class BatchOrder:
             members = np.flatnonzero(buckets == bucket).astype(np.uint32)
             widths, heights = source.widths[members], source.heights[members]
             fits = np.ones(len(members), dtype=bool)
-            for area in areas(
-                config.resolution
-            ):  # a sample stays through the schedule: the worst size decides
+            for area in areas(config.resolution):  # a sample stays throughout: the worst size decides
                 size = bucket_size(bucket, area, config.multiple)
                 fits &= crop_losses(widths, heights, size) <= config.max_crop_loss
             left_out += int((~fits).sum())

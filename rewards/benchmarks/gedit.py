@@ -19,7 +19,7 @@ from typing import Any
 
 from core.prompts import Prompt
 from rewards.benchmarks.figures import Figure, by_group, figure
-from rewards.benchmarks.items import DataError, Item, ScoredItem, read_text
+from rewards.benchmarks.items import DataError, Item, ScoredItem, read_edits, read_text
 
 GROUPS = (
     "background_change",
@@ -105,19 +105,17 @@ def _unpacked(folder: Path) -> list[dict[str, Any]]:
         try:
             if line.strip():
                 row = json.loads(line)
-                records.append(
-                    {
-                        "where": f"{folder / METADATA}:{number}",
-                        "key": row["key"],
-                        "group": row["task_type"],
-                        "language": row["instruction_language"],
-                        "instruction": row["instruction"],
-                        "intersection": bool(row["Intersection_exist"]),
-                        "source": source_path(
-                            folder, row["task_type"], row["instruction_language"], row["key"]
-                        ),
-                    }
-                )
+                key, group, language = row["key"], row["task_type"], row["instruction_language"]
+                record = {
+                    "where": f"{folder / METADATA}:{number}",
+                    "key": key,
+                    "group": group,
+                    "language": language,
+                }
+                record["instruction"] = row["instruction"]
+                record["intersection"] = bool(row["Intersection_exist"])
+                record["source"] = source_path(folder, group, language, key)
+                records.append(record)
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"{folder / METADATA}:{number}: {type(error).__name__}: {error}; {GET_DATA}")
     if problems:
@@ -131,25 +129,18 @@ def source_path(folder: Path, group: str, language: str, key: str) -> Path:
 
 
 def _json(path: Path, references: Path) -> list[dict[str, Any]]:
-    try:
-        return [
-            {
-                "where": f"{path}: {key}",
-                "key": key,
-                "group": row["edit_type"],
-                "language": Path(row["id"]).parent.name,
-                "instruction": row["prompt"],
-                "intersection": None,
-                "source": references / row["id"],
-            }
-            for key, row in json.loads(read_text(path, "GEdit-Bench's instructions", GET_DATA)).items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            [
-                f'{path}: is not {{key: {{"prompt", "id", "edit_type"}}}} ({type(error).__name__}: {error}); {GET_DATA}'
-            ]
-        ) from error
+    return [
+        {
+            "where": f"{path}: {key}",
+            "key": key,
+            "group": group,
+            "language": Path(id).parent.name,
+            "instruction": instruction,
+            "intersection": None,
+            "source": references / id,
+        }
+        for key, id, instruction, group in read_edits(path, "GEdit-Bench's instructions", GET_DATA)
+    ]
 
 
 def _problems(record: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,7 @@ from pathlib import Path
 from core.prompts import Prompt, PromptFileError, load_prompts
 from rewards.benchmarks.figures import Figure, by_group, figure, image_mean, only_scored
 from rewards.benchmarks.items import DataError, Item, ScoredItem
-from rewards.geneval.clauses import check_clauses
-from rewards.geneval.rules import TAGS
+from rewards.geneval.rules import TAGS, check_clauses
 
 GET_DATA = "get prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (MIT licence) and give it as --data"
 

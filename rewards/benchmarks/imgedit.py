@@ -13,14 +13,13 @@ script reads answers is not repeated: what is kept of an answer here are its gra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.prompts import Prompt
 from rewards.benchmarks.figures import Figure, by_group, figure, image_mean, only_scored
-from rewards.benchmarks.items import DataError, Item, ScoredItem, read_text
+from rewards.benchmarks.items import DataError, Item, ScoredItem, read_edits
 
 TYPES = ("add", "alter", "extract", "replace", "remove", "background", "style", "compose", "action")
 ALIASES = {"adjust": "alter", "hybrid": "compose"}
@@ -41,17 +40,7 @@ def read(path: Path, *, references: Path | None) -> list[Item]:
     """
     if references is None:
         raise DataError([f"--references is missing, the folder of the original pictures; {GET_DATA}"])
-    try:
-        records = json.loads(read_text(path, "ImgEdit's list of edits", GET_DATA))
-        rows = [(key, row["id"], row["prompt"], row["edit_type"]) for key, row in records.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            [
-                f'{path}: is not {{key: {{"id", "prompt", "edit_type"}}}} ({type(error).__name__}: {error}); {GET_DATA}'
-            ]
-        ) from error
+    rows = read_edits(path, "ImgEdit's list of edits", GET_DATA)
     problems = [problem for row in rows for problem in _problems(path, row, references)]
     if problems or not rows:
         raise DataError(problems or [f"{path}: holds no edits; {GET_DATA}"])
@@ -90,10 +79,7 @@ def _problems(path: Path, row: tuple[Any, ...], references: Path) -> list[str]:
     checks = [
         (ALIASES.get(kind, kind) in TYPES, f"edit_type {kind!r} is not one of {', '.join(TYPES)}"),
         (isinstance(prompt, str) and prompt.strip() != "", "prompt is empty"),
-        (
-            (references / str(id)).is_file(),
-            f"source picture {references / str(id)} does not exist; {GET_DATA}",
-        ),
+        ((references / id).is_file(), f"source picture {references / id} does not exist; {GET_DATA}"),
     ]
     return [f"{path}: {key}: {message}" for fine, message in checks if not fine]
 

@@ -1,13 +1,17 @@
-"""What a benchmark asks for, and what became of it: the two records that readers, runs and tables share."""
+"""What a benchmark asks for, and what became of it: the records that readers, runs and tables share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.prompts import Prompt
+
+ANSWERED_BY = "answered_by."
+"""A judge's component `answered_by.SNAPSHOT` is 1 where that snapshot answered."""
 
 
 class DataError(ValueError):
@@ -71,9 +75,44 @@ def subset(items: Sequence[Item], count: int | None) -> list[Item]:
     return [item for place, item in enumerate(items) if place in chosen]
 
 
-def read_text(path: Path, what: str, way_out: str) -> str:
+def read_text(path: Path, what: str, get_data: str) -> str:
     """The text of a data file. Raises DataError naming the file, what it is, and where to get it."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError([f"{path}: cannot be read as {what} ({error}); {way_out}"]) from error
+        raise DataError([f"{path}: cannot be read as {what} ({error}); {get_data}"]) from error
+
+
+def read_edits(path: Path, what: str, get_data: str) -> list[tuple[str, str, Any, Any]]:
+    """(key, id, prompt, edit_type) of every entry of a JSON file `{key: {"prompt", "id", "edit_type"}}`.
+
+    Raises DataError for a file that cannot be read or has another form.
+    """
+    text = read_text(path, what, get_data)
+    try:
+        return [
+            (key, str(row["id"]), row["prompt"], row["edit_type"]) for key, row in json.loads(text).items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        form = '{key: {"prompt", "id", "edit_type"}}'
+        raise DataError([f"{path}: is not {form} ({type(error).__name__}: {error}); {get_data}"]) from error
+
+
+def detectors(scored: Iterable[ScoredItem]) -> list[str]:
+    """Who gave GenEval's verdicts: the prefix of every stored `PREFIX.correct`, detector and colour rule.
+
+    This and `snapshots` read what was stored with each picture, so they name those that really answered, also when
+    an evaluation was continued on another day.
+    """
+    names = {name for name in _names(scored) if name.endswith(".correct")}
+    return sorted(name.rpartition(".")[0] for name in names)
+
+
+def snapshots(scored: Iterable[ScoredItem]) -> list[str]:
+    """The snapshots of the judge behind the answers."""
+    return sorted(name.removeprefix(ANSWERED_BY) for name in _names(scored) if name.startswith(ANSWERED_BY))
+
+
+def _names(scored: Iterable[ScoredItem]) -> set[str]:
+    images: Iterable[Mapping[str, float] | None] = (image for item in scored for image in item.images)
+    return {name for image in images for name in image or ()}

@@ -3,8 +3,8 @@
 layout     pictures of a prompt
 ---------  -----------------------------------------------------------------------------------------------
 numbered   KEY/samples/00000.png, 00001.png ... with the prompt's record in KEY/metadata.jsonl (GenEval)
-grid       KEY.png: one picture, or four in two rows (DPG-Bench)
-keyed      KEY.png: one picture (ImgEdit; GEdit-Bench below fullset/, KEY being GROUP/LANGUAGE/KEY)
+keyed      KEY.png: four pictures in two rows (DPG-Bench),
+           or one alone (ImgEdit; GEdit-Bench below fullset/, KEY being GROUP/LANGUAGE/KEY)
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,23 +35,25 @@ class Picture:
 
     def load(self) -> Image.Image:
         """RGB, EXIF rotation applied. Raises ValueError naming an unreadable file or a grid of odd size."""
-        try:
-            with Image.open(self.path) as image:
-                picture = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.path}: is not a readable picture ({error}); make it again") from error
+        with self._open() as image:
+            picture = ImageOps.exif_transpose(image).convert("RGB")
         return picture if self.cell is None else picture.crop(_cell_box(self.path, picture.size, self.cell))
 
     def check(self) -> None:
         """The same without decoding the pixels."""
-        try:
-            with Image.open(self.path) as image:
-                image.verify()
-                size = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.path}: is not a readable picture ({error}); make it again") from error
+        with self._open() as image:
+            image.verify()
+            size = image.size
         if self.cell is not None:
             _cell_box(self.path, size, self.cell)
+
+    @contextmanager
+    def _open(self) -> Iterator[Image.Image]:
+        try:
+            with Image.open(self.path) as image:
+                yield image
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self.path}: is not a readable picture ({error}); make it again") from error
 
 
 class Layout(Protocol):
@@ -103,11 +106,14 @@ class Numbered:
             _save(folder / item.key / "samples" / f"{k:05d}.png", image)
 
 
-class Grid:
-    """DPG-Bench's layout: four pictures make one of twice the width and height; one picture stands alone."""
+class Keyed:
+    """One file per prompt, below `root`: four pictures make one of twice the width and height, one stands alone."""
+
+    def __init__(self, root: str = "") -> None:
+        self.root = root
 
     def find(self, folder: Path, item: Item, count: int) -> list[Picture | None]:
-        path = folder / f"{item.key}.png"
+        path = folder / self.root / f"{item.key}.png"
         if not path.is_file():
             return [None] * count
         return [Picture(path, cell if count > 1 else None) for cell in range(count)]
@@ -117,30 +123,13 @@ class Grid:
 
     def write(self, folder: Path, item: Item, images: Sequence[Image.Image]) -> None:
         if len(images) == 1:
-            _save(folder / f"{item.key}.png", images[0])
+            _save(folder / self.root / f"{item.key}.png", images[0])
             return
         width, height = images[0].size
         grid = Image.new("RGB", (2 * width, 2 * height))
         for cell, image in enumerate(images):
             grid.paste(image, (cell % 2 * width, cell // 2 * height))
-        _save(folder / f"{item.key}.png", grid)
-
-
-class Keyed:
-    """One picture per prompt, below `root`."""
-
-    def __init__(self, root: str = "") -> None:
-        self.root = root
-
-    def find(self, folder: Path, item: Item, count: int) -> list[Picture | None]:
-        path = folder / self.root / f"{item.key}.png"
-        return [Picture(path) if path.is_file() else None]
-
-    def problems(self, folder: Path, item: Item, count: int) -> list[str]:
-        return _unreadable(self.find(folder, item, count))
-
-    def write(self, folder: Path, item: Item, images: Sequence[Image.Image]) -> None:
-        _save(folder / self.root / f"{item.key}.png", images[0])
+        _save(folder / self.root / f"{item.key}.png", grid)
 
 
 def _numbered(folder: Path) -> list[Path]:

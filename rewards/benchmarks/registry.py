@@ -13,7 +13,7 @@ from rewards.base import RewardSpec
 from rewards.benchmarks import dpg, gedit, geneval, imgedit, rewarded
 from rewards.benchmarks.figures import Figure
 from rewards.benchmarks.items import DataError, Item, subset
-from rewards.benchmarks.layouts import GRID, Grid, Keyed, Layout, Numbered
+from rewards.benchmarks.layouts import GRID, Keyed, Layout, Numbered
 
 SHAPES_PROMPTS = {task: f"recipes/shapes/prompts/{task}_heldout.jsonl" for task in ("t2i", "edit")}
 SCORER = "scorer"
@@ -60,7 +60,7 @@ class Benchmark:
     """
 
     name: str
-    parts: Callable[[Request], list[Part]]
+    parts: Callable[[Request, Path], list[Part]]
     layout: Layout
     figures: Callable[..., list[Figure]]
     reads: frozenset[str]
@@ -86,7 +86,7 @@ class Benchmark:
         ]
         if problems:
             raise DataError(problems)
-        parts = self.parts(request)
+        parts = self.parts(request, request.data or Path())
         problems = _key_problems([item.key for part in parts for item in part.items])
         if problems:
             raise DataError(problems)
@@ -102,56 +102,44 @@ def _key_problems(keys: Sequence[str]) -> list[str]:
     ]
 
 
-def _reward(request: Request, name: str, **params: Any) -> RewardSpec:
-    return RewardSpec(
-        request.reward or name,
-        params=(params | request.params) if request.reward is None else dict(request.params),
-        timeout_s=request.timeout_s,
-        label=SCORER,
+def _part(request: Request, task: str, items: Sequence[Item], reward: str = "") -> Part:
+    spec = RewardSpec(
+        request.reward or reward, params=dict(request.params), timeout_s=request.timeout_s, label=SCORER
     )
+    return Part(task, tuple(subset(items, request.num_prompts)), spec)
 
 
-def _one(request: Request, task: str, items: Sequence[Item], reward: RewardSpec) -> list[Part]:
-    return [Part(task, tuple(subset(items, request.num_prompts)), reward)]
+def _geneval(request: Request, data: Path) -> list[Part]:
+    return [_part(request, "t2i", geneval.read(data), "geneval_official")]
 
 
-def _geneval(request: Request) -> list[Part]:
-    assert request.data is not None
-    return _one(request, "t2i", geneval.read(request.data), _reward(request, "geneval_official"))
+def _dpg(request: Request, data: Path) -> list[Part]:
+    items = dpg.read(data, compat=request.compat, scored=request.scored)
+    return [_part(request, "t2i", items, "rewards.benchmarks.judged:DPGQuestions")]
 
 
-def _dpg(request: Request) -> list[Part]:
-    assert request.data is not None
-    items = dpg.read(request.data, compat=request.compat, scored=request.scored)
-    return _one(request, "t2i", items, _reward(request, "rewards.benchmarks.judged:DPGQuestions"))
+def _gedit(request: Request, data: Path) -> list[Part]:
+    items = gedit.read(data, languages=request.languages or ("en",), references=request.references)
+    return [_part(request, "edit", items, "rewards.benchmarks.judged:GEditGrades")]
 
 
-def _gedit(request: Request) -> list[Part]:
-    assert request.data is not None
-    items = gedit.read(request.data, languages=request.languages or ("en",), references=request.references)
-    return _one(request, "edit", items, _reward(request, "rewards.benchmarks.judged:GEditGrades"))
+def _imgedit(request: Request, data: Path) -> list[Part]:
+    items = imgedit.read(data, references=request.references)
+    return [_part(request, "edit", items, "rewards.benchmarks.judged:ImgEditGrades")]
 
 
-def _imgedit(request: Request) -> list[Part]:
-    assert request.data is not None
-    items = imgedit.read(request.data, references=request.references)
-    return _one(request, "edit", items, _reward(request, "rewards.benchmarks.judged:ImgEditGrades"))
-
-
-def _shapes(request: Request) -> list[Part]:
-    tasks = [request.task] if request.task else ["t2i", "edit"]
-    rewards = {"t2i": _reward(request, "geneval_shapes"), "edit": _reward(request, "edit_shapes")}
+def _shapes(request: Request, _: Path) -> list[Part]:
+    rewards = {"t2i": "geneval_shapes", "edit": "edit_shapes"}
     parts = []
-    for task in tasks:
+    for task in [request.task] if request.task else rewards:
         items = rewarded.read(recipes.resolve(SHAPES_PROMPTS[task]), task, prefix=f"{task}/")  # type: ignore[arg-type]
-        parts += _one(request, task, items, rewards[task])
+        parts.append(_part(request, task, items, rewards[task]))
     return parts
 
 
-def _custom(request: Request) -> list[Part]:
-    assert request.data is not None and request.task is not None
-    items = rewarded.read(request.data, request.task)  # type: ignore[arg-type]
-    return _one(request, request.task, items, _reward(request, ""))
+def _custom(request: Request, data: Path) -> list[Part]:
+    assert request.task is not None
+    return [_part(request, request.task, rewarded.read(data, request.task))]  # type: ignore[arg-type]
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -162,7 +150,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             get_data=geneval.GET_DATA, images=4, counts=None, decimals=4,
         ),
         Benchmark(
-            "dpg", _dpg, Grid(), dpg.figures, frozenset({"data", "reward"}),
+            "dpg", _dpg, Keyed(), dpg.figures, frozenset({"data", "reward"}),
             get_data=dpg.GET_DATA, images=GRID, counts=(1, GRID), decimals=2,
         ),
         Benchmark(

@@ -26,8 +26,8 @@ from typing import Any
 import httpx
 
 from rewards.base import FatalRewardError
-from rewards.service.answers import Away, read_json
 from rewards.service.endpoints import Connections, Endpoint, Endpoints, wait_until
+from rewards.service.faults import Away, read_json
 
 log = logging.getLogger(__name__)
 

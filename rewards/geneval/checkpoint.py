@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.files import file_sha256
 from rewards.base import FatalRewardError
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ SHOWN_KEYS = 8
 def weights_sha256(path: Path) -> str:
     """Hex sha256 of a file; of a folder, that of its one *.safetensors file, or of the list of their hashes."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     found = {file.name: weights_sha256(file) for file in sorted(path.glob("*.safetensors"))}
     if len(found) == 1:
         return next(iter(found.values()))
@@ -72,8 +72,7 @@ def load_strictly(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], p
         if weights[key].shape != own[key].shape
     ]
     problems = [
-        f"{len(keys)} keys {what}: {', '.join(sorted(keys)[:SHOWN_KEYS])}"
-        + (" ..." if len(keys) > SHOWN_KEYS else "")
+        shown_keys(keys, what)
         for what, keys in (
             ("missing", own.keys() - weights.keys()),
             ("unexpected", weights.keys() - own.keys()),
@@ -86,6 +85,11 @@ def load_strictly(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], p
             f"checkpoint {path} does not fit the model: {'; '.join(problems)}{_hint(weights)}"
         )
     model.load_state_dict(dict(weights))
+
+
+def shown_keys(keys: Collection[str], what: str) -> str:
+    """How many keys there are, and the first of them."""
+    return f"{len(keys)} keys {what}: {', '.join(sorted(keys)[:SHOWN_KEYS])}{' ...' if len(keys) > SHOWN_KEYS else ''}"
 
 
 def _hint(weights: Mapping[str, torch.Tensor]) -> str:

@@ -1,14 +1,24 @@
-"""What a detector hands to the rules, and in which relation two boxes stand."""
+"""What the rules need from models: objects in pictures and the colour of an object; how two boxes stand.
+
+A detector and a colour rule each have a `scoring` and a `label`. The first is a short name of what made boxes, scores
+or colours: it is part of the name of every component in the log, so that results of different backends are never
+mixed. The second says the same at length, with versions and sha256.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RELATIONS = ("left of", "right of", "above", "below")
 
+SCORE_THRESHOLD = 0.3
+"""Detections count only above this score."""
 POSITION_MARGIN = 0.1
 """Share of the two boxes' summed sizes by which an offset is shrunk before a relation is read from it."""
 POSITION_THRESHOLD = 0.5
@@ -30,6 +40,49 @@ class Detection:
             raise ValueError(f"box: expected four finite numbers x1 y1 x2 y2, got {self.box!r}")
         if not 0 <= self.score <= 1:
             raise ValueError(f"score: {self.score!r} is not in [0, 1]")
+
+
+Detections: TypeAlias = dict[str, list[Detection]]
+"""GenEval class name -> everything found of that class, unfiltered, in any order."""
+
+NO_COLOR = ""
+"""The answer for an object whose crop is empty: no colour at all, so whatever is asked is wrong."""
+
+
+class Detector(Protocol):
+    """Finds objects."""
+
+    scoring: str
+    label: str
+
+    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+        """Objects in RGB images of any sizes; masks are bool arrays [H, W] of the image's own size.
+
+        One that cannot count, since its score is at most `SCORE_THRESHOLD`, may lack its mask.
+
+        A batch gives what its images give singly, up to rounding. Safe to call from several threads.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ColorQuestion:
+    """Which colour has this object? `image` is the whole RGB picture."""
+
+    image: Image.Image
+    class_name: str
+    detection: Detection
+
+
+class ColorClassifier(Protocol):
+    """Names colours."""
+
+    scoring: str
+    label: str
+
+    def classify(self, questions: Sequence[ColorQuestion]) -> list[str]:
+        """One colour name for each question, or `NO_COLOR`. Safe to call from several threads."""
+        ...
 
 
 def relations(box: Sequence[float], target: Sequence[float]) -> set[str]:

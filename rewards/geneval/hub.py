@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,18 @@ import transformers
 from PIL import Image
 
 from rewards.base import FatalRewardError
-from rewards.geneval.backend import Detections
-from rewards.geneval.batches import same_shape_batches
-from rewards.geneval.checkpoint import SHOWN_KEYS, weights_sha256
-from rewards.geneval.detection import Detection
+from rewards.geneval.checkpoint import shown_keys, weights_sha256
+from rewards.geneval.detection import Detections
 from rewards.geneval.instances import (
     PAD_DIVISOR,
     Instances,
+    detect_in_batches,
     instances,
     mask_logits_at_image_size,
     network_input,
     pad_batch,
     resized_shape,
+    same_shape_batches,
 )
 from rewards.geneval.names import CLASS_NAMES, class_order_problems
 from rewards.geneval.settings import DetectorSettings
@@ -69,20 +69,20 @@ class HubMask2Former:
         """See `Detector.detect`. Images share a forward pass as in the mask2former backend."""
         scale = self._settings.scale
         shapes = [resized_shape(image.height, image.width, scale) for image in images]
-        found: dict[int, Detections] = {}
-        with self._lock, torch.inference_mode():
-            for batch in same_shape_batches(shapes, PAD_DIVISOR, self._settings.batch_size):
-                pixels = pad_batch([self.network_input(images[k]) for k in batch])
-                outputs = self._model(pixel_values=pixels.to(self._model.device))
-                for row, k in enumerate(batch):
-                    masks = mask_logits_at_image_size(
-                        outputs.masks_queries_logits[row],
-                        (pixels.shape[2], pixels.shape[3]),
-                        shapes[k],
-                        (images[k].height, images[k].width),
-                    )
-                    found[k] = _detections(instances(outputs.class_queries_logits[row], masks))
-        return [found[k] for k in range(len(images))]
+
+        def forward(batch: list[int]) -> Iterator[Instances]:
+            pixels = pad_batch([self.network_input(images[k]) for k in batch])
+            padded = (pixels.shape[2], pixels.shape[3])
+            outputs = self._model(pixel_values=pixels.to(self._model.device))
+            for k, classes, logits in zip(
+                batch, outputs.class_queries_logits, outputs.masks_queries_logits, strict=True
+            ):
+                size = (images[k].height, images[k].width)
+                yield instances(classes, mask_logits_at_image_size(logits, padded, shapes[k], size))
+
+        with self._lock:
+            batches = same_shape_batches(shapes, PAD_DIVISOR, self._settings.batch_size)
+            return detect_in_batches(forward, batches)
 
     def network_input(self, image: Image.Image) -> torch.Tensor:
         """What the network sees of an image before padding, [3, h, w]: red first, resized and normalised."""
@@ -124,24 +124,9 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
         )
     except Exception as error:  # the library raises many kinds for a bad folder
         raise FatalRewardError(f"{folder}: not a {kind.__name__}: {type(error).__name__}: {error}") from error
-    unset = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+    unset = set(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
     if unset:
         raise FatalRewardError(
-            f"{folder} does not fit {kind.__name__}: {len(unset)} keys missing or of another shape: "
-            f"{', '.join(unset[:SHOWN_KEYS])}{' ...' if len(unset) > SHOWN_KEYS else ''}"
+            f"{folder} does not fit {kind.__name__}: {shown_keys(unset, 'missing or of another shape')}"
         )
     return model.eval()
-
-
-def _detections(found: Instances) -> Detections:
-    result: Detections = {}
-    rows = zip(
-        found.labels.tolist(),
-        found.boxes.tolist(),
-        found.scores.tolist(),
-        found.masks.cpu().numpy(),
-        strict=True,
-    )
-    for label, box, score, mask in rows:
-        result.setdefault(CLASS_NAMES[label], []).append(Detection(tuple(box), min(score, 1.0), mask))
-    return result

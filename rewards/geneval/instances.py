@@ -1,18 +1,22 @@
 """mmdet's way from an image to a network's input and from query logits to instances, in plain PyTorch.
 
 For Mask2Former networks that do not come from mmdet. The transformers library's own post-processing scales all
-masks to 384 x 384 px and scores them otherwise, so its figures cannot be compared with GenEval's.
+masks to 384 x 384 px and scores them otherwise, so its figures cannot be compared with GenEval's. The first and the
+last step, which images share a batch and detections from instances, serve mmdet's own network too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+from rewards.geneval.detection import SCORE_THRESHOLD, Detection, Detections
+from rewards.geneval.names import CLASS_NAMES
 
 MAX_INSTANCES = 100
 PAD_DIVISOR = 32
@@ -95,3 +99,43 @@ def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
         boxes[:, low] = torch.where(some, first, 0).float()
         boxes[:, high] = torch.where(some, last, 0).float()
     return boxes
+
+
+def same_shape_batches(shapes: Sequence[tuple[int, int]], divisor: int, batch_size: int) -> list[list[int]]:
+    """Indices of `shapes` (height, width) in batches that pad to one size when each is padded by itself.
+
+    divisor: a padded edge is the next multiple of it. The networks also look at padding, so more of it would change
+    the scores.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, (height, width) in enumerate(shapes):
+        padded = (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
+        groups.setdefault(padded, []).append(index)
+    return [
+        group[start : start + batch_size]
+        for group in groups.values()
+        for start in range(0, len(group), batch_size)
+    ]
+
+
+def detect_in_batches(
+    forward: Callable[[list[int]], Iterable[Instances]], batches: list[list[int]]
+) -> list[Detections]:
+    """What `forward` finds in each image of a batch of indices, in the order of the indices."""
+    found: dict[int, Detections] = {}
+    with torch.inference_mode():
+        for batch in batches:
+            found |= zip(batch, map(_detections, forward(batch)), strict=True)
+    return [found[k] for k in sorted(found)]
+
+
+def _detections(found: Instances) -> Detections:
+    """The instances by GenEval's class names; masks leave the device only where the score can count."""
+    scores = found.scores.tolist()
+    sure = [k for k, score in enumerate(scores) if score > SCORE_THRESHOLD]
+    masks = dict(zip(sure, found.masks[sure].cpu().numpy(), strict=True))
+    result: Detections = {}
+    rows = zip(found.labels.tolist(), found.boxes.tolist(), scores, strict=True)
+    for k, (label, box, score) in enumerate(rows):
+        result.setdefault(CLASS_NAMES[label], []).append(Detection(tuple(box), min(score, 1.0), masks.get(k)))
+    return result

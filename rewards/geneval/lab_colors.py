@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rewards.geneval.backend import NO_COLOR, ColorQuestion
+from rewards.geneval.detection import NO_COLOR, ColorQuestion
 from rewards.geneval.names import COLORS
 
 SRGB = {

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from rewards.base import FatalRewardError
-from rewards.geneval.backend import ColorClassifier, Detector
+from rewards.geneval.detection import ColorClassifier, Detector
 from rewards.geneval.settings import EMBEDDED, DetectorSettings
 
 if TYPE_CHECKING:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from rewards.base import FatalRewardError
-from rewards.geneval.backend import Detections
-from rewards.geneval.batches import same_shape_batches
 from rewards.geneval.checkpoint import load_strictly, read_checkpoint, weights_sha256
-from rewards.geneval.detection import Detection
+from rewards.geneval.detection import Detections
+from rewards.geneval.instances import Instances, detect_in_batches, same_shape_batches
 from rewards.geneval.mmcv_ops import prepare_ops
 from rewards.geneval.names import CLASS_NAMES, class_order_problems
 from rewards.geneval.settings import DetectorSettings
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -55,20 +53,17 @@ class Mask2Former:
         self._lock = threading.Lock()
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
-        """See `Detector.detect`. Only images of one padded size share a forward pass: the network also looks
-        at the padding, so more of it would change the scores.
-        """
-        import torch
-
+        """See `Detector.detect`. Only images of one padded size share a forward pass."""
         inputs = [self._pipeline({"img": _bgr(image)}) for image in images]
         shapes = [tuple(item["inputs"].shape[-2:]) for item in inputs]
-        found: dict[int, Detections] = {}
-        with self._lock, torch.inference_mode():
-            for batch in same_shape_batches(shapes, self._divisor, self._batch_size):
-                samples = self._model.test_step(_collate([inputs[k] for k in batch]))
-                for k, sample in zip(batch, samples, strict=True):
-                    found[k] = _detections(sample.pred_instances)
-        return [found[k] for k in range(len(images))]
+
+        def forward(batch: list[int]) -> Iterator[Instances]:
+            for sample in self._model.test_step(_collate([inputs[k] for k in batch])):
+                seen = sample.pred_instances
+                yield Instances(seen.scores, seen.labels, seen.bboxes, seen.masks)
+
+        with self._lock:
+            return detect_in_batches(forward, same_shape_batches(shapes, self._divisor, self._batch_size))
 
     def network_input(self, image: Image.Image) -> torch.Tensor:
         """What the network sees of an image, [3, h, w]: red first, resized, normalised and padded."""
@@ -81,8 +76,9 @@ def load(settings: DetectorSettings, device: torch.device) -> Mask2Former:
     if settings.checkpoint is None:
         raise FatalRewardError("detector 'mask2former': checkpoint is missing")
     path = Path(settings.checkpoint)
-    model, config, ops = build_model(settings)
+    _import_mmdet()
     weights, meta = read_checkpoint(path, trust=settings.trust_checkpoint)
+    model, config, ops = build_model(settings)
     load_strictly(model, weights, path)
     names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES") or ()
     problems = class_order_problems(dict(enumerate(names)))
@@ -99,16 +95,11 @@ def build_model(settings: DetectorSettings) -> tuple[Any, Any, str]:
     Nothing is downloaded: the config's references to pretrained backbones are taken out. Raises
     FatalRewardError when mmdet cannot be imported or the config cannot be built.
     """
-    try:
-        ops = prepare_ops()
-        import mmdet
-        from mmdet.registry import MODELS
-        from mmdet.utils import register_all_modules
-        from mmengine.config import Config
-    except (ImportError, AssertionError) as error:  # mmdet asserts the versions of mmcv and mmengine
-        raise FatalRewardError(f"detector 'mask2former': mmdet cannot be imported: {error}") from error
-    register_all_modules(init_default_scope=True)
+    mmdet, ops = _import_mmdet()
     path = Path(settings.config) if settings.config else _published_config(mmdet.__path__)
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+
     try:
         config = Config.fromfile(path)
         _strip_pretrained(config.model)
@@ -118,10 +109,21 @@ def build_model(settings: DetectorSettings) -> tuple[Any, Any, str]:
     return model.eval(), config, ops
 
 
+def _import_mmdet() -> tuple[ModuleType, str]:
+    """mmdet with all its modules registered, and `compiled` or `pytorch` operators. Raises FatalRewardError."""
+    try:
+        ops = prepare_ops()
+        import mmdet
+        from mmdet.utils import register_all_modules
+    except (ImportError, AssertionError) as error:  # mmdet asserts the versions of mmcv and mmengine
+        raise FatalRewardError(f"detector 'mask2former': mmdet cannot be imported: {error}") from error
+    register_all_modules(init_default_scope=True)
+    return mmdet, ops
+
+
 def describe(settings: DetectorSettings, device: torch.device, ops: str, sha256: str) -> str:
     """The detector's label: versions, config, scale, operators, device and the weights' hash."""
     import mmdet
-    import torch
 
     config = Path(settings.config or PUBLISHED_CONFIG).stem
     whose = "the published ones" if sha256.startswith(PUBLISHED_SHA256) else "not the published ones"
@@ -180,14 +182,3 @@ def _collate(inputs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 def _bgr(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3] in OpenCV's channel order, which mmdet reads and its preprocessor turns round."""
     return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
-
-
-def _detections(instances: Any) -> Detections:
-    found: Detections = {}
-    masks = instances.masks.cpu().numpy()
-    rows = zip(
-        instances.labels.tolist(), instances.bboxes.tolist(), instances.scores.tolist(), masks, strict=True
-    )
-    for label, box, score, mask in rows:
-        found.setdefault(CLASS_NAMES[label], []).append(Detection(tuple(box), min(score, 1.0), mask))
-    return found

@@ -1,4 +1,4 @@
-"""The rewards `geneval`, `geneval_strict` and `geneval_official` for photographs (and the shapes world)."""
+"""The rewards `geneval`, `geneval_strict` and `geneval_official`: from pictures to verdicts to a reward's output."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput
-from rewards.geneval.backend import ColorClassifier, Detector
-from rewards.geneval.credits import check_credit, labelled_output
-from rewards.geneval.judging import judge_images
+from rewards.geneval.detection import NO_COLOR, ColorClassifier, ColorQuestion, Detection, Detector
 from rewards.geneval.loading import COLOR_RULES, load_colors, load_detector
+from rewards.geneval.rules import TAGS, GenEvalResult, evaluate
 from rewards.geneval.settings import PUBLISHED_SCALE, DetectorSettings, folder_problems
 
 logger = logging.getLogger(__name__)
+
+CREDITS = ("dense", "strict", "correct", "flow_grpo_compat")
+PARTS = ("dense", "strict", "correct")
 
 
 class GenEval:
@@ -107,3 +109,61 @@ class GenEvalOfficial(GenEval):
 
     def __init__(self, **params: Any) -> None:
         super().__init__(credit="correct", **params)
+
+
+def judge_images(
+    images: Sequence[Image.Image],
+    metadata: Sequence[Mapping[str, Any]],
+    detector: Detector,
+    colors: ColorClassifier,
+) -> list[GenEvalResult]:
+    """Judge each image by its GenEval record.
+
+    The rules run twice. Which objects they ask about depends on the detections alone, so the first run only
+    gathers the questions; all are answered in one call, and the second run reads the answers in turn. Raises
+    ValueError for malformed metadata, as `evaluate` does, before any colour is looked at.
+    """
+    pictures = [image.convert("RGB") for image in images]
+    found = list(zip(pictures, metadata, detector.detect(pictures), strict=True))
+    questions: list[ColorQuestion] = []
+    for picture, record, detections in found:
+
+        def gather(
+            class_name: str, objects: Sequence[Detection], picture: Image.Image = picture
+        ) -> list[str]:
+            questions.extend(ColorQuestion(picture, class_name, detection) for detection in objects)
+            return [NO_COLOR] * len(objects)
+
+        evaluate(record, detections, classify_color=gather)
+    answers = iter(colors.classify(questions) if questions else [])
+
+    def answer(class_name: str, objects: Sequence[Detection]) -> list[str]:
+        return [next(answers) for _ in objects]
+
+    return [evaluate(record, detections, classify_color=answer) for _, record, detections in found]
+
+
+def check_credit(credit: str) -> str:
+    """The credit itself. Raises ValueError when there is none of that name."""
+    if credit not in CREDITS:
+        raise ValueError(f"credit: {credit!r} is not one of {', '.join(CREDITS)}")
+    return credit
+
+
+def geneval_output(results: Sequence[GenEvalResult], credit: str) -> RewardOutput:
+    """Verdicts as scores of the chosen credit, with the other verdicts as components."""
+    columns = {name: [float(getattr(result, name)) for result in results] for name in CREDITS}
+    return RewardOutput(columns[credit], {name: columns[name] for name in PARTS})
+
+
+def labelled_output(results: Sequence[GenEvalResult], credit: str, scoring: str) -> RewardOutput:
+    """As `geneval_output`, with one for each tag; every component's name begins with `scoring`.
+
+    The component of each of the six tags holds the score of its own samples and None for all others, so its
+    mean is the tag's. The prefix keeps the figures of different detectors and colour rules apart in the log.
+    """
+    plain = geneval_output(results, credit)
+    tagged = list(zip((result.tag for result in results), plain.scores, strict=True))
+    by_tag = {tag: [score if own == tag else None for own, score in tagged] for tag in TAGS}
+    parts = {**plain.components, **by_tag}
+    return RewardOutput(plain.scores, {f"{scoring}.{name}": values for name, values in parts.items()})

@@ -7,24 +7,22 @@ any package.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeAlias
 
-from rewards.geneval.clauses import ClassifyColor, Found, check_clauses, look_up, pairs_in_relation
-from rewards.geneval.detection import Detection
-from rewards.geneval.flow_grpo import flow_grpo_score
+from rewards.geneval.detection import RELATIONS, SCORE_THRESHOLD, Detection, relations
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
-SCORE_THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
-"""Detections count only above this score; the second value holds for the tag `counting`."""
+"""Takes the place of `SCORE_THRESHOLD` for the tag `counting`."""
 MAX_DETECTIONS = 16
 """At most this many detections of a class are kept, the most confident ones."""
 
+ClassifyColor: TypeAlias = Callable[[str, Sequence[Detection]], list[str]]
+"""(class name, detections) -> one colour name for each detection."""
 
 _Clauses: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -35,8 +33,7 @@ class GenEvalResult:
 
     `correct`: the official figure. `reason`: why it is not, or "". `strict`: as `correct`, but with exactly
     the demanded number of objects, as Flow-GRPO's reward server has it. `dense`: our partial credit, from 0
-    to 1. `flow_grpo_compat`: that server's own dense score, from -14 to 1. `prompt`: the record's prompt, or
-    its clauses as JSON when it has none: equal for images of one prompt.
+    to 1. `flow_grpo_compat`: that server's own dense score, from -14 to 1.
     """
 
     correct: bool
@@ -45,15 +42,6 @@ class GenEvalResult:
     dense: float
     flow_grpo_compat: float
     tag: str
-    prompt: str
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    """One include clause: its parts in [0, 1], and why it fails or ""."""
-
-    parts: tuple[float, ...]
-    reason: str
 
 
 def evaluate(
@@ -65,7 +53,7 @@ def evaluate(
     """Judge one image by GenEval's rules.
 
     metadata: a GenEval record: `tag`, `include` (clauses of `class`, `count`, perhaps `color`, perhaps
-    `position` [relation, index of an earlier clause]), perhaps `exclude`, `prompt`.
+    `position` [relation, index of an earlier clause]), perhaps `exclude`.
     detections: class name -> detections, unfiltered and in any order.
     classify_color: asked at most once for each clause, about its `count` most confident objects.
 
@@ -98,32 +86,61 @@ def evaluate(
         dense=fmean(parts) if parts else 1.0,
         flow_grpo_compat=flow_grpo_score(found),
         tag=tag,
-        prompt=str(metadata.get("prompt") or json.dumps([include, exclude], sort_keys=True)),
     )
 
 
-def _read(metadata: Mapping[str, Any]) -> tuple[str, _Clauses, _Clauses]:
-    """Tag, include and exclude clauses, checked."""
-    tag = metadata.get("tag")
-    if not isinstance(tag, str):
-        raise ValueError(f"metadata.tag: {tag!r} is not a GenEval tag; expected one of {', '.join(TAGS)}")
-    include, exclude = metadata.get("include") or (), metadata.get("exclude") or ()
-    if not include and not exclude:
-        raise ValueError(f"metadata: neither include nor exclude clauses in {dict(metadata)!r}")
-    check_clauses(include, "metadata.include")
-    check_clauses(exclude, "metadata.exclude", placed=False)
-    return tag, include, exclude
+@dataclass(frozen=True)
+class Found:
+    """An include clause and what the image holds for it.
+
+    `n`: detections of the class. `group`: the `count` most confident ones, empty when there are fewer.
+    `right_colors`: how many of the group have the colour asked for, None when none is asked or no group.
+    """
+
+    name: str
+    count: int
+    color: str | None
+    position: tuple[str, int] | None
+    n: int
+    group: tuple[Detection, ...]
+    right_colors: int | None
+
+    @property
+    def colors_right(self) -> bool:
+        return self.right_colors in (None, self.count)
 
 
-def _keep(
-    detections: Mapping[str, Sequence[Detection]], threshold: float
-) -> dict[str, tuple[Detection, ...]]:
-    """For each class the detections above the threshold, most confident first, at most MAX_DETECTIONS."""
-    kept = {}
-    for name, items in detections.items():
-        ranked = sorted((d for d in items if d.score > threshold), key=lambda d: d.score, reverse=True)
-        kept[name] = tuple(ranked[:MAX_DETECTIONS])
-    return kept
+def look_up(
+    clause: Mapping[str, Any], detections: Sequence[Detection], classify_color: ClassifyColor
+) -> Found:
+    """Find the clause's objects among its class's detections, most confident first.
+
+    Raises ValueError when the colour classifier answers with a wrong count.
+    """
+    name, count, color = clause["class"], clause["count"], clause.get("color")
+    group = tuple(detections[:count]) if len(detections) >= count else ()
+    right = None
+    if color is not None and group:
+        answers = list(classify_color(name, group))
+        if len(answers) != len(group):
+            raise ValueError(f"classify_color: {len(answers)} colours for {len(group)} detections of {name}")
+        right = answers.count(color)
+    position = clause.get("position")
+    asked = None if position is None else (position[0], position[1])
+    return Found(name, count, color, asked, len(detections), group, right)
+
+
+def pairs_in_relation(relation: str, group: Sequence[Detection], targets: Sequence[Detection]) -> list[bool]:
+    """For every object-target pair, whether the object stands in the relation to the target."""
+    return [relation in relations(item.box, target.box) for item in group for target in targets]
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """One include clause: its parts in [0, 1], and why it fails or ""."""
+
+    parts: tuple[float, ...]
+    reason: str
 
 
 def _judge(item: Found, found: Sequence[Found], verdicts: Sequence[_Verdict]) -> _Verdict:
@@ -148,3 +165,89 @@ def _judge(item: Found, found: Sequence[Found], verdicts: Sequence[_Verdict]) ->
             if not all(holds):
                 reason = f"expected {item.name} {relation} {found[target].name}, found another relation"
     return _Verdict(tuple(parts), reason)
+
+
+def _keep(
+    detections: Mapping[str, Sequence[Detection]], threshold: float
+) -> dict[str, tuple[Detection, ...]]:
+    """For each class the detections above the threshold, most confident first, at most MAX_DETECTIONS."""
+    kept = {}
+    for name, items in detections.items():
+        ranked = sorted((d for d in items if d.score > threshold), key=lambda d: d.score, reverse=True)
+        kept[name] = tuple(ranked[:MAX_DETECTIONS])
+    return kept
+
+
+def _read(metadata: Mapping[str, Any]) -> tuple[str, _Clauses, _Clauses]:
+    """Tag, include and exclude clauses, checked."""
+    tag = metadata.get("tag")
+    if not isinstance(tag, str):
+        raise ValueError(f"metadata.tag: {tag!r} is not a GenEval tag; expected one of {', '.join(TAGS)}")
+    include, exclude = metadata.get("include") or (), metadata.get("exclude") or ()
+    if not include and not exclude:
+        raise ValueError(f"metadata: neither include nor exclude clauses in {dict(metadata)!r}")
+    check_clauses(include, "metadata.include")
+    check_clauses(exclude, "metadata.exclude", placed=False)
+    return tag, include, exclude
+
+
+def check_clauses(clauses: Any, name: str, *, placed: bool = True) -> None:
+    """Raises ValueError, naming the key, for include or exclude clauses that the rules cannot read.
+
+    placed: whether a clause may have a position, whose target is then a clause before it.
+    """
+    if not isinstance(clauses, Sequence) or isinstance(clauses, str):
+        raise ValueError(f"{name}: {clauses!r} is not a list of clauses")
+    for index, clause in enumerate(clauses):
+        _check_clause(clause, f"{name}[{index}]", index if placed else 0)
+
+
+def _check_clause(clause: Any, name: str, earlier: int) -> None:
+    """earlier: how many clauses precede this one, and so may be the target of its position."""
+    if not isinstance(clause, Mapping):
+        raise ValueError(f"{name}: {clause!r} is not a clause; it needs keys class and count")
+    if not isinstance(clause.get("class"), str):
+        raise ValueError(f"{name}.class: {clause.get('class')!r} is not a class name")
+    count = clause.get("count")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}.count: {count!r} is not a whole number of at least 1")
+    color = clause.get("color")
+    if color is not None and not isinstance(color, str):
+        raise ValueError(f"{name}.color: {color!r} is not a colour name")
+    position = clause.get("position")
+    if position is None:
+        return
+    if not isinstance(position, Sequence) or len(position) != 2 or position[0] not in RELATIONS:
+        raise ValueError(f"{name}.position: {position!r} is not [relation, clause]; {', '.join(RELATIONS)}")
+    if not isinstance(position[1], int) or not 0 <= position[1] < earlier:
+        raise ValueError(f"{name}.position: {position[1]!r} is not the index of an earlier include clause")
+
+
+def flow_grpo_score(found: Sequence[Found]) -> float:
+    """The dense score of Flow-GRPO's reward server (Liu et al. 2025), faults and all, for comparison.
+
+    The mean over its parts, from -14 to 1; 0 without include clauses. Its faults: the count part falls to -14 when
+    16 objects are found where one is asked; a wrong relation adds a 0 and then a 1 all the same, so it still earns
+    .75; exclude clauses are not looked at.
+    """
+    parts: list[float] = []
+    matched: list[bool] = []
+    for item in found:
+        parts.append(1 - abs(item.n - item.count) / item.count)
+        good = item.n == item.count
+        if not good:
+            # One zero stands for colour and position together.
+            parts += [0.0] if item.color or item.position else []
+        elif item.right_colors is not None:
+            parts.append(item.right_colors / item.count)
+            good = item.colors_right
+        if good and item.position:
+            relation, target = item.position
+            if not matched[target]:
+                good = False
+                parts.append(0.0)
+            else:
+                good = all(pairs_in_relation(relation, item.group, found[target].group))
+                parts += [1.0] if good else [0.0, 1.0]
+        matched.append(good)
+    return sum(parts) / len(parts) if parts else 0.0

@@ -12,13 +12,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from rewards.base import FatalRewardError
-from rewards.geneval.backend import ColorClassifier, ColorQuestion, Detections, Detector
-from rewards.geneval.detection import Detection
+from rewards.geneval.detection import (
+    SCORE_THRESHOLD,
+    ColorClassifier,
+    ColorQuestion,
+    Detection,
+    Detections,
+    Detector,
+)
 from rewards.geneval.lab_colors import SRGB
 from rewards.geneval.loading import COLOR_RULES, embedded, load_colors, load_detector
 from rewards.geneval.names import COLORS
 from rewards.geneval.rewards import GenEval
-from rewards.geneval.rules import SCORE_THRESHOLD
 from rewards.geneval.settings import BACKENDS, DEVICES, EMBEDDED, PUBLISHED_SCALE
 
 SCORE_TOLERANCE = 1e-3
@@ -82,20 +87,12 @@ def self_check(reward: GenEval, image_size: int) -> list[Finding]:
 
 
 def _reward(arguments: argparse.Namespace) -> GenEval:
-    colors = arguments.colors
-    if colors is None:
-        colors = "clip" if arguments.clip else "detector" if arguments.detector == "shapes" else "lab"
-    return GenEval(
-        detector=arguments.detector,
-        checkpoint=arguments.checkpoint,
-        config=arguments.config,
-        colors=colors,
-        clip=arguments.clip,
-        device=arguments.device,
-        batch_size=arguments.batch_size,
-        scale=arguments.scale,
-        trust_checkpoint=arguments.trust_checkpoint,
-    )
+    params = {name: value for name, value in vars(arguments).items() if name not in ("command", "image_size")}
+    if arguments.colors is None:
+        params["colors"] = (
+            "clip" if arguments.clip else "detector" if arguments.detector == "shapes" else "lab"
+        )
+    return GenEval(**params)
 
 
 def _tried(what: str, attempt: Callable[[], tuple[bool, str]]) -> Finding:

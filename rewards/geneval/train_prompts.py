@@ -30,7 +30,6 @@ from typing import Any, TypeAlias
 from core.files import atomic_write_text
 from core.prompts import load_prompts
 from core.seeds import derive_seed
-from rewards.geneval.clauses import check_clauses
 from rewards.geneval.names import CLASS_NAMES
 from rewards.geneval.prompt_config import (
     PromptConfigError,
@@ -41,7 +40,7 @@ from rewards.geneval.prompt_config import (
     unseen_classes,
 )
 from rewards.geneval.prompt_grammar import prompt_text
-from rewards.geneval.rules import TAGS
+from rewards.geneval.rules import TAGS, check_clauses
 
 logger = logging.getLogger(__name__)
 

@@ -10,69 +10,49 @@ it is counted in full and logged, and can overdraw by the requests in flight at 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
-from rewards.judge.estimate import NANO, Amount
+from rewards.judge.pricing import NANO, Amount
 from rewards.judge.store import Store
 
 logger = logging.getLogger(__name__)
 
-KIND = 0x6A756C65
-VERSION = 1
-SCHEMA = """CREATE TABLE ledger (
-    id INTEGER PRIMARY KEY CHECK (id = 1),
-    spent_nano_usd INTEGER NOT NULL, spent_tokens INTEGER NOT NULL,
-    held_nano_usd INTEGER NOT NULL, held_tokens INTEGER NOT NULL,
-    requests INTEGER NOT NULL
-)"""
-SELECT = "SELECT spent_nano_usd, spent_tokens, held_nano_usd, held_tokens, requests FROM ledger"
-
 
 class BudgetExhausted(Exception):
-    """The next request could go above a limit; the message names the key, the count and the way out."""
+    """The next request could go above a limit; the message names the key, the count and the remedy."""
 
 
-@dataclass(frozen=True)
-class Ledger:
-    """What all runs with this file have spent, what requests in flight (or lost in a crash) hold, and their number."""
-
-    spent: Amount
-    held: Amount
-    requests: int
-
-
-class Budget:
+class Budget(Store):
     """Limits on what everybody with the same ledger file spends together. Every method blocks: see `store.py`.
 
     max_nano_usd, max_tokens: None for no limit.
     """
 
+    name = "a ledger of the judge"
+    kind = 0x6A756C65
+    version = 1
+    schema = """CREATE TABLE ledger (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    spent_nano_usd INTEGER NOT NULL, spent_tokens INTEGER NOT NULL,
+    held_nano_usd INTEGER NOT NULL, held_tokens INTEGER NOT NULL,
+    requests INTEGER NOT NULL
+)"""
+
     def __init__(self, path: str, *, max_nano_usd: int | None, max_tokens: int | None) -> None:
-        self._store = Store(path, name="a ledger of the judge", kind=KIND, version=VERSION, schema=SCHEMA)
+        super().__init__(path)
         self._max_nano_usd, self._max_tokens = max_nano_usd, max_tokens
-
-    def check(self) -> None:
-        """Raises StoreError when the ledger cannot be used."""
-        self._store.check()
-
-    def close(self) -> None:
-        self._store.close()
-
-    def read(self) -> Ledger:
-        """The count so far. Raises StoreError."""
-        with self._store.transaction(write=False) as connection:
-            return _ledger(connection.execute(SELECT).fetchone())
 
     def hold(self, most: Amount) -> None:
         """Set aside what the next request can cost. Raises BudgetExhausted, then nothing is held; StoreError."""
-        with self._store.transaction(write=True) as connection:
-            ledger = _ledger(connection.execute(SELECT).fetchone())
-            self._refuse(ledger, most)
+        with self.transaction(write=True) as connection:
             connection.execute("INSERT OR IGNORE INTO ledger VALUES (1, 0, 0, 0, 0, 0)")
+            row = connection.execute(
+                "SELECT spent_nano_usd, spent_tokens, held_nano_usd, held_tokens FROM ledger"
+            ).fetchone()
+            self._refuse(Amount(*row[:2]), Amount(*row[2:]), most)
             connection.execute(
                 "UPDATE ledger SET held_nano_usd = held_nano_usd + ?, held_tokens = held_tokens + ?, "
                 "requests = requests + 1",
-                (most.nano_usd, most.tokens),
+                most,
             )
 
     def settle(self, held: Amount, used: Amount) -> None:
@@ -84,34 +64,22 @@ class Budget:
                 used.tokens,
                 held.tokens,
             )
-        with self._store.transaction(write=True) as connection:
+        with self.transaction(write=True) as connection:
             connection.execute(
                 "UPDATE ledger SET held_nano_usd = held_nano_usd - ?, held_tokens = held_tokens - ?, "
                 "spent_nano_usd = spent_nano_usd + ?, spent_tokens = spent_tokens + ?",
-                (held.nano_usd, held.tokens, used.nano_usd, used.tokens),
+                (*held, *used),
             )
 
-    def _refuse(self, ledger: Ledger, most: Amount) -> None:
-        spent, held = ledger.spent, ledger.held
-        if (
-            self._max_nano_usd is not None
-            and spent.nano_usd + held.nano_usd + most.nano_usd > self._max_nano_usd
-        ):
-            raise BudgetExhausted(
-                f"max_cost_usd {self._max_nano_usd / NANO:.6g} does not cover the next request, which costs up to "
-                f"${most.nano_usd / NANO:.6f}: ${spent.nano_usd / NANO:.6f} is spent and "
-                f"${held.nano_usd / NANO:.6f} held by requests in flight or lost, by the count in "
-                f"{self._store.path}; raise max_cost_usd and resume: answers in the cache are not paid again"
-            )
-        if self._max_tokens is not None and spent.tokens + held.tokens + most.tokens > self._max_tokens:
-            raise BudgetExhausted(
-                f"max_total_tokens {self._max_tokens} does not cover the next request, which takes up to "
-                f"{most.tokens}: {spent.tokens} are spent and {held.tokens} held by requests in flight or lost, by "
-                f"the count in {self._store.path}; raise max_total_tokens and resume: answers in the cache are not "
-                "paid again"
-            )
-
-
-def _ledger(row: tuple[int, ...] | None) -> Ledger:
-    spent_nano_usd, spent_tokens, held_nano_usd, held_tokens, requests = row or (0, 0, 0, 0, 0)
-    return Ledger(Amount(spent_nano_usd, spent_tokens), Amount(held_nano_usd, held_tokens), requests)
+    def _refuse(self, spent: Amount, held: Amount, most: Amount) -> None:
+        limits = (
+            ("max_cost_usd", self._max_nano_usd, lambda nano_usd: f"${nano_usd / NANO:.6f}"),
+            ("max_total_tokens", self._max_tokens, str),
+        )
+        for (key, limit, show), used, open_, asked in zip(limits, spent, held, most, strict=True):
+            if limit is not None and used + open_ + asked > limit:
+                raise BudgetExhausted(
+                    f"{key} {show(limit)} does not cover the next request, which takes up to {show(asked)}: "
+                    f"{show(used)} spent and {show(open_)} held by requests in flight or lost, by the count in "
+                    f"{self.path}; raise {key} and resume: answers in the cache are not paid again"
+                )

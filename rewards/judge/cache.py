@@ -12,55 +12,46 @@ import hashlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
+from pydantic import TypeAdapter
 
-from rewards.judge.encoding import sampling
 from rewards.judge.messages import JudgeReply, JudgeRequest, Outcome, TokenChoices
 from rewards.judge.settings import JudgeSettings
 from rewards.judge.store import Store, StoreError
+from rewards.judge.wire import sampling
 
-KIND = 0x6A756463
-VERSION = 1
-SCHEMA = """CREATE TABLE answers (
-    key TEXT PRIMARY KEY, outcome TEXT NOT NULL, text TEXT NOT NULL, detail TEXT NOT NULL, choices TEXT NOT NULL,
-    model TEXT NOT NULL, snapshot TEXT NOT NULL, template TEXT NOT NULL, template_sha256 TEXT NOT NULL,
-    instruction TEXT NOT NULL, images TEXT NOT NULL, sampling TEXT NOT NULL, ask INTEGER NOT NULL,
-    answered INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
-    attempts INTEGER NOT NULL, answered_at REAL NOT NULL
-) WITHOUT ROWID"""
 KEPT_IN_MEMORY = 512
+_CHOICES = TypeAdapter(tuple[TokenChoices, ...])
 
 
 @dataclass(frozen=True)
-class Question:
-    """A request as the cache knows it. images: sha256 of each picture's mode, size and pixels, in order."""
+class Fingerprint:
+    """A request as the cache knows it. images: sha256 of each picture's mode, size and pixels, in order.
+
+    columns: what else a row says about the request, by column.
+    """
 
     key: str
-    model: str
-    template: str
-    template_sha256: str
-    instruction: str
     images: tuple[str, ...]
-    sampling: Mapping[str, Any]
-    ask: int
+    columns: dict[str, Any]
 
     def describe(self) -> str:
         """What was asked, in one line, for an error."""
         images = ", ".join(digest[:12] for digest in self.images) or "none"
+        asked = self.columns
         return (
-            f"model {self.model!r}, template {self.template} ({self.template_sha256[:12]}), instruction "
-            f"{self.instruction[:80]!r}, images {images}, ask {self.ask}, key {self.key[:12]}"
+            f"model {asked['model']!r}, template {asked['template']} ({asked['template_sha256'][:12]}), instruction "
+            f"{asked['instruction'][:80]!r}, images {images}, ask {asked['ask']}, key {self.key[:12]}"
         )
 
 
-def identify(settings: JudgeSettings, request: JudgeRequest) -> Question:
+def identify(settings: JudgeSettings, request: JudgeRequest) -> Fingerprint:
     """Hash a request. Reads every pixel: about a millisecond for a megapixel, so keep it off the event loop."""
-    parts: list[list[str]] = [
-        ["text", part] if isinstance(part, str) else ["image", image_sha256(part)] for part in request.parts
+    parts = [
+        ("text", part) if isinstance(part, str) else ("image", image_sha256(part)) for part in request.parts
     ]
     chosen = sampling(settings, request)
     asked = {
@@ -73,16 +64,16 @@ def identify(settings: JudgeSettings, request: JudgeRequest) -> Question:
         "ask": request.ask,
     }
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return Question(
-        key=hashlib.sha256(canonical.encode()).hexdigest(),
-        model=settings.model,
-        template=request.template,
-        template_sha256=request.template_sha256,
-        instruction=request.instruction,
-        images=tuple(value for kind, value in parts if kind == "image"),
-        sampling=chosen,
-        ask=request.ask,
-    )
+    columns = {
+        "model": settings.model,
+        "template": request.template,
+        "template_sha256": request.template_sha256,
+        "instruction": request.instruction,
+        "sampling": json.dumps(chosen, sort_keys=True),
+        "ask": request.ask,
+    }
+    images = tuple(value for kind, value in parts if kind == "image")
+    return Fingerprint(hashlib.sha256(canonical.encode()).hexdigest(), images, columns)
 
 
 def image_sha256(image: Image.Image) -> str:
@@ -92,35 +83,20 @@ def image_sha256(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-class Answers(Protocol):
-    """A place where replies are kept."""
-
-    def get(self, question: Question) -> JudgeReply | None:
-        """The stored reply as it was given. Raises StoreError."""
-
-    def put(self, question: Question, reply: JudgeReply) -> None:
-        """Keep a reply, unless there is an answer already. Raises StoreError."""
-
-    def check(self) -> None:
-        """Raises StoreError when the place cannot be used."""
-
-    def close(self) -> None: ...
-
-
 class MemoryAnswers:
     """The last few hundred answers, so that a group that is scored again is not paid again."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, JudgeReply] = OrderedDict()
 
-    def get(self, question: Question) -> JudgeReply | None:
-        reply = self._kept.get(question.key)
+    def get(self, asked: Fingerprint) -> JudgeReply | None:
+        reply = self._kept.get(asked.key)
         if reply is not None:
-            self._kept.move_to_end(question.key)
+            self._kept.move_to_end(asked.key)
         return reply
 
-    def put(self, question: Question, reply: JudgeReply) -> None:
-        self._kept[question.key] = reply
+    def put(self, asked: Fingerprint, reply: JudgeReply) -> None:
+        self._kept[asked.key] = reply
         while len(self._kept) > KEPT_IN_MEMORY:
             self._kept.popitem(last=False)
 
@@ -129,46 +105,49 @@ class MemoryAnswers:
     def close(self) -> None: ...
 
 
-class FileAnswers:
-    """Answers in an SQLite file with JSON columns. Every method blocks: see `store.py`."""
+class FileAnswers(Store):
+    """Answers in an SQLite file with JSON columns. Every method blocks and may raise StoreError: see `store.py`."""
 
-    def __init__(self, path: str, *, read_only: bool) -> None:
-        self._store = Store(
-            path, name="a cache of the judge", kind=KIND, version=VERSION, schema=SCHEMA, read_only=read_only
-        )
+    name = "a cache of the judge"
+    kind = 0x6A756463
+    version = 1
+    schema = """CREATE TABLE answers (
+    key TEXT PRIMARY KEY, outcome TEXT NOT NULL, text TEXT NOT NULL, detail TEXT NOT NULL, choices TEXT NOT NULL,
+    model TEXT NOT NULL, snapshot TEXT NOT NULL, template TEXT NOT NULL, template_sha256 TEXT NOT NULL,
+    instruction TEXT NOT NULL, images TEXT NOT NULL, sampling TEXT NOT NULL, ask INTEGER NOT NULL,
+    answered INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    attempts INTEGER NOT NULL, answered_at REAL NOT NULL
+) WITHOUT ROWID"""
 
-    def get(self, question: Question) -> JudgeReply | None:
-        with self._store.transaction(write=False) as connection:
+    def get(self, asked: Fingerprint) -> JudgeReply | None:
+        """The stored reply as it was given."""
+        with self.transaction(write=False) as connection:
             row = connection.execute(
                 "SELECT outcome, text, detail, choices, snapshot, prompt_tokens, completion_tokens, attempts "
                 "FROM answers WHERE key = ?",
-                (question.key,),
+                (asked.key,),
             ).fetchone()
         if row is None:
             return None
         try:
-            return _reply(row)
+            outcome, text, detail, choices, *rest = row
+            return JudgeReply(Outcome(outcome), text, detail, _CHOICES.validate_json(choices), *rest)
         except (ValueError, TypeError) as error:
             raise StoreError(
-                f"{self._store.path}: the answer of key {question.key[:12]} cannot be read ({error}); delete that row"
+                f"{self.path}: the answer of key {asked.key[:12]} cannot be read ({error}); delete that row"
             ) from error
 
-    def put(self, question: Question, reply: JudgeReply) -> None:
-        values = {
-            "key": question.key,
+    def put(self, asked: Fingerprint, reply: JudgeReply) -> None:
+        """Keep a reply, unless there is an answer already."""
+        values = asked.columns | {
+            "key": asked.key,
+            "images": json.dumps(asked.images),
             "outcome": reply.outcome.value,
             "text": reply.text,
             "detail": reply.detail,
-            "choices": json.dumps([[choice.token, choice.alternatives] for choice in reply.choices]),
-            "model": question.model,
+            "choices": json.dumps(reply.choices),
             "snapshot": reply.model,
-            "template": question.template,
-            "template_sha256": question.template_sha256,
-            "instruction": question.instruction,
-            "images": json.dumps(question.images),
-            "sampling": json.dumps(question.sampling, sort_keys=True),
-            "ask": question.ask,
-            "answered": int(is_answer(reply)),
+            "answered": int(reply.readable),
             "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens,
             "attempts": reply.attempts,
@@ -176,34 +155,12 @@ class FileAnswers:
         }
         names = ", ".join(values)
         updates = ", ".join(f"{name} = excluded.{name}" for name in values)
-        with self._store.transaction(write=True) as connection:
+        with self.transaction(write=True) as connection:
             connection.execute(
                 f"INSERT INTO answers ({names}) VALUES ({', '.join('?' * len(values))}) "
                 f"ON CONFLICT (key) DO UPDATE SET {updates} WHERE NOT answers.answered",
                 tuple(values.values()),
             )
-
-    def check(self) -> None:
-        self._store.check()
-
-    def close(self) -> None:
-        self._store.close()
-
-
-def _reply(row: tuple[Any, ...]) -> JudgeReply:
-    outcome, text, detail, choices, snapshot, prompt_tokens, completion_tokens, attempts = row
-    tokens = tuple(
-        TokenChoices(token, tuple((other, float(logprob)) for other, logprob in alternatives))
-        for token, alternatives in json.loads(choices)
-    )
-    return JudgeReply(
-        Outcome(outcome), text, detail, tokens, snapshot, prompt_tokens, completion_tokens, attempts
-    )
-
-
-def is_answer(reply: JudgeReply) -> bool:
-    """Whether a score may come of it: an OK one, or one cut off after tokens whose log-probabilities came."""
-    return reply.outcome is Outcome.OK or (reply.outcome is Outcome.TRUNCATED and bool(reply.choices))
 
 
 def as_cached(reply: JudgeReply) -> JudgeReply:

@@ -1,93 +1,107 @@
-"""The reward `judge`: pictures graded by a vision-language model behind an OpenAI-compatible endpoint."""
+"""The reward `judge`: pictures graded by a vision-language model behind an OpenAI-compatible endpoint.
+
+`JudgeReward` is what every reward has that asks such a model; the benchmarks' rewards build on it too.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import difflib
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from PIL import Image
+from pydantic import Field, TypeAdapter
 
 from rewards.base import FatalRewardError, RetryableRewardError, RewardOutput
-from rewards.judge.client import JudgeClient
-from rewards.judge.cost import PROMPT_BYTES, cost_lines
-from rewards.judge.expected_score import ExpectedScore
-from rewards.judge.messages import Outcome
-from rewards.judge.protocols import TASKS, Asker, Judgement, JudgeProtocol, Sample, judge_sample
-from rewards.judge.settings import JudgeSettings
-from rewards.judge.silence import Silence
-from rewards.judge.structured import Structured
+from rewards.judge.client import JudgeClient, Silence
+from rewards.judge.messages import INFRASTRUCTURE, Asker, Outcome
+from rewards.judge.pricing import PROMPT_BYTES, cost_lines
+from rewards.judge.protocols import PROTOCOLS
+from rewards.judge.questions import (
+    TASKS,
+    Answer,
+    Judgement,
+    JudgeProtocol,
+    Question,
+    Sample,
+    Verdict,
+    combine,
+    judge_questions,
+)
+from rewards.judge.settings import FREE, KEYS, Count, JudgeSettings, Positive, value_problems
 from rewards.judge.template_files import PLACES, Template, TemplateError, load_template
-from rewards.judge.viescore import VieScore
 from rewards.scoring import MIN_SCORED_SHARE
 
 logger = logging.getLogger(__name__)
 
-PROTOCOLS: dict[str, type[JudgeProtocol]] = {
-    "viescore": VieScore,
-    "structured": Structured,
-    "expected_score": ExpectedScore,
-}
-
-INFRASTRUCTURE = (Outcome.RATE_LIMITED, Outcome.TIMEOUT, Outcome.UNAVAILABLE)
-"""Outcomes that a later call may mend."""
-
 FAILURES = tuple(outcome for outcome in Outcome if outcome not in (Outcome.OK, Outcome.FATAL))
 
+OPERATIONAL = FREE | {"give_up_after_s"}
+"""Parameters that decide how an answer is reached and what it may cost, never what it is."""
 
-class Judge:
+
+@dataclass
+class _Numbers:
+    max_asks: Annotated[int, Field(strict=True, ge=1, le=5)]
+    max_tokens: Count | None
+    give_up_after_s: Positive
+
+
+_NUMBERS = TypeAdapter(_Numbers)
+
+
+class JudgeReward:
     """Scores in [0, 1], or None: a refusal, a filtered, truncated or malformed answer is never a number.
 
-    Samples with a reference are judged as edits of it, samples without one as text-to-image.
+    max_asks: how often a question is put while its answer is malformed. max_tokens: limit of one answer; None for
+    the default. give_up_after_s: seconds without any answer from the endpoint after which a failing call stops
+    the run. Every other parameter is a field of `JudgeSettings`.
 
-    protocol: `viescore`, `structured` or `expected_score`. max_asks: how often a question is put while its
-    answer is malformed. max_tokens: limit of one answer; None for the protocol's own. templates: own template
-    files by role (the keys of `template_files.PLACES`). give_up_after_s: seconds without any answer from the
-    endpoint after which a failing call stops the run. Every other parameter is a field of `JudgeSettings`.
+    A subclass names a protocol, or says itself what is asked about a sample and what comes of the answers.
     """
 
-    free_params = frozenset(
-        {
-            "base_url", "api_key_env", "mode", "cache", "ledger", "concurrency", "requests_per_minute",
-            "tokens_per_minute", "timeout_s", "attempts", "longest_wait_s", "queue_timeout_s", "give_up_after_s",
-            "max_cost_usd", "max_total_tokens", "price_per_million_input", "price_per_million_output",
-        }
-    )  # fmt: skip
-    """What a resumed run may change: a higher budget goes on from the answers in the cache."""
+    protocol: JudgeProtocol
+    protocol_name = ""
+    default_max_tokens = 512
+    tasks: tuple[str, ...] = TASKS
+    """What is judged. There is a trial question for each; the last one must be answered."""
+    template_paths: Mapping[str, str] = {}
+    """Own template files by role."""
+    typical_metadata: Mapping[str, Any] = {}
+    """Metadata of a usual prompt, for trial questions and estimates."""
+    least_share = MIN_SCORED_SHARE
+    """A batch is asked for again when less of it is scored (0: nothing at all) and the endpoint is the cause."""
 
     def __init__(
         self,
+        problems: Sequence[str] = (),
+        /,
         *,
-        protocol: str,
         max_asks: int = 2,
         max_tokens: int | None = None,
-        templates: Mapping[str, str] | None = None,
         give_up_after_s: float = 600.0,
         **settings: Any,
     ) -> None:
-        """Raises ValueError with every parameter that is unknown or out of range."""
-        templates = dict(templates or {})
+        """problems: of the subclass's own parameters. Raises ValueError with all that are unknown or out of range."""
+        numbers = {"max_asks": max_asks, "max_tokens": max_tokens, "give_up_after_s": give_up_after_s}
         problems = [
-            *_choice_problems("protocol", [protocol], PROTOCOLS),
-            *_choice_problems("templates", templates, PLACES),
-            *_choice_problems("parameter", settings, _SETTINGS),
-            *_number_problems(max_asks, max_tokens, give_up_after_s),
+            *problems,
+            *_choice_problems("parameter", settings, KEYS),
+            *value_problems(_NUMBERS, numbers),
         ]
         if "model" not in settings:
             problems.append("model is not set; give the name of the model at the endpoint")
         if problems:
             raise ValueError("; ".join(problems))
         self.settings = JudgeSettings(**settings)
-        self.protocol_name = protocol
-        self.protocol = PROTOCOLS[protocol]()
         self.max_asks = max_asks
-        self.max_tokens = max_tokens or self.protocol.max_tokens
-        self.template_paths = templates
+        self.max_tokens = max_tokens or self.default_max_tokens
         self.give_up_after_s = give_up_after_s
         # A malformed address stays out of every message: somebody may have put a key into it.
         sound = not self.settings.problems()
@@ -98,8 +112,8 @@ class Judge:
 
     @functools.cached_property
     def templates(self) -> dict[str, Template]:
-        """The templates of both tasks by role. Raises TemplateError."""
-        roles = sorted({role for task in TASKS for role in self.protocol.roles(task)})
+        """The templates of all tasks by the name that `questions` uses. Raises TemplateError."""
+        roles = sorted({role for task in self.tasks for role in self.protocol.roles(task)})
         unused = sorted(set(self.template_paths) - set(roles))
         if unused:
             raise TemplateError(f"templates: {unused} are not asked by {self.protocol_name}; it asks {roles}")
@@ -107,6 +121,33 @@ class Judge:
         for template in found.values():
             logger.info("judge %s: template %s sha256=%s", self.where, template.name, template.sha256)
         return found
+
+    def questions(self, sample: Sample, metadata: Mapping[str, Any]) -> list[Question]:
+        """What is asked about a sample. Raises ValueError for metadata that say too little, TemplateError."""
+        return self.protocol.questions(sample, self.templates, self.max_tokens)
+
+    def verdict(self, answers: Sequence[Answer], metadata: Mapping[str, Any]) -> Verdict:
+        """Score and named values from the answers, in the order of the questions."""
+        return combine(self.protocol, answers)
+
+    def components(self, judgement: Judgement) -> dict[str, float]:
+        """The named values; for each way to fail a column of 0 and 1; `cached`, 1 where no request was needed;
+        `asks`."""
+        failures = {outcome.value: float(judgement.outcome is outcome) for outcome in FAILURES}
+        return {
+            **judgement.parts,
+            **failures,
+            "cached": float(judgement.cached),
+            "asks": float(judgement.asks),
+        }
+
+    def sample(self, image: Image.Image, prompt: str, reference: Image.Image | None) -> Sample:
+        """The picture as the judge sees it: an edit of its reference where it has one, else text-to-image."""
+        return Sample("t2i" if reference is None else "edit", prompt, image, reference)
+
+    def may_recover(self, judgement: Judgement) -> bool:
+        """Whether a repeated call can give the sample a score that it lacks."""
+        return judgement.outcome in INFRASTRUCTURE
 
     def check(self) -> list[str]:
         """Problems of templates, key, cache and budget; asks the endpoint nothing."""
@@ -118,30 +159,34 @@ class Judge:
         return problems
 
     async def readiness(self) -> list[str]:
-        """Put the questions once about two small drawn pictures. Costs that; nothing in replay mode.
+        """Put the questions once about small drawn pictures. Costs that; nothing in replay mode.
 
-        An endpoint that takes one picture but not two is ready, with a warning: it can judge text-to-image.
+        An endpoint that takes one picture but not two is ready, with a warning, where text-to-image will do.
         """
         if self.settings.mode == "replay":
             return []
         client = JudgeClient(self.settings)  # closing it leaves what is being scored alone
         try:
-            edit, t2i = [await self._judge(client, sample) for sample in _probes()]
+            trials = [await self._judge(client, _probe(task), self.typical_metadata) for task in self.tasks]
         finally:
             await client.close()
-        if edit.outcome is not Outcome.OK and t2i.outcome is Outcome.OK:
-            logger.warning(
-                "judge %s: can judge text-to-image only; a trial edit ended %s: %s",
-                self.where, edit.outcome, edit.detail,
-            )  # fmt: skip
-        failed = t2i.outcome is not Outcome.OK
-        return [f"judge {self.where}: a trial question ended {t2i.outcome}: {t2i.detail}"] * failed
+        *others, needed = trials
+        if needed.outcome is not Outcome.OK:
+            return [f"judge {self.where}: a trial question ended {needed.outcome}: {needed.detail}"]
+        for trial in others:
+            if trial.outcome is not Outcome.OK:
+                logger.warning(
+                    "judge %s: can judge text-to-image only; a trial edit ended %s: %s",
+                    self.where, trial.outcome, trial.detail,
+                )  # fmt: skip
+        return []
 
     def estimate(self, *, images: int, task: str, height: int, width: int) -> list[str]:
         """Calls, tokens and money for `images` pictures of `height` x `width` pixels, as lines to print."""
-        sample = _blank(task, (width, height))
+        blank = Image.new("RGB", (width, height))
+        sample = Sample(task, "x" * PROMPT_BYTES, blank, blank if task == "edit" else None)
         try:
-            questions = self.protocol.questions(sample, self.templates, self.max_tokens)
+            questions = self.questions(sample, self.typical_metadata)
         except TemplateError as error:
             return [f"no estimate: {error}"]
         return cost_lines(self.settings, questions, images=images, max_asks=self.max_asks)
@@ -156,39 +201,53 @@ class Judge:
     ) -> RewardOutput:
         """Ask about all samples at once.
 
-        Components: the protocol's parts; for each way to fail a column of 0 and 1; `cached`, 1 where no request
-        was needed; `asks`. Raises ValueError for samples of both tasks in one batch or an empty prompt,
-        FatalRewardError when no later call can succeed or the endpoint has been silent for too long, and
-        RetryableRewardError when the endpoint left so many samples open that their group would be lost. What
-        was answered is then in the client's cache, so the repeated call does not pay for it again.
+        Raises ValueError for samples of both tasks in one batch or an empty prompt, FatalRewardError when no later
+        call can succeed or the endpoint has been silent for too long, and RetryableRewardError when the endpoint
+        left so many samples open that their group would be lost. What was answered is then in the client's cache,
+        so the repeated call does not pay for it again.
         """
-        samples = _samples(images, prompts, references)
+        if len({reference is None for reference in references}) > 1:
+            raise ValueError(
+                "some samples of one batch have a reference and some have none; judge them apart"
+            )
+        samples = [
+            self.sample(image, prompt, reference)
+            for image, prompt, reference in zip(images, prompts, references, strict=True)
+        ]
         try:
-            judged = await asyncio.gather(*(self._judge(self._silence, sample) for sample in samples))
+            judged = await asyncio.gather(
+                *(self._judge(self._silence, *one) for one in zip(samples, metadata, strict=True))
+            )
         except asyncio.CancelledError:  # the reward's `timeout_s`
             self._stop_if_silent()
             raise
         self._note_snapshots(judged)
         self._log_failures(judged)
         self._raise_failures(judged)
-        return _output(judged)
+        rows = [self.components(judgement) for judgement in judged]
+        names = sorted({name for row in rows for name in row})
+        return RewardOutput(
+            [judgement.score for judgement in judged],
+            {name: [row.get(name) for row in rows] for name in names},
+        )
 
-    async def _judge(self, asker: Asker, sample: Sample) -> Judgement:
-        return await judge_sample(
-            asker, self.protocol, sample, self.templates, max_asks=self.max_asks, max_tokens=self.max_tokens
+    async def _judge(self, asker: Asker, sample: Sample, metadata: Mapping[str, Any]) -> Judgement:
+        questions = self.questions(sample, metadata)
+        return await judge_questions(
+            asker, questions, lambda answers: self.verdict(answers, metadata), self.max_asks
         )
 
     def _raise_failures(self, judged: Sequence[Judgement]) -> None:
         for judgement in judged:
             if judgement.outcome is Outcome.FATAL:
                 raise FatalRewardError(f"judge {self.where}: {judgement.detail}")
-        waiting = [judgement for judgement in judged if judgement.outcome in INFRASTRUCTURE]
+        waiting = [judgement for judgement in judged if self.may_recover(judgement)]
         if waiting:
             self._stop_if_silent()
-        scored = sum(judgement.outcome is Outcome.OK for judgement in judged)
+        scored = sum(judgement.score is not None for judgement in judged)
         # A repeated call that fails as well loses the whole batch, so ask for one only where the batch is
         # lost without it and can be saved by it.
-        if scored < MIN_SCORED_SHARE * len(judged) <= scored + len(waiting):
+        if scored < max(1, math.ceil(self.least_share * len(judged))) <= scored + len(waiting):
             raise RetryableRewardError(
                 f"judge {self.where}: {len(waiting)} of {len(judged)} samples got no answer, the first: "
                 f"{waiting[0].outcome}: {waiting[0].detail}"
@@ -216,7 +275,7 @@ class Judge:
             self._snapshots.add(model)
 
     def _log_failures(self, judged: Sequence[Judgement]) -> None:
-        failed = [judgement for judgement in judged if judgement.outcome is not Outcome.OK]
+        failed = [judgement for judgement in judged if judgement.score is None]
         if failed:
             counts = Counter(judgement.outcome for judgement in failed)
             listed = ", ".join(f"{outcome} {number}" for outcome, number in counts.items())
@@ -226,7 +285,27 @@ class Judge:
             )  # fmt: skip
 
 
-_SETTINGS = tuple(field.name for field in dataclasses.fields(JudgeSettings))
+class Judge(JudgeReward):
+    """Samples with a reference are judged as edits of it, samples without one as text-to-image.
+
+    protocol: `viescore`, `structured` or `expected_score`. templates: own template files by role (the keys of
+    `template_files.PLACES`).
+    """
+
+    free_params = OPERATIONAL
+    """What a resumed run may change: a higher budget goes on from the answers in the cache."""
+
+    def __init__(self, *, protocol: str, templates: Mapping[str, str] | None = None, **params: Any) -> None:
+        """Raises ValueError with every parameter that is unknown or out of range."""
+        self.protocol_name, self.template_paths = protocol, dict(templates or {})
+        problems = [
+            *_choice_problems("protocol", [protocol], PROTOCOLS),
+            *_choice_problems("templates", self.template_paths, PLACES),
+        ]
+        if not problems:
+            self.protocol = PROTOCOLS[protocol]()
+            self.default_max_tokens = self.protocol.max_tokens
+        super().__init__(problems, **params)
 
 
 def _choice_problems(what: str, given: Any, choices: Any) -> list[str]:
@@ -239,58 +318,11 @@ def _choice_problems(what: str, given: Any, choices: Any) -> list[str]:
     return problems
 
 
-def _number_problems(max_asks: int, max_tokens: int | None, give_up_after_s: float) -> list[str]:
-    checks = [
-        (
-            isinstance(max_asks, int) and 1 <= max_asks <= 5,
-            f"max_asks is {max_asks!r}; give 1 (no second ask) to 5",
-        ),
-        (
-            max_tokens is None or (isinstance(max_tokens, int) and max_tokens >= 1),
-            f"max_tokens is {max_tokens!r}; give 1 or more, or null for the protocol's own",
-        ),
-        (
-            isinstance(give_up_after_s, int | float) and give_up_after_s > 0,
-            f"give_up_after_s is {give_up_after_s!r}; give a number of seconds above 0",
-        ),
-    ]
-    return [message for fine, message in checks if not fine]
-
-
-def _samples(
-    images: Sequence[Image.Image], prompts: Sequence[str], references: Sequence[Image.Image | None]
-) -> list[Sample]:
-    tasks = {"t2i" if reference is None else "edit" for reference in references}
-    if len(tasks) > 1:
-        raise ValueError("some samples of one batch have a reference and some have none; judge them apart")
-    return [
-        Sample(task, prompt, image, reference)
-        for task in tasks
-        for image, prompt, reference in zip(images, prompts, references, strict=True)
-    ]
-
-
-def _blank(task: str, size: tuple[int, int]) -> Sample:
-    source = Image.new("RGB", size) if task == "edit" else None
-    return Sample(task, "x" * PROMPT_BYTES, Image.new("RGB", size), source)
-
-
-def _probes() -> tuple[Sample, Sample]:
-    """An edit and a text-to-image sample of 64 x 64 pixels."""
+def _probe(task: str) -> Sample:
+    """A square that is or was made blue, on 64 x 64 pixels."""
     red, blue = (Image.new("RGB", (64, 64), "lightgrey") for _ in range(2))
     red.paste((210, 40, 40), (16, 16, 48, 48))
     blue.paste((40, 60, 210), (16, 16, 48, 48))
-    edit = Sample("edit", "make the square blue", blue, red)
-    return edit, Sample("t2i", "a blue square on a grey background", blue)
-
-
-def _output(judged: Sequence[Judgement]) -> RewardOutput:
-    names = sorted({name for judgement in judged for name in judgement.parts})
-    columns: dict[str, list[float | None]] = {
-        name: [judgement.parts.get(name) for judgement in judged] for name in names
-    }
-    for outcome in FAILURES:
-        columns[outcome.value] = [float(judgement.outcome is outcome) for judgement in judged]
-    columns["cached"] = [float(judgement.cached) for judgement in judged]
-    columns["asks"] = [float(judgement.asks) for judgement in judged]
-    return RewardOutput([judgement.score for judgement in judged], columns)
+    if task == "edit":
+        return Sample("edit", "make the square blue", blue, red)
+    return Sample("t2i", "a blue square on a grey background", blue)

@@ -1,6 +1,6 @@
 """Limits of one client: requests in flight, requests and tokens per minute, and the pause an endpoint asks for.
 
-A request takes its place in flight first and then waits for the minute's allowance, first come first served,
+A request takes its slot in flight first and then waits for the minute's allowance, first come first served,
 so that it is sent the moment it is counted: no 60 s hold more than the allowance. Tokens are counted by an upper
 bound until the bill corrects it.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 WINDOW_S = 60.0
@@ -27,30 +28,26 @@ class Clock:
 
 
 @dataclass
-class Ticket:
+class Sent:
     """One request as the window counts it."""
 
     time: float
     tokens: int
 
 
-class TurnTimeout(Exception):
-    """The turn does not come in time. wait_s: seconds that were still to wait at least, 0 if not known."""
-
-    def __init__(self, wait_s: float) -> None:
-        super().__init__(wait_s)
-        self.wait_s = wait_s
+class QueueTimeout(Exception):
+    """The request cannot be sent in time. The argument: seconds that were still to wait at least, 0 if not known."""
 
 
 class RateWindow:
-    """What was sent in the last minute. Plain arithmetic on the clock; waiting is the turnstile's task.
+    """What was sent in the last minute. Plain arithmetic on the clock; waiting is the throttle's task.
 
     A request of more tokens than a minute's allowance counts as the whole allowance.
     """
 
     def __init__(self, requests: int | None, tokens: int | None, clock: Clock) -> None:
         self._requests, self._tokens, self._clock = requests, tokens, clock
-        self._sent: deque[Ticket] = deque()
+        self._sent: deque[Sent] = deque()
         self._pause_until = 0.0
 
     def delay(self, tokens: int) -> float:
@@ -62,57 +59,50 @@ class RateWindow:
         if self._requests is not None and len(self._sent) >= self._requests:
             free_at = max(free_at, self._sent[-self._requests].time + WINDOW_S)
         if self._tokens is not None:
-            excess = sum(ticket.tokens for ticket in self._sent) + min(tokens, self._tokens) - self._tokens
-            for ticket in self._sent:
+            excess = sum(sent.tokens for sent in self._sent) + min(tokens, self._tokens) - self._tokens
+            for sent in self._sent:
                 if excess <= 0:
                     break
-                excess -= ticket.tokens
-                free_at = max(free_at, ticket.time + WINDOW_S)
+                excess -= sent.tokens
+                free_at = max(free_at, sent.time + WINDOW_S)
         return free_at - now
 
-    def take(self, tokens: int) -> Ticket:
+    def take(self, tokens: int) -> Sent:
         """Count a request that is sent now."""
-        ticket = Ticket(self._clock.now(), min(tokens, self._tokens or tokens))
-        self._sent.append(ticket)
-        return ticket
+        self._sent.append(Sent(self._clock.now(), min(tokens, self._tokens or tokens)))
+        return self._sent[-1]
 
     def pause(self, seconds: float) -> None:
         """Send nothing for so long."""
         self._pause_until = max(self._pause_until, self._clock.now() + seconds)
 
 
-class Turnstile:
+class Throttle:
     """Lets requests of one event loop through, `concurrency` at a time, as the window allows."""
 
     def __init__(self, concurrency: int, window: RateWindow, clock: Clock) -> None:
-        self._places = asyncio.Semaphore(concurrency)
+        self._slots = asyncio.Semaphore(concurrency)
         self._line = asyncio.Lock()
         self._window, self._clock = window, clock
 
-    async def enter(self, tokens: int, limit_s: float) -> Ticket:
-        """Wait for a turn; call `leave` afterwards.
+    @asynccontextmanager
+    async def slot(self, tokens: int, limit_s: float) -> AsyncIterator[Sent]:
+        """Wait until a request of so many tokens may be sent; it is in flight within the context.
 
-        Raises TurnTimeout after `limit_s` seconds, or at once when the window will not open by then.
+        Set `tokens` of what is returned to the bill when it is known. Raises QueueTimeout after `limit_s` seconds,
+        or at once when the window will not open by then.
         """
         deadline = self._clock.now() + limit_s
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._places.acquire()
-                try:
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(limit_s):
+                    await held.enter_async_context(self._slots)
                     async with self._line:
                         while (delay := self._window.delay(tokens)) > 0:
                             if self._clock.now() + delay > deadline:
-                                raise TurnTimeout(delay)
+                                raise QueueTimeout(delay)
                             await self._clock.sleep(min(delay, RECHECK_S))
-                        return self._window.take(tokens)
-                except BaseException:
-                    self._places.release()
-                    raise
-        except TimeoutError:
-            raise TurnTimeout(0.0) from None
-
-    def leave(self, ticket: Ticket, tokens: int | None) -> None:
-        """Give the place back. tokens: what the request was billed; None keeps the upper bound."""
-        if tokens is not None:
-            ticket.tokens = tokens
-        self._places.release()
+                        sent = self._window.take(tokens)
+            except TimeoutError:
+                raise QueueTimeout(0.0) from None
+            yield sent

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
 
 class Outcome(StrEnum):
-    """How one question to the judge ended. Only OK carries an answer that may become a score.
+    """How one question to the judge ended, the gravest first: what another call cannot mend before what it can.
 
-    OK: a complete answer, though perhaps one that cannot be read. REFUSED: the model declined. FILTERED: a content
-    filter cut in. TRUNCATED: the token limit ended it. MALFORMED: it does not say what was asked. RATE_LIMITED:
-    429 to the last attempt. TIMEOUT: no answer in time. UNAVAILABLE: 5xx or a lost connection to the last
-    attempt. FATAL: no later call can succeed (401, 403, 404, exhausted quota, a request the endpoint rejects);
-    it stops the run.
+    FATAL: no later call can succeed (401, 403, 404, exhausted quota, a request the endpoint rejects); it stops the
+    run. REFUSED: the model declined. FILTERED: a content filter cut in. TRUNCATED: the token limit ended it.
+    MALFORMED: it does not say what was asked. RATE_LIMITED: 429 to the last attempt. TIMEOUT: no answer in time.
+    UNAVAILABLE: 5xx or a lost connection to the last attempt. OK: a complete answer, though perhaps one that cannot
+    be read; it alone may become a score.
     """
 
-    OK = "ok"
+    FATAL = "fatal"
     REFUSED = "refused"
     FILTERED = "filtered"
     TRUNCATED = "truncated"
@@ -28,20 +28,20 @@ class Outcome(StrEnum):
     RATE_LIMITED = "rate_limited"
     TIMEOUT = "timeout"
     UNAVAILABLE = "unavailable"
-    FATAL = "fatal"
+    OK = "ok"
 
 
-Part: TypeAlias = "str | Image.Image"
-"""A piece of the user turn: text, or an RGB image."""
+INFRASTRUCTURE = (Outcome.RATE_LIMITED, Outcome.TIMEOUT, Outcome.UNAVAILABLE)
+"""Outcomes that a later call may mend."""
 
 
 @dataclass(frozen=True)
 class JudgeRequest:
     """One chat completion to ask for.
 
-    system: system turn, "" for none. parts: the user turn in order. template, template_sha256: name with
-    version, and hash of the template's text, stored with every answer. instruction: the prompt or edit
-    instruction being judged (part of the cache key). response_schema: JSON schema the answer must follow, or
+    template, template_sha256: name with version, and hash of the template's text, stored with every answer.
+    system: system turn, "" for none. parts: texts and RGB images of the user turn in order. instruction: the prompt
+    or edit instruction being judged (part of the cache key). response_schema: JSON schema the answer must follow, or
     None for free text. top_logprobs: how many alternatives to return for each answer token, 0 for none.
     ask: 0 for the first time, 1, 2, ... when a malformed answer is asked for again.
     """
@@ -49,7 +49,7 @@ class JudgeRequest:
     template: str
     template_sha256: str
     system: str
-    parts: tuple[Part, ...]
+    parts: tuple[str | Image.Image, ...]
     instruction: str
     max_tokens: int
     response_schema: Mapping[str, Any] | None = None
@@ -57,8 +57,7 @@ class JudgeRequest:
     ask: int = 0
 
 
-@dataclass(frozen=True)
-class TokenChoices:
+class TokenChoices(NamedTuple):
     """One answer token: its text and the alternatives with their natural-log probabilities, best first."""
 
     token: str
@@ -77,9 +76,20 @@ class JudgeReply:
     outcome: Outcome
     text: str = ""
     detail: str = ""
-    choices: tuple[TokenChoices, ...] = field(default=())
+    choices: tuple[TokenChoices, ...] = ()
     model: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     attempts: int = 0
     cached: bool = False
+
+    @property
+    def readable(self) -> bool:
+        """Whether a score may come of it: an OK one, or one cut off after tokens whose log-probabilities came."""
+        return self.outcome is Outcome.OK or (self.outcome is Outcome.TRUNCATED and bool(self.choices))
+
+
+class Asker(Protocol):
+    """Anything that answers questions: the client, or a script in a test."""
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply: ...

@@ -7,7 +7,6 @@ can be read in two ways. An answer that is not taken raises MalformedAnswer; no 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -97,18 +96,16 @@ def _check_length(text: str) -> None:
 
 def _object_spans(text: str) -> list[str]:
     """Every outermost `{...}`, braces inside strings apart. Quotes outside braces are prose."""
-    spans, depth, start = [], 0, 0
-    position = 0
+    spans, depth, start, position = [], 0, 0, 0
     while match := _TOKEN.search(text, position):
         token, position = match.group(), match.end()
         if token == "{":
             start = match.start() if depth == 0 else start
             depth += 1
-        elif token == "}":
+        elif token == "}" and depth:
             depth -= 1
             if depth == 0:
                 spans.append(text[start:position])
-            depth = max(depth, 0)
         elif depth == 0:
             position = match.start() + 1  # an apostrophe or a quotation: go on inside it
     if depth:
@@ -119,16 +116,11 @@ def _object_spans(text: str) -> list[str]:
 def _mend(match: re.Match[str]) -> str:
     """Single quotes become double, a comma before a closing bracket goes."""
     token = match.group()
-    if token == ",":
-        return ""
-    if token[0] == '"':
-        return token
-    inner = re.sub(r"\\.|\"", _requote, token[1:-1], flags=re.DOTALL)
-    return f'"{inner}"'
-
-
-def _requote(match: re.Match[str]) -> str:
-    return {"\\'": "'", '"': '\\"'}.get(match.group(), match.group())
+    if token[0] == "'":
+        swap = {"\\'": "'", '"': '\\"'}
+        inner = re.sub(r"\\.|\"", lambda found: swap.get(found[0], found[0]), token[1:-1], flags=re.DOTALL)
+        return f'"{inner}"'
+    return "" if token == "," else token
 
 
 def _load(text: str) -> dict[str, Any]:
@@ -165,7 +157,7 @@ def _grade(found: Mapping[str, Any], name: str, high: int, *, whole: bool) -> fl
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MalformedAnswer(f"{name} is {_short(value)}, not a number")
-    if not 0 <= value <= high or math.isnan(value):
+    if not 0 <= value <= high:  # JSON has neither NaN nor infinity, but 1e999
         raise MalformedAnswer(f"{name} is {_short(value)}, outside 0 to {high}")
     if whole and value != int(value):
         raise MalformedAnswer(f"{name} is {value}, not a whole number")

@@ -1,196 +1,161 @@
-"""What every protocol shares: a sample, its questions, asking them, and the judgement that comes of it.
+"""The three protocols: free-text grades after VIEScore, grades by JSON schema, and an expectation over digits.
 
-Nothing here knows the wire: an `Asker` answers requests, in a run the client, in a test a script.
+`viescore` follows VIEScore (Ku et al., 2023) as GEdit-Bench uses it (DESIGN 5). It differs from both in the
+wording, which is ours, in named grades instead of a list of two, and in text-to-image, where VIEScore has one SC
+grade: here two, content and details, so that SC is the least of two grades in both tasks.
+
+`structured` has the same four grades and the same combination at half the calls. The scores still differ: there
+quality is graded with source and instruction in view.
+
+`expected_score` ends its scale at 9 because every tokenizer in use writes one digit as one token, while a 10 is one
+token here and two there: after a "1" one could not tell whether a "0" was to follow.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 
-from PIL import Image
-
-from rewards.judge.messages import JudgeReply, JudgeRequest, Outcome
-from rewards.judge.parsing import MalformedAnswer, is_refusal
+from rewards.judge.messages import JudgeReply, TokenChoices
+from rewards.judge.parsing import MalformedAnswer, grades_schema, loose_grades, schema_grades
+from rewards.judge.questions import JudgeProtocol, Question, Reader, Sample
 from rewards.judge.template_files import Template
 
-TASKS = ("edit", "t2i")
+HIGHEST_GRADE = 10
+SC_GRADES = {"edit": ("success", "preservation"), "t2i": ("content", "details")}
+PQ_GRADES = ("naturalness", "cleanness")
 
-GRAVITY = (
-    Outcome.FATAL,
-    Outcome.REFUSED,
-    Outcome.FILTERED,
-    Outcome.TRUNCATED,
-    Outcome.MALFORMED,
-    Outcome.RATE_LIMITED,
-    Outcome.TIMEOUT,
-    Outcome.UNAVAILABLE,
-    Outcome.OK,
-)
-"""Of two failed questions of a sample, the first in this list names the sample's outcome: what another call
-cannot mend comes before what it can."""
+HIGHEST_DIGIT = 9
+TOP_LOGPROBS = 20
+"""The most that OpenAI and vLLM give by default: room for ten digits with and without a space before them."""
+
+LEAST_MASS = 0.5
+"""Below it the judge was more likely to say something else than a grade, so its digits say little."""
+
+_DIGIT = re.compile(r"\s*[0-9]\s*", re.ASCII)
+_MORE_NUMBER = re.compile(r"[.,]?[0-9]", re.ASCII)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A picture to be judged: `instruction` is the edit instruction or the prompt.
+class VieScore:
+    """SC (semantic consistency) sees source, result and instruction; PQ (perceptual quality) the result only."""
 
-    Raises ValueError for an edit without a source picture, text-to-image with one, and an empty instruction.
+    max_tokens = 512
+
+    def roles(self, task: str) -> tuple[str, ...]:
+        return (f"viescore_{task}_sc", "viescore_pq")
+
+    def questions(self, sample: Sample, templates: Mapping[str, Template], max_tokens: int) -> list[Question]:
+        sc, pq = (templates[role] for role in self.roles(sample.task))
+        read_sc, read_pq = (_reader(loose_grades, names) for names in (SC_GRADES[sample.task], PQ_GRADES))
+        return [
+            Question(sc, sample, max_tokens, read_sc),
+            Question(pq, sample, max_tokens, read_pq, shows_instruction=False),
+        ]
+
+    def combine(self, values: Sequence[Mapping[str, float]]) -> tuple[float, dict[str, float]]:
+        """sqrt(SC * PQ) / 10 of the least grade of each answer; parts are on the judge's 0 to 10."""
+        sc, pq = (min(grades.values()) for grades in values)
+        parts = {"sc": sc, "pq": pq} | dict(values[0]) | dict(values[1])
+        return math.sqrt(sc * pq) / HIGHEST_GRADE, parts
+
+
+class Structured:
+    """One request per sample for all grades of `viescore`, the reasoning before them."""
+
+    max_tokens = 512
+
+    def roles(self, task: str) -> tuple[str, ...]:
+        return (f"structured_{task}",)
+
+    def questions(self, sample: Sample, templates: Mapping[str, Template], max_tokens: int) -> list[Question]:
+        names = (*SC_GRADES[sample.task], *PQ_GRADES)
+        (role,) = self.roles(sample.task)
+        schema = grades_schema(names, high=HIGHEST_GRADE)
+        return [Question(templates[role], sample, max_tokens, _reader(schema_grades, names), schema=schema)]
+
+    def combine(self, values: Sequence[Mapping[str, float]]) -> tuple[float, dict[str, float]]:
+        """As in `viescore`: SC is the least of the first two grades, PQ of the last two."""
+        (grades,) = values
+        pq = {name: grades[name] for name in PQ_GRADES}
+        sc = {name: grade for name, grade in grades.items() if name not in pq}
+        return VieScore().combine([sc, pq])
+
+
+class ExpectedScore:
+    """A continuous grade: the expectation over the judge's probabilities for the digits 0 to 9 (DESIGN 5).
+
+    One request per sample, of a few tokens: they show whether more number follows the digit. With a `max_tokens`
+    of 1 nothing after the digit is seen, so a judge that means 10 would be read as 1; use it for models that do
+    not end their answer after the digit.
     """
 
-    task: str
-    instruction: str
-    result: Image.Image
-    source: Image.Image | None = None
+    max_tokens = 8
 
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task is {self.task!r}; choose one of {', '.join(TASKS)}")
-        if self.task == "edit" and self.source is None:
-            raise ValueError("an edit is judged against its source picture, and this sample has none")
-        if self.task == "t2i" and self.source is not None:
-            raise ValueError("a text-to-image sample came with a source picture; judge it as an edit")
-        if not self.instruction.strip():
-            raise ValueError("the instruction is empty, so there is nothing to judge the picture by")
+    def roles(self, task: str) -> tuple[str, ...]:
+        return (f"expected_score_{task}",)
 
+    def questions(self, sample: Sample, templates: Mapping[str, Template], max_tokens: int) -> list[Question]:
+        (role,) = self.roles(sample.task)
+        return [Question(templates[role], sample, max_tokens, read_expectation, top_logprobs=TOP_LOGPROBS)]
 
-class Read(Protocol):
-    """From a complete answer to named values. Raises MalformedAnswer."""
-
-    def __call__(self, reply: JudgeReply) -> Mapping[str, float]: ...
+    def combine(self, values: Sequence[Mapping[str, float]]) -> tuple[float, dict[str, float]]:
+        """The expected digit over 9; parts are the digit said, the spread in digits, and the digits' mass."""
+        (found,) = values
+        return found["expected"] / HIGHEST_DIGIT, dict(found)
 
 
-@dataclass(frozen=True)
-class Question:
-    """One thing to ask about a sample. `template` is kept to word the request anew for a second ask."""
+PROTOCOLS: dict[str, type[JudgeProtocol]] = {
+    "viescore": VieScore,
+    "structured": Structured,
+    "expected_score": ExpectedScore,
+}
 
-    template: Template
-    sample: Sample
-    max_tokens: int
-    read: Read
-    schema: Mapping[str, object] | None = None
-    top_logprobs: int = 0
-    shows_instruction: bool = True
 
-    def request(self, ask: int) -> JudgeRequest:
-        """The request; from the second ask on with the template's `[again]` at its end."""
-        # A question that does not show the instruction has the same answer under every instruction.
-        instruction = self.sample.instruction if self.shows_instruction else ""
-        return JudgeRequest(
-            template=self.template.name,
-            template_sha256=self.template.sha256,
-            system=self.template.system,
-            parts=self.template.parts(
-                instruction=instruction, source=self.sample.source, result=self.sample.result, again=ask > 0
-            ),
-            instruction=instruction,
-            max_tokens=self.max_tokens,
-            response_schema=self.schema,
-            top_logprobs=self.top_logprobs,
-            ask=ask,
+def _reader(parse: Callable[..., dict[str, float]], names: Sequence[str]) -> Reader:
+    return lambda reply: parse(reply.text, names, high=HIGHEST_GRADE)
+
+
+def read_expectation(reply: JudgeReply) -> dict[str, float]:
+    """Mean and standard deviation over the digits at the first token that is not white space.
+
+    expected, spread: in digits, over the probabilities of the digits alone, renormalised. digit_mass: their
+    share of all probability. digit: the one that was said. Raises MalformedAnswer when that token is no single
+    digit, when more number follows it, when there are no log-probs, and below `LEAST_MASS`.
+    """
+    first = _first_digit(reply)
+    mass = [0.0] * (HIGHEST_DIGIT + 1)
+    for text, logprob in first.alternatives:
+        if not logprob <= 1e-6:  # also NaN
+            raise MalformedAnswer(f"has the log-probability {logprob} for the token {text!r}")
+        if _DIGIT.fullmatch(text):
+            mass[int(text)] += math.exp(logprob)
+    total = math.fsum(mass)
+    if total > 1.001:
+        raise MalformedAnswer(f"has digit probabilities that sum to {total:.4f}")
+    if total < LEAST_MASS:
+        raise MalformedAnswer(
+            f"puts only {total:.3f} of its probability on digits; {LEAST_MASS} is the least"
         )
+    mean = math.fsum(digit * share for digit, share in enumerate(mass)) / total
+    variance = math.fsum((digit - mean) ** 2 * share for digit, share in enumerate(mass)) / total
+    spread, digit = math.sqrt(variance), float(int(first.token))
+    return {"expected": mean, "spread": spread, "digit_mass": min(total, 1.0), "digit": digit}
 
 
-class JudgeProtocol(Protocol):
-    """A way to judge. `roles`: the templates a task needs, in the order of its questions.
-
-    `questions` has one entry per role; `combine` gets the values read from each answer in the same order and
-    returns the score in [0, 1] and named parts for the log. `max_tokens`: default limit of one answer.
-    """
-
-    max_tokens: int
-
-    def roles(self, task: str) -> tuple[str, ...]: ...
-
-    def questions(
-        self, sample: Sample, templates: Mapping[str, Template], max_tokens: int
-    ) -> list[Question]: ...
-
-    def combine(self, values: Sequence[Mapping[str, float]]) -> tuple[float, dict[str, float]]: ...
-
-
-class Asker(Protocol):
-    """Anything that answers questions: the client, or a script in a test."""
-
-    async def ask(self, request: JudgeRequest) -> JudgeReply: ...
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How one question ended, all asks taken together. `values` are there with Outcome.OK alone."""
-
-    outcome: Outcome
-    values: Mapping[str, float] = field(default_factory=dict)
-    detail: str = ""
-    replies: tuple[JudgeReply, ...] = ()
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the judge made of a sample. `score` in [0, 1] with Outcome.OK, else None.
-
-    parts: named values of the log, empty without a score. detail: why there is none. asks: requests made of
-    the client. cached: every one of them was answered from the cache. models: snapshots that answered.
-    """
-
-    outcome: Outcome
-    score: float | None = None
-    parts: Mapping[str, float] = field(default_factory=dict)
-    detail: str = ""
-    asks: int = 0
-    cached: bool = False
-    models: frozenset[str] = frozenset()
-
-
-async def judge_sample(
-    asker: Asker,
-    protocol: JudgeProtocol,
-    sample: Sample,
-    templates: Mapping[str, Template],
-    *,
-    max_asks: int,
-    max_tokens: int,
-) -> Judgement:
-    """Put all questions of the protocol at once, each up to `max_asks` times while its answer is malformed."""
-    questions = protocol.questions(sample, templates, max_tokens)
-    answers = await asyncio.gather(*(ask_question(asker, question, max_asks) for question in questions))
-    replies = [reply for answer in answers for reply in answer.replies]
-    worst = min(answers, key=lambda answer: GRAVITY.index(answer.outcome))
-    judgement = Judgement(
-        outcome=worst.outcome,
-        detail=worst.detail,
-        asks=len(replies),
-        cached=all(reply.cached for reply in replies),
-        models=frozenset(reply.model for reply in replies if reply.model),
-    )
-    if worst.outcome is not Outcome.OK:
-        return judgement
-    score, parts = protocol.combine([answer.values for answer in answers])
-    return replace(judgement, score=score, parts=parts)
-
-
-async def ask_question(asker: Asker, question: Question, max_asks: int) -> Answer:
-    """One question, asked again while its answer is malformed; every other failure ends it at once."""
-    replies: list[JudgeReply] = []
-    answer = Answer(Outcome.MALFORMED)
-    for ask in range(max_asks):
-        replies.append(await asker.ask(question.request(ask)))
-        answer = _read(question, replies[-1])
-        if answer.outcome is not Outcome.MALFORMED:
-            break
-    return replace(answer, replies=tuple(replies))
-
-
-def _read(question: Question, reply: JudgeReply) -> Answer:
-    """A truncated answer with token log-probs is read like a whole one: only its first token counts."""
-    readable = reply.outcome is Outcome.OK or (reply.outcome is Outcome.TRUNCATED and bool(reply.choices))
-    if not readable:
-        return Answer(reply.outcome, detail=f"{question.template.name}: {reply.detail}")
-    try:
-        return Answer(Outcome.OK, question.read(reply))
-    except MalformedAnswer as error:
-        said = reply.text or "".join(choice.token for choice in reply.choices)
-        outcome = Outcome.REFUSED if is_refusal(said) else Outcome.MALFORMED
-        return Answer(outcome, detail=f"{question.template.name}: the answer {error}")
+def _first_digit(reply: JudgeReply) -> TokenChoices:
+    if not reply.choices:
+        raise MalformedAnswer(
+            f"{reply.text[:40]!r} came without log-probs; if this endpoint or model gives none, choose the "
+            "protocol viescore or structured"
+        )
+    spoken = itertools.dropwhile(lambda choice: not choice.token.strip(), reply.choices)
+    first = next(spoken, None)
+    rest = "".join(choice.token for choice in spoken)
+    if first is None or not _DIGIT.fullmatch(first.token):
+        said = "".join(choice.token for choice in reply.choices)
+        raise MalformedAnswer(f"{said[:40]!r} does not begin with one digit")
+    if not first.token[-1].isspace() and _MORE_NUMBER.match(rest):
+        raise MalformedAnswer(f"{first.token + rest[:10]!r} is not one digit")
+    return first

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from rewards.judge.pricing import known_price
+from pydantic import Field, SkipValidation, TypeAdapter, ValidationError
 
-MODES = ("live", "record", "replay")
-IMAGE_FORMATS = ("png", "jpeg")
-IMAGE_DETAILS = ("low", "high", "auto")
-
-WHOLE = {
-    "concurrency": 1,
-    "attempts": 1,
-    "requests_per_minute": 1,
-    "tokens_per_minute": 1,
-    "max_total_tokens": 1,
-    "seed": 0,
-}
-"""Whole numbers with the least they may be."""
-
-REAL = (
-    "timeout_s",
-    "longest_wait_s",
-    "queue_timeout_s",
-    "max_cost_usd",
-    "temperature",
-    "price_per_million_input",
-    "price_per_million_output",
-)
-ABOVE_ZERO = ("timeout_s", "longest_wait_s", "queue_timeout_s", "max_cost_usd")
-OPTIONAL = (
-    "requests_per_minute",
-    "tokens_per_minute",
-    "max_total_tokens",
-    "max_cost_usd",
-    "seed",
-    "temperature",
-    "price_per_million_input",
-    "price_per_million_output",
-)
+Count = Annotated[int, Field(strict=True, ge=1)]
+Seed = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +33,7 @@ class JudgeSettings:
     concurrency: requests in flight. requests_per_minute, tokens_per_minute: None for no limit of ours.
     timeout_s: seconds for one HTTP request. attempts: HTTP requests for one question before it is given up.
     longest_wait_s: seconds between two attempts at most; an endpoint that asks for a longer wait ends the
-        question. queue_timeout_s: seconds a question may wait for its turn under the limits, in all.
+        question. queue_timeout_s: seconds a question may queue under the limits, in all.
     temperature, seed: sent when not None. A question asked again is sent with seed + ask.
     image_format: `png` (lossless) or `jpeg` (quality 95). image_detail: OpenAI's detail level.
     max_cost_usd, max_total_tokens: hard limits on what all that share the ledger spend together, earlier runs
@@ -71,27 +42,27 @@ class JudgeSettings:
         know the model or knows it wrongly.
     """
 
-    model: str
-    base_url: str | Sequence[str] = "https://api.openai.com/v1"
+    model: Annotated[str, Field(min_length=1)]
+    base_url: Annotated[str | Sequence[str], SkipValidation] = "https://api.openai.com/v1"
     api_key_env: str | None = "OPENAI_API_KEY"
-    mode: str = "live"
+    mode: Literal["live", "record", "replay"] = "live"
     cache: str | None = None
     ledger: str | None = None
-    concurrency: int = 8
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    timeout_s: float = 60.0
-    attempts: int = 8
-    longest_wait_s: float = 60.0
-    queue_timeout_s: float = 300.0
-    temperature: float | None = 0.0
-    seed: int | None = 0
-    image_format: str = "png"
-    image_detail: str = "high"
-    max_cost_usd: float | None = None
-    max_total_tokens: int | None = None
-    price_per_million_input: float | None = None
-    price_per_million_output: float | None = None
+    concurrency: Count = 8
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    timeout_s: Positive = 60.0
+    attempts: Count = 8
+    longest_wait_s: Positive = 60.0
+    queue_timeout_s: Positive = 300.0
+    temperature: NotNegative | None = 0.0
+    seed: Seed | None = 0
+    image_format: Literal["png", "jpeg"] = "png"
+    image_detail: Literal["low", "high", "auto"] = "high"
+    max_cost_usd: Positive | None = None
+    max_total_tokens: Count | None = None
+    price_per_million_input: NotNegative | None = None
+    price_per_million_output: NotNegative | None = None
 
     @property
     def base_urls(self) -> tuple[str, ...]:
@@ -116,43 +87,29 @@ class JudgeSettings:
 
     def problems(self) -> list[str]:
         """Every bad value as one sentence that names its key; empty when all are fine."""
-        return [
-            *_choice_problems(self),
-            *_number_problems(self),
-            *_endpoint_problems(self),
-            *_budget_problems(self),
-        ]
+        values = {key: getattr(self, key) for key in KEYS}
+        return [*value_problems(_VALUES, values), *_endpoint_problems(self), *_file_problems(self)]
 
 
-def _choice_problems(settings: JudgeSettings) -> Iterator[str]:
-    for key, choices in (("mode", MODES), ("image_format", IMAGE_FORMATS), ("image_detail", IMAGE_DETAILS)):
-        if getattr(settings, key) not in choices:
-            yield f"{key} is {getattr(settings, key)!r}; choose one of {', '.join(choices)}"
-    for key in ("cache", "ledger", "api_key_env"):
-        value = getattr(settings, key)
-        if value is not None and not isinstance(value, str):
-            yield f"{key} is {value!r}; give text, or null"
-    if settings.mode in ("record", "replay") and not settings.cache:
-        yield f"mode is {settings.mode!r} and cache is not set; name the file of answers"
+KEYS = tuple(field.name for field in dataclasses.fields(JudgeSettings))
+
+FREE = frozenset(KEYS) - {"model", "temperature", "seed", "image_format", "image_detail"}
+"""Keys that decide how an answer is reached and what it may cost, never what it is."""
+
+_VALUES = TypeAdapter(JudgeSettings)
 
 
-def _number_problems(settings: JudgeSettings) -> Iterator[str]:
-    for key in (*WHOLE, *REAL):
-        value = getattr(settings, key)
-        if value is None and key in OPTIONAL:
-            continue
-        least = WHOLE.get(key, 0)
-        kinds = (int,) if key in WHOLE else (int, float)
-        fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or value < least or (value == 0 and key in ABOVE_ZERO):
-            number = "a whole number" if key in WHOLE else "a number"
-            bound = "above 0" if key in ABOVE_ZERO else f"of {least} or more"
-            yield f"{key} is {value!r}; give {number} {bound}" + (", or null" if key in OPTIONAL else "")
+def value_problems(schema: TypeAdapter[Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """Every value that does not fit the schema, as one sentence that names its key."""
+    try:
+        schema.validate_python(values)
+    except ValidationError as error:
+        for found in error.errors(include_url=False):
+            remedy = found["msg"].replace("Input should be", "it should be", 1)
+            yield f"{found['loc'][0]} is {found['input']!r}; {remedy[0].lower()}{remedy[1:]}"
 
 
 def _endpoint_problems(settings: JudgeSettings) -> Iterator[str]:
-    if not isinstance(settings.model, str) or not settings.model:
-        yield f"model is {settings.model!r}; give the name of the model at the endpoint"
     if not settings.base_url or not isinstance(settings.base_url, str | Sequence):
         yield f"base_url is {settings.base_url!r}; give an endpoint such as http://127.0.0.1:8000/v1, or a list of them"
         return
@@ -167,7 +124,7 @@ def _endpoint_problems(settings: JudgeSettings) -> Iterator[str]:
 
 def _is_endpoint(url: object) -> bool:
     try:
-        parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
+        parts = urlsplit(url if isinstance(url, str) else "")
         parts.port  # noqa: B018  (raises for a port that is no number)
     except ValueError:
         return False
@@ -175,15 +132,11 @@ def _is_endpoint(url: object) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
 
 
-def _budget_problems(settings: JudgeSettings) -> Iterator[str]:
+def _file_problems(settings: JudgeSettings) -> Iterator[str]:
+    if settings.mode in ("record", "replay") and not settings.cache:
+        yield f"mode is {settings.mode!r} and cache is not set; name the file of answers"
     if settings.has_budget and settings.ledger_path is None:
         yield (
             "max_cost_usd or max_total_tokens is set, but neither cache nor ledger; a budget needs a file in "
             "which all workers count: set cache or ledger"
-        )
-    prices = (settings.price_per_million_input, settings.price_per_million_output)
-    if settings.max_cost_usd is not None and None in prices and known_price(settings.model) is None:
-        yield (
-            f"max_cost_usd is set, but the price of model {settings.model!r} is not known; set "
-            "price_per_million_input and price_per_million_output"
         )

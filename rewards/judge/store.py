@@ -27,17 +27,20 @@ class StoreBusyError(StoreError):
 
 
 class Store:
-    """One file, opened at the first use and safe to use from several threads.
+    """One file, opened at the first use and safe to use from several threads. A subclass is a kind of file.
 
     name, kind: what the file is, in words for errors and as a number that marks it (SQLite's application_id).
-    version: of its table, which `schema` makes. read_only: never make or change the file.
+    version: of its table, which `schema` makes.
     """
 
-    def __init__(
-        self, path: str, *, name: str, kind: int, version: int, schema: str, read_only: bool = False
-    ) -> None:
+    name: str
+    kind: int
+    version: int
+    schema: str
+
+    def __init__(self, path: str, *, read_only: bool = False) -> None:
+        """read_only: never make or change the file."""
         self.path = path
-        self._name, self._kind, self._version, self._schema = name, kind, version, schema
         self._read_only = read_only
         self._connection: sqlite3.Connection | None = None
         self._lock = threading.Lock()
@@ -45,11 +48,20 @@ class Store:
     @contextmanager
     def transaction(self, *, write: bool) -> Iterator[sqlite3.Connection]:
         """All inside happens at once or not at all; with `write`, alone among writers. Raises StoreError."""
-        with self._lock, self._named_errors():
-            if self._connection is None:
-                self._connection = self._open()
-            with _transaction(self._connection, write=write):
-                yield self._connection
+        try:
+            with self._lock:
+                if self._connection is None:
+                    self._connection = self._open()
+                with _transaction(self._connection, write=write):
+                    yield self._connection
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise StoreBusyError(f"{self.path} was locked for {BUSY_S:g} s by another process") from error
+            raise StoreError(
+                f"{self.path} cannot be used ({error}); put a copy in its place or give another path"
+            ) from error
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be made: {error.strerror}; give another path") from error
 
     def check(self) -> None:
         """Open the file, if it is not open yet. Raises StoreError."""
@@ -71,18 +83,20 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
         # Also for reading alone the file is opened for writing if it can be: a crash may have left a journal to
         # roll back.
+        uri = f"{path.as_uri()}?mode={'rw' if self._read_only else 'rwc'}"
         connection = sqlite3.connect(
-            f"{path.as_uri()}?mode={'rw' if self._read_only else 'rwc'}",
-            uri=True,
-            timeout=BUSY_S,
-            isolation_level=None,
-            check_same_thread=False,
+            uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False
         )
         try:
             with _transaction(connection, write=not self._read_only):
                 self._prepare(connection)
             with _transaction(connection, write=False):  # a second for some 100 MB, in which others may write
-                self._check_pages(connection)
+                # Lost or garbled pages are refused now, not at the first row that lies on one.
+                found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise StoreError(
+                    f"{self.path} is damaged ({found}); put a copy in its place or give another path"
+                )
             if self._read_only:
                 connection.execute("PRAGMA query_only = 1")
             else:
@@ -100,46 +114,20 @@ class Store:
         )
         tables = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
         if not (kind or version or tables or self._read_only):
-            connection.execute(self._schema)
-            connection.execute(f"PRAGMA application_id = {self._kind}")
-            connection.execute(f"PRAGMA user_version = {self._version}")
-        elif kind != self._kind:
-            raise StoreError(f"{self.path} is not {self._name}; give another path")
-        elif version != self._version:
+            connection.execute(self.schema)
+            connection.execute(f"PRAGMA application_id = {self.kind}")
+            connection.execute(f"PRAGMA user_version = {self.version}")
+        elif kind != self.kind:
+            raise StoreError(f"{self.path} is not {self.name}; give another path")
+        elif version != self.version:
             raise StoreError(
-                f"{self.path} is {self._name} of version {version}, and this code reads version {self._version}; "
+                f"{self.path} is {self.name} of version {version}, and this code reads version {self.version}; "
                 "give another path, or use the release that wrote it"
             )
-
-    def _check_pages(self, connection: sqlite3.Connection) -> None:
-        """Refuse a file with lost or garbled pages now, not at the first row that lies on one."""
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise StoreError(
-                f"{self.path} is damaged ({found}); put a copy in its place or give another path"
-            )
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                raise StoreBusyError(f"{self.path} was locked for {BUSY_S:g} s by another process") from error
-            raise StoreError(
-                f"{self.path} cannot be used ({error}); put a copy in its place or give another path"
-            ) from error
-        except OSError as error:
-            raise StoreError(f"{self.path} cannot be made: {error.strerror}; give another path") from error
 
 
 @contextmanager
 def _transaction(connection: sqlite3.Connection, *, write: bool) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-    try:
+    with connection:  # commits, or rolls back what raised
+        connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise

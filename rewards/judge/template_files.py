@@ -11,23 +11,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from rewards.judge.messages import Part
-
 FOLDER = Path(__file__).parent / "templates"
 
-PLACES: dict[str, frozenset[str]] = {
-    "viescore_edit_sc": frozenset({"instruction", "source", "result"}),
-    "viescore_t2i_sc": frozenset({"instruction", "result"}),
-    "viescore_pq": frozenset({"result"}),
-    "structured_edit": frozenset({"instruction", "source", "result"}),
-    "structured_t2i": frozenset({"instruction", "result"}),
-    "expected_score_edit": frozenset({"instruction", "source", "result"}),
-    "expected_score_t2i": frozenset({"instruction", "result"}),
+PLACES: dict[str, set[str]] = {
+    "viescore_edit_sc": {"instruction", "source", "result"},
+    "viescore_t2i_sc": {"instruction", "result"},
+    "viescore_pq": {"result"},
+    "structured_edit": {"instruction", "source", "result"},
+    "structured_t2i": {"instruction", "result"},
+    "expected_score_edit": {"instruction", "source", "result"},
+    "expected_score_t2i": {"instruction", "result"},
 }
 """What each question shows the judge. PQ sees the result alone, so that wishes do not colour its quality."""
 
@@ -53,10 +52,10 @@ class Template:
 
     def parts(
         self, *, instruction: str, source: Image.Image | None, result: Image.Image, again: bool
-    ) -> tuple[Part, ...]:
+    ) -> tuple[str | Image.Image, ...]:
         """The user turn in order. Nothing inside the instruction is taken for a placeholder."""
         pictures = {"source": source, "result": result}
-        parts: list[Part] = []
+        parts: list[str | Image.Image] = []
         text = ""
         for index, piece in enumerate(_PLACE.split(self.user)):  # text and place names alternate
             picture = pictures.get(piece) if index % 2 else None
@@ -84,38 +83,31 @@ def load_template(role: str, path: str | None = None) -> Template:
             f"template {role}: cannot read {file} from {Path.cwd()}: {error}; "
             "give a UTF-8 file that every node has"
         ) from error
-    sections = _sections(text, f"template {role}: {file}")
-    _check_places(role, sections["user"], f"template {role}: {file}")
+    before, *rest = _HEADER.split(text)
+    sections = dict(zip(rest[::2], map(str.strip, rest[1::2]), strict=True))
+    problem = _problem(role, before, rest[::2], sections)
+    if problem:
+        raise TemplateError(f"template {role}: {file}: {problem}")
     return Template(
         name=file.name.removesuffix(".txt"),
         sha256=hashlib.sha256(content).hexdigest(),
-        system=sections["system"],
+        system=sections.get("system", ""),
         user=sections["user"],
         again=sections["again"],
     )
 
 
-def _sections(text: str, where: str) -> dict[str, str]:
-    """Section name to its stripped text; `system` is "" when it is left out."""
-    before, *rest = _HEADER.split(text)
-    names = rest[::2]
+def _problem(role: str, before: str, names: Sequence[str], sections: Mapping[str, str]) -> str:
+    """What is wrong with a file's text before its sections, their names as written, or their texts; "" for nothing."""
     if before.strip():
-        raise TemplateError(f"{where}: has text before its first section; begin with [system] or [user]")
-    if len(set(names)) != len(names):
-        raise TemplateError(f"{where}: sections {names} repeat; write each once")
-    found = {"system": ""} | {name: body.strip() for name, body in zip(names, rest[1::2], strict=True)}
-    missing = [name for name in ("user", "again") if not found.get(name)]
+        return "has text before its first section; begin with [system] or [user]"
+    if len(sections) != len(names):
+        return f"sections {names} repeat; write each once"
+    missing = [name for name in ("user", "again") if not sections.get(name)]
     if missing:
-        raise TemplateError(f"{where}: sections {missing} are missing or empty; write [user] and [again]")
-    return found
-
-
-def _check_places(role: str, user: str, where: str) -> None:
-    used, wanted = Counter(_PLACE.findall(user)), PLACES[role]
+        return f"sections {missing} are missing or empty; write [user] and [again]"
+    used, wanted = Counter(_PLACE.findall(sections["user"])), PLACES[role]
     if set(used) != wanted:
-        raise TemplateError(
-            f"{where}: [user] uses {sorted(used)}; {role} shows the judge {sorted(wanted)}, neither more nor less"
-        )
+        return f"[user] uses {sorted(used)}; {role} shows the judge {sorted(wanted)}, neither more nor less"
     twice = sorted(name for name, number in used.items() if number > 1)
-    if twice:
-        raise TemplateError(f"{where}: [user] uses {twice} more than once; use each once")
+    return f"[user] uses {twice} more than once; use each once" if twice else ""

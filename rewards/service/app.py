@@ -20,8 +20,7 @@ from rewards.service.faults import Fault, fault_of
 from rewards.service.hosting import HostedReward, get_ready
 from rewards.service.metrics import ServiceMetrics
 from rewards.service.request import decode_request
-from rewards.service.token import read_token
-from rewards.service.wire import MEDIA_TYPE, Cause, encode_scores
+from rewards.service.wire import MEDIA_TYPE, Cause, encode_scores, read_token
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +80,13 @@ class RewardService:
     async def metrics_text(self, request: Request) -> Response:
         """Prometheus' text format."""
         if not self._authorized(request):
-            return _unauthorized().response()
+            return _response(_unauthorized())
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def list_rewards(self, request: Request) -> Response:
         """What is served, by label: its name, params and their hash, file and sha256, and whether it is ready."""
         if not self._authorized(request):
-            return _unauthorized().response()
+            return _response(_unauthorized())
         listed = {label: _describe(reward) for label, reward in self._rewards.items()}
         return JSONResponse({"rewards": listed, "max_request_bytes": self._settings.max_request_bytes})
 
@@ -108,7 +107,7 @@ class RewardService:
                 fault = error
         logger.warning("reward %s: not scored (%s): %s", known or "unknown", fault.cause.value, fault)
         self._metrics.failures.labels(known, fault.cause.value).inc()
-        return fault.response()
+        return _response(fault)
 
     async def _score(self, label: str, request: Request) -> dict[str, Any]:
         reward = self._rewards.get(label)
@@ -122,10 +121,10 @@ class RewardService:
         try:
             async with reward.slot():
                 body = await _read_body(request, self._settings.max_request_bytes)
-                asked, batch = await asyncio.to_thread(decode_request, body, self._settings.max_request_bytes)
-                if asked.fingerprint != reward.fingerprint:
+                call, batch = await asyncio.to_thread(decode_request, body, self._settings.max_request_bytes)
+                if call.fingerprint != reward.fingerprint:
                     raise Fault(Cause.OTHER_REWARD, f"the service scores with {_identity(reward)}")
-                timeout_s, start = asked.timeout_s, time.monotonic()
+                timeout_s, start = call.timeout_s, time.monotonic()
                 output = await reward.score(batch, timeout_s)
         except ClientDisconnect:
             raise
@@ -144,6 +143,10 @@ class RewardService:
         expected = f"Bearer {read_token(self._settings.token_env)}"
         given = request.headers.get("authorization", "")
         return hmac.compare_digest(given.encode(), expected.encode())
+
+
+def _response(fault: Fault) -> Response:
+    return JSONResponse(fault.content(), fault.status, fault.headers())
 
 
 def _unauthorized() -> Fault:

@@ -18,10 +18,17 @@ import httpx
 from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput, RewardSpec, reward_label
-from rewards.service.answers import Away, error_of, read_json, read_output
 from rewards.service.endpoints import Connections, Endpoint, Endpoints, url_problem, wait_until
-from rewards.service.token import read_token
-from rewards.service.wire import CODECS, MEDIA_TYPE, Asked, WireError, encode_request, fingerprint
+from rewards.service.faults import Away, error_of, read_json, read_output
+from rewards.service.wire import (
+    CODECS,
+    MEDIA_TYPE,
+    Call,
+    WireError,
+    encode_request,
+    fingerprint,
+    read_token,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +47,7 @@ class ServedReward:
         self._spec, self._service = spec, spec.service
         self._endpoints = Endpoints(self.urls)
         self._connections = Connections(keepalive_s=30)
-        self._source: tuple[str, str | None] | None = (
-            None  # URL that told it first, sha256 of the reward's file
-        )
+        self._source: tuple[str, str | None] | None = None  # first URL to answer, sha256 of the reward's file
 
     def check(self) -> list[str]:
         """Problems of the `service` block; nothing is sent."""
@@ -83,11 +88,11 @@ class ServedReward:
         Raises RetryableRewardError, TimeoutError and ServedRewardFailure for what happened to the reward there,
         FatalRewardError for what no other call can mend, or when no service was there for `unavailable_s`.
         """
-        asked = Asked(fingerprint(self._spec.name, self._spec.params), self._spec.timeout_s)
+        call = Call(fingerprint(self._spec.name, self._spec.params), self._spec.timeout_s)
         try:
             body = await asyncio.to_thread(
                 encode_request,
-                asked,
+                call,
                 images=images,
                 prompts=prompts,
                 references=references,

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from rewards.base import FatalRewardError
-from rewards.service.answers import Away
+from rewards.service.faults import Away
 
 CONNECT_S = 5.0
 DOWN_S = 1.0

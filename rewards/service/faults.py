@@ -1,14 +1,16 @@
-"""How a request that was not scored is told: a cause, a sentence, and the HTTP status that fits."""
+"""A request without scores: a reward's error as a cause and an HTTP status, and back as the same class of error."""
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
-from starlette.responses import JSONResponse
+import httpx
 
-from rewards.base import FatalRewardError, RetryableRewardError, RewardContractError
+from rewards.base import FatalRewardError, RetryableRewardError, RewardContractError, RewardOutput
 from rewards.loading import describe_error
-from rewards.service.wire import Cause, WireError
+from rewards.service.wire import Cause, WireError, decode_scores
 
 _STATUS = {
     Cause.UNAVAILABLE: 503,
@@ -27,13 +29,13 @@ _PASSING = (Cause.UNAVAILABLE, Cause.INFRASTRUCTURE, Cause.TIMEOUT, Cause.EXCEPT
 
 
 class Fault(Exception):
-    """A request ends without scores. `retry_after_s`: seconds to wait before the next."""
+    """In the service: a request ends without scores. `retry_after_s`: seconds to wait before the next."""
 
     def __init__(self, cause: Cause, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
-        self.cause, self.retry_after_s = cause, retry_after_s
+        self.cause, self.retry_after_s, self.status = cause, retry_after_s, _STATUS[cause]
 
-    def response(self) -> JSONResponse:
+    def content(self) -> dict[str, Any]:
         """`{"error": {cause, message, fatal, retry_after_s}}`."""
         error = {
             "cause": self.cause.value,
@@ -41,12 +43,13 @@ class Fault(Exception):
             "fatal": self.cause not in _PASSING,
             "retry_after_s": self.retry_after_s,
         }
-        status, headers = _STATUS[self.cause], {}
-        if status == 503:
-            headers["retry-after"] = str(math.ceil(self.retry_after_s))
-        if status == 401:
-            headers["www-authenticate"] = "Bearer"
-        return JSONResponse({"error": error}, status, headers)
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        """The headers that its status asks for."""
+        if self.status == 503:
+            return {"retry-after": str(math.ceil(self.retry_after_s))}
+        return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
 
 def fault_of(error: Exception, timeout_s: float) -> Fault:
@@ -65,3 +68,56 @@ def fault_of(error: Exception, timeout_s: float) -> Fault:
     if isinstance(error, TimeoutError):
         return Fault(Cause.TIMEOUT, f"{error or 'not scored'} (timeout_s {timeout_s:g})")
     return Fault(Cause.EXCEPTION, describe_error(error))
+
+
+class Away(Exception):
+    """In the client: the service cannot take calls at present; says why. It may be back soon."""
+
+
+class ServedRewardFailure(Exception):
+    """The reward raised an exception in its service; the text is the service's account of it."""
+
+
+def read_json(response: httpx.Response) -> Any:
+    """The body as JSON, or None when it is something else (a proxy's error page)."""
+    try:
+        return json.loads(response.content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_output(answer: Any, url: str) -> tuple[RewardOutput, str | None]:
+    """Scores with components, and the sha256 of the reward's file. Raises FatalRewardError for anything else."""
+    try:
+        if not isinstance(answer, dict) or not isinstance(answer.get("components"), dict):
+            raise WireError(["scores and components are missing"])
+        components = {name: decode_scores(values) for name, values in answer["components"].items()}
+        return RewardOutput(decode_scores(answer.get("scores")), components), answer.get("sha256")
+    except WireError as error:
+        raise FatalRewardError(f"{url} answered what no reward service does: {error}") from error
+
+
+def error_of(answer: Any, status: int, url: str) -> Exception:
+    """The error to raise for an answer without scores; those of a proxy in between have no cause in them."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if not isinstance(error, dict):
+        if status >= 500:
+            return Away(f"HTTP {status}")
+        return FatalRewardError(
+            f"{url} answered HTTP {status}, which no reward service does; is the URL right?"
+        )
+    cause, message = error.get("cause"), f"{url}: {error.get('message')}"
+    if cause == Cause.UNAVAILABLE:
+        return Away(str(error.get("message")))
+    if cause == Cause.INFRASTRUCTURE:
+        seconds = error.get("retry_after_s")
+        return RetryableRewardError(message, seconds if isinstance(seconds, int | float) else 0.0)
+    if cause == Cause.TIMEOUT:
+        return TimeoutError(message)
+    if cause == Cause.EXCEPTION:
+        return ServedRewardFailure(message)
+    if cause == Cause.CONTRACT:
+        return RewardContractError(message)
+    if cause == Cause.UNAUTHORIZED:
+        message += "; name the variable that holds the token in service.token_env"
+    return FatalRewardError(message)

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rewards.calling import RewardBatch
-from rewards.service.wire import Asked, WireError, split_frame
+from rewards.service.wire import Call, WireError, split_frame
 
 LARGEST_SIDE = 8192
 MOST_SAMPLES = 1024
@@ -46,7 +46,7 @@ class Header(BaseModel):
     pictures: list[Picture] = Field(min_length=1, max_length=2 * MOST_SAMPLES)
 
 
-def decode_request(body: bytes, largest_decoded: int) -> tuple[Asked, RewardBatch]:
+def decode_request(body: bytes, largest_decoded: int) -> tuple[Call, RewardBatch]:
     """The batch of a frame. Raises WireError with every reason found.
 
     `largest_decoded`: bytes that all pictures together may take once decoded, which is what keeps a small PNG
@@ -67,7 +67,7 @@ def decode_request(body: bytes, largest_decoded: int) -> tuple[Asked, RewardBatc
         references=[None if number is None else pictures[number] for number in header.references],
         metadata=header.metadata,
     )
-    return Asked(header.fingerprint, header.timeout_s), batch
+    return Call(header.fingerprint, header.timeout_s), batch
 
 
 def _reason(error: Any) -> str:

@@ -1,7 +1,7 @@
 """What a reward service and its client say to each other; the format is written out in this folder's README.
 
-Asked is one binary frame: magic, length of the header, the header as JSON, then the bytes of the pictures, each
-picture once however many samples use it. Answered is JSON. Nothing is pickled, and since JSON has no NaN and no
+A request is one binary frame: magic, length of the header, the header as JSON, then the bytes of the pictures, each
+picture once however many samples use it. An answer is JSON. Nothing is pickled, and since JSON has no NaN and no
 infinity, scores that are one travel by name.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from enum import StrEnum
 from typing import Any
 
 from PIL import Image
+
+from rewards.base import FatalRewardError
 
 MEDIA_TYPE = "application/x-reward-batch"
 MAGIC = b"RWB1"
@@ -57,7 +60,7 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Call:
     """What goes with the samples of a request: which reward is meant, and the time limit of the call in seconds."""
 
     fingerprint: str
@@ -72,7 +75,7 @@ def fingerprint(name: str, params: Mapping[str, Any]) -> str:
 
 
 def encode_request(
-    asked: Asked,
+    call: Call,
     *,
     images: Sequence[Image.Image],
     prompts: Sequence[str],
@@ -83,8 +86,8 @@ def encode_request(
     """The frame for one batch of RGB images. Raises WireError for another mode or metadata that JSON cannot hold."""
     sheet = _Sheet(codec)
     header = {
-        "fingerprint": asked.fingerprint,
-        "timeout_s": asked.timeout_s,
+        "fingerprint": call.fingerprint,
+        "timeout_s": call.timeout_s,
         "prompts": list(prompts),
         "metadata": [dict(entry) for entry in metadata],
         "images": [sheet.place(image) for image in images],
@@ -166,4 +169,25 @@ def _decode_score(value: Any) -> float | None:
         return _NAMED[value]
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise WireError([f"a score is a number, null, nan, inf or -inf, got {str(value)[:40]!r}"])
-    return None if value is None else float(value)
+    try:
+        return None if value is None else float(value)
+    except OverflowError as error:
+        raise WireError(["a score is a whole number that no float can hold"]) from error
+
+
+def read_token(variable: str) -> str:
+    """The bearer token: read where it is used, and kept nowhere.
+
+    Raises FatalRewardError, which never shows the value, when no header could carry it.
+    """
+    token = os.environ.get(variable, "")
+    if not token:
+        raise FatalRewardError(
+            f"the environment variable {variable}, which holds the bearer token, is not set"
+        )
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise FatalRewardError(
+            f"the environment variable {variable} holds a space, a line end or another character that no bearer "
+            "token has"
+        )
+    return token

@@ -17,8 +17,7 @@ from core.files import atomic_write_json, atomic_write_text
 from core.prompts import load_reference
 from core.statistics import strata_bootstrap
 from rewards.benchmarks.figures import Figure
-from rewards.benchmarks.items import ScoredItem
-from rewards.benchmarks.provenance import detectors, snapshots
+from rewards.benchmarks.items import ScoredItem, detectors, snapshots
 from rl.evaluate.images import ImageStore
 from rl.evaluate.plan import Plan, Scorer
 from rl.record.gallery import GallerySample, save_grid

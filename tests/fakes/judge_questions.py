@@ -50,10 +50,10 @@ def settings_for(server: Any, **changes: Any) -> JudgeSettings:
 
 
 def ask(settings: JudgeSettings, *requests: JudgeRequest, clock: Clock | None = None) -> list[JudgeReply]:
-    """Ask all at once with a client of their own, under an event loop of its own."""
+    """Ask all at once with a client of their own, under an event loop of its own; waits pass at once."""
 
     async def go() -> list[JudgeReply]:
-        client = JudgeClient(settings, clock=clock)
+        client = JudgeClient(settings, clock=clock or TurnedClock().clock)
         try:
             return await asyncio.gather(*(client.ask(request) for request in requests))
         finally:

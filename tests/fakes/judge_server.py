@@ -42,7 +42,7 @@ Score = Callable[[list[Image.Image], str], str]
 
 SNAPSHOT = "judge-2025-04-14"
 PROMPT_TOKENS, COMPLETION_TOKENS = 100, 20
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
 MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
@@ -90,6 +90,23 @@ def brightness(images: list[Image.Image], text: str) -> float:
     return float(np.asarray(images[-1].convert("RGB"), dtype=np.float64).mean() / 255) if images else 0.5
 
 
+class _PromptServer(uvicorn.Server):
+    """Ends at once, where uvicorn looks ten times a second whether it shall and waits for answers under way."""
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        while not self.should_exit:
+            await asyncio.sleep(0.005)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]
+        for task in self.server_state.tasks:
+            task.cancel()
+
+
 class JudgeServer:
     """The endpoint, in a thread. `stop` and `start` again keep the port, the plays left and the records."""
 
@@ -126,15 +143,15 @@ class JudgeServer:
         """Listen; returns when requests are answered."""
         listener = socket.create_server(("127.0.0.1", self.port))
         self.port = listener.getsockname()[1]
-        config = uvicorn.Config(self.app(), log_level="critical", timeout_graceful_shutdown=1, http="h11")
-        self._server = uvicorn.Server(config)
+        config = uvicorn.Config(self.app(), log_level="critical", lifespan="off", http="h11")
+        self._server = _PromptServer(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._server.started:
             if time.monotonic() > deadline:
                 raise RuntimeError("the judge server did not start")
-            time.sleep(0.01)
+            time.sleep(0.002)
 
     def stop(self) -> None:
         """Close the port and every connection."""

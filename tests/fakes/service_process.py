@@ -1,15 +1,20 @@
-"""Reward services as the user starts them: processes of their own, over real HTTP."""
+"""Reward services over real HTTP: processes as the user starts them, or threads where no process has to die."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import httpx
+import uvicorn
 import yaml
 
-from rewards.base import RewardSpec, ServiceSpec
+from rewards.base import RewardSet, RewardSpec, ServiceSpec
+from rewards.service.app import ServiceSettings, build_app
+from rewards.service.hosting import HostedReward
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,10 +53,7 @@ class Service:
 
     def ready(self):
         """Wait until every reward has passed its trial."""
-        deadline = time.monotonic() + 60
-        while httpx.get(f"{self.url}/readyz", trust_env=False).status_code != 200:
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.05)
+        wait_until_ready(self.url)
         return self
 
     def send(self, signal):
@@ -62,6 +64,35 @@ class Service:
         self.process.kill()
         self.process.wait(timeout=30)
         self.process.stdout.close()
+
+
+class ServiceThread:
+    """The same application on a thread: up at once, and its rewards are called in this process."""
+
+    def __init__(self, *trials: RewardSet, max_request_mb=128, token_env=None):
+        settings = ServiceSettings(max_request_mb * 2**20, token_env)
+        app = build_app([HostedReward(trial, 4) for trial in trials], settings)
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
+
+    def ready(self):
+        wait_until_ready(self.url)
+        return self
+
+    def stop(self):
+        """Close every connection without waiting for requests in work."""
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(timeout=30)
+
+
+def wait_until_ready(url):
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/readyz", trust_env=False).status_code != 200:
+        assert time.monotonic() < deadline, f"{url} is not ready"
+        time.sleep(0.02)
 
 
 def served(spec: RewardSpec, *urls, **settings) -> RewardSpec:

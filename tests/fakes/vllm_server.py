@@ -1,20 +1,24 @@
-"""A real vLLM server on CPU, as its own process with a real port."""
+"""Real vLLM servers on CPU, processes of their own with a real port: plain, and as this project deploys EditReward."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 
-START_TIMEOUT_S = 300.0
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 500.0
 
 
 @contextlib.contextmanager
@@ -46,7 +50,7 @@ def vllm_server(model: Path, log: Path, *options: str, name: str = "tiny") -> It
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
@@ -55,8 +59,56 @@ def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
         if process.poll() is not None:
             break
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url, timeout=5).status_code == 200:
+            if httpx.get(url, timeout=20).status_code == 200:
                 return
         time.sleep(0.5)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
     raise RuntimeError(f"vLLM is not up (exit code {process.poll()}); the end of {log}:\n{tail}")
+
+
+class Serving:
+    """`python -m rewards.editreward serve`: the model `folder` at `url`; `place` gets the log and the ready file."""
+
+    def __init__(self, folder: Path, place: Path) -> None:
+        self.ready, self.log = place / "ready.json", place / "serve.log"
+        words = ["--port", "0", "--ready-file", str(self.ready), "--start-timeout-s", str(START_TIMEOUT_S)]
+        command = [sys.executable, "-m", "rewards.editreward", "serve", str(folder), *words]
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        wait_for(lambda: self.ready.is_file() or self.process.poll() is not None, START_TIMEOUT_S)
+        assert self.ready.is_file(), self.log.read_text()[-3000:]
+        (self.url,) = json.loads(self.ready.read_text())["urls"]
+
+    def below(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill_server(self) -> None:
+        """End vLLM's HTTP server outright."""
+        for child in self.below():
+            if "vllm.entrypoints.openai.api_server" in child.cmdline()[2:3]:
+                child.kill()
+
+    def stop(self) -> None:
+        """SIGTERM, and everything below the command is to end with it."""
+        below = self.below()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            assert self.process.wait(120) == 0
+            wait_for(lambda: not any(alive(child) for child in below), 120)
+            assert not self.ready.exists()
+        finally:
+            self.process.kill()
+
+
+def wait_for(condition: Callable[[], Any], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

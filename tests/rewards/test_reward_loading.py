@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from rewards.base import RewardLoadError, RewardSpec, reward_label
-from rewards.builtin import BUILTIN_REWARDS
-from rewards.loading import load_reward, set_problems
+from rewards.loading import BUILTIN_REWARDS, load_reward, set_problems
 
 KEYWORDS = "*, images, prompts, references, metadata"
 

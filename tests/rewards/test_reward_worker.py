@@ -46,15 +46,15 @@ def edit_prompts(tmp_path, count, text="make it grey"):
 def test_a_group_is_scored_inside_the_actor(ray_session, reward_file, tmp_path):
     path = reward_file(CODE)
     worker = RewardWorker.options(max_concurrency=4).remote(sets(path), threads=3)
-    info = ray.get(worker.ready.remote(), timeout=60)
+    info = ray.get(worker.ready.remote(), timeout=240)
     source = info.sources["stage"]["level"]
     assert source.path == str(path) and len(source.sha256) == 64
-    assert ray.get(worker.ping.remote(), timeout=60) == info
+    assert ray.get(worker.ping.remote(), timeout=240) == info
 
     chunks = [ray.put(images(3, 3)), ray.put(images(3, 4))]
     prompts = edit_prompts(tmp_path, 4)
     both, one = ray.get(
-        [worker.score.remote((1, 2), name, prompts, *chunks) for name in ("stage", "level")], timeout=60
+        [worker.score.remote((1, 2), name, prompts, *chunks) for name in ("stage", "level")], timeout=240
     )
     assert both.group_id == (1, 2)
     assert both.components == {
@@ -66,10 +66,10 @@ def test_a_group_is_scored_inside_the_actor(ray_session, reward_file, tmp_path):
     assert one.rewards == [0.15, 0.15, 0.15, 0.2]
 
     with pytest.raises(FatalRewardError, match="quota exhausted"):
-        ray.get(worker.score.remote(0, "stage", edit_prompts(tmp_path, 4, "stop"), *chunks), timeout=60)
+        ray.get(worker.score.remote(0, "stage", edit_prompts(tmp_path, 4, "stop"), *chunks), timeout=240)
     with pytest.raises(DataFailure, match="gone.png of prompt 5"):
         gone = [Prompt(5, "edit", "p", str(tmp_path / "gone.png"))] * 4
-        ray.get(worker.score.remote(0, "stage", gone, *chunks), timeout=60)
+        ray.get(worker.score.remote(0, "stage", gone, *chunks), timeout=240)
 
 
 @pytest.fixture

@@ -129,7 +129,9 @@ def test_text_alone(encoder):
 def test_a_call_may_name_the_size_of_its_pictures(encoder):
     (sized,) = encoder.encode([image_prompt()], (48, 24))
     assert sized.reference_latents.shape[-2:] == (12, 6)
-    assert torch.equal(sized.reference_latents, encoder.encode_one(image_prompt(), (48, 24)).reference_latents)
+    assert torch.equal(
+        sized.reference_latents, encoder.encode_one(image_prompt(), (48, 24)).reference_latents
+    )
     assert encoder.encode_one(image_prompt()).reference_latents.shape[-2:] == (8, 8)
 
 

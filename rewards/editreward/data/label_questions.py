@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rewards.judge.messages import JudgeReply, JudgeRequest
+from rewards.judge.messages import Asker, JudgeReply, JudgeRequest
 from rewards.judge.parsing import grades_schema, schema_grades
-from rewards.judge.protocols import Asker, Question, Sample
+from rewards.judge.questions import Question, Sample
 from rewards.judge.template_files import Template, load_template
 
 GRADES = ("instruction", "preservation", "quality")
@@ -33,7 +33,7 @@ def read_template(path: str | None) -> Template:
 
 
 class EditLabels:
-    """The protocol (see `rewards.judge.protocols.JudgeProtocol`): one request per edit, grades from 0 to 10."""
+    """The protocol (see `rewards.judge.questions.JudgeProtocol`): one request per edit, grades from 0 to 10."""
 
     max_tokens = 512
 

@@ -32,12 +32,10 @@ from rewards.editreward.data.shards import (
     shard_members,
     write_shard,
 )
-from rewards.judge.client import JudgeClient
-from rewards.judge.judge import INFRASTRUCTURE
-from rewards.judge.messages import Outcome
-from rewards.judge.protocols import Asker, Judgement, Sample, judge_sample
+from rewards.judge.client import JudgeClient, Silence
+from rewards.judge.messages import INFRASTRUCTURE, Asker, Outcome
+from rewards.judge.questions import Judgement, Sample, judge_sample
 from rewards.judge.settings import JudgeSettings
-from rewards.judge.silence import Silence
 from rewards.judge.template_files import Template
 
 log = logging.getLogger(__name__)

@@ -253,7 +253,7 @@ def test_a_killed_run_leaves_whole_pictures_and_the_next_makes_the_rest(tmp_path
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     made = {path: path.read_bytes() for path in (tmp_path / "made").glob("[0-9]*.png")}
     assert 2 <= len(made) < 40, errors[-2000:]
     assert main(words) == 0, "every file that the killed run left is whole, or this would be refused"

@@ -176,7 +176,7 @@ def test_failures_that_no_call_can_mend_stop_the_run_and_outages_are_tried_again
 def test_wrong_parameters_are_refused_when_the_reward_is_loaded():
     for params, message in (
         ({}, "model is not set"),
-        ({"model": "x", "modle": "y"}, "parameters .*modle.* are not known"),
+        ({"model": "x", "modle": "y"}, "parameter .modle. is not known; did you mean .mode.[?]"),
         ({"model": "x", "max_asks": 0}, "max_asks is 0"),
     ):
         with pytest.raises(RewardLoadError, match=message):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from core.prompts import Prompt
 from rewards.benchmarks.items import DataError, Item
-from rewards.benchmarks.layouts import Grid, Keyed, Numbered
+from rewards.benchmarks.layouts import Keyed, Numbered
 from rewards.benchmarks.registry import BENCHMARKS, Request
 
 ITEM = Item("00007", "colors", Prompt(7, "t2i", "a red cup", metadata={"tag": "colors"}))
@@ -31,8 +31,8 @@ def same(found, images):
     ("layout", "count", "files"),
     [
         (Numbered(), 2, {"00007/metadata.jsonl", "00007/samples/00000.png", "00007/samples/00001.png"}),
-        (Grid(), 4, {"00007.png"}),
-        (Grid(), 1, {"00007.png"}),
+        (Keyed(), 4, {"00007.png"}),
+        (Keyed(), 1, {"00007.png"}),
         (Keyed("fullset"), 1, {"fullset/00007.png"}),
     ],
     ids=["geneval", "dpg", "dpg_single", "gedit"],
@@ -79,9 +79,9 @@ def test_the_grid_is_cut_by_its_own_size(tmp_path):
     for k, quarter in enumerate(quarters):
         grid.paste(quarter, (k % 2 * 5, k // 2 * 3))
     grid.save(tmp_path / "00007.png")
-    assert same(Grid().find(tmp_path, ITEM, 4), quarters)
+    assert same(Keyed().find(tmp_path, ITEM, 4), quarters)
     grid.crop((0, 0, 9, 6)).save(tmp_path / "00007.png")
-    (problem,) = Grid().problems(tmp_path, ITEM, 4)
+    (problem,) = Keyed().problems(tmp_path, ITEM, 4)
     assert "9 x 6 px do not divide into a grid of four" in problem
 
 

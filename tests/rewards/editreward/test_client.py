@@ -7,19 +7,15 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
@@ -29,71 +25,19 @@ from rewards.editreward.client import EditReward
 from rewards.editreward.model_folder import read_card
 from rewards.loading import load_reward
 from tests.fakes.tiny_editreward import DIMENSIONS, make_tiny_editreward, tiny_settings
+from tests.fakes.vllm_server import START_TIMEOUT_S, Serving, wait_for
 
-ROOT = Path(__file__).resolve().parents[3]
-LIMIT_S = 500.0
 SIZES = [(64, 64), (128, 64), (64, 128), (200, 90), (56, 84), (31, 47), (300, 300), (90, 40)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_editreward(tmp_path_factory.mktemp("editreward") / "model")
-
-
-class Serving:
-    """The command `serve` with a real vLLM, as its own process."""
-
-    def __init__(self, folder: Path, place: Path) -> None:
-        self.ready, self.log = place / "ready.json", place / "serve.log"
-        words = ["--port", "0", "--ready-file", str(self.ready), "--start-timeout-s", str(LIMIT_S)]
-        command = [sys.executable, "-m", "rewards.editreward", "serve", str(folder), *words]
-        with open(self.log, "wb") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        wait_for(lambda: self.ready.is_file() or self.process.poll() is not None, LIMIT_S)
-        assert self.ready.is_file(), self.log.read_text()[-3000:]
-        (self.url,) = json.loads(self.ready.read_text())["urls"]
-
-    def below(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def kill_server(self) -> None:
-        """End vLLM's HTTP server outright."""
-        for child in self.below():
-            if "vllm.entrypoints.openai.api_server" in child.cmdline()[2:3]:
-                child.kill()
-
-
-@pytest.fixture(scope="module")
-def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    serving = Serving(folder, tmp_path_factory.mktemp("serve"))
-    yield serving
-    below = serving.below()
-    serving.process.send_signal(signal.SIGTERM)
-    try:
-        assert serving.process.wait(120) == 0
-        wait_for(lambda: not any(alive(child) for child in below), 30)
-        assert not serving.ready.exists()
-    finally:
-        serving.process.kill()
+def folder(editreward_folder: Path) -> Path:
+    return editreward_folder
 
 
 @pytest.fixture
 def url(serving: Serving) -> str:
     return serving.url
-
-
-def wait_for(condition: Callable[[], Any], limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def edits(count: int) -> dict[str, list[Any]]:
@@ -183,7 +127,7 @@ def answered(url: str) -> int:
     """Requests that vLLM has answered with numbers, by its own count."""
     import httpx
 
-    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=120).text.splitlines()
     found = [line for line in lines if line.startswith("http_requests_total{") and '"/classify"' in line]
     return sum(int(float(line.rpartition(" ")[2])) for line in found if 'status="2xx"' in line)
 
@@ -192,14 +136,14 @@ def test_vllm_killed_in_mid_run_is_restarted_and_every_edit_gets_its_own_score(
     folder: Path, serving: Serving
 ) -> None:
     batch = edits(60)
-    reward = EditReward(model=str(folder), urls=[serving.url], concurrency=2, unavailable_s=LIMIT_S)
+    reward = EditReward(model=str(folder), urls=[serving.url], concurrency=2, unavailable_s=START_TIMEOUT_S)
     found: list[Any] = []
     asking = threading.Thread(target=lambda: found.append(score(reward, batch)), daemon=True)
     before = answered(serving.url)
     asking.start()
     wait_for(lambda: answered(serving.url) >= before + 10, 60)
     serving.kill_server()
-    asking.join(LIMIT_S)
+    asking.join(START_TIMEOUT_S)
     expected = score(EditReward(model=str(folder), mode="inprocess", device="cpu"), batch)
     assert None not in found[0].scores
     assert np.abs(np.array(found[0].scores) - np.array(expected.scores)).max() < 1e-4
@@ -316,14 +260,14 @@ def test_a_lone_replica_is_waited_for_until_it_is_back(folder: Path) -> None:
     stub = Stub(read_card(folder).served_name)
     with running(stub) as url:
         pass  # the port is known and closed again
-    reward = stubbed(folder, url, unavailable_s=30.0)
+    reward = stubbed(folder, url, unavailable_s=240.0)
     found: list[Any] = []
     asking = threading.Thread(target=lambda: found.append(score(reward, edits(3))))
     asking.start()
-    time.sleep(1.0)
+    time.sleep(0.3)
     assert not found
     with running(stub, int(url.rpartition(":")[2])):
-        asking.join(30)
+        asking.join(240)
     assert None not in found[0].scores and len(found[0].scores) == 3
 
 

@@ -23,7 +23,7 @@ from rewards.editreward.model_folder import ARCHITECTURE, folder_problems, read_
 from rewards.editreward.processing import classify_request
 from rewards.editreward.settings import FILE, RUBRIC, EditRewardSettings, load_settings
 from rewards.editreward.train.export import export_checkpoint, write_export
-from tests.fakes.vllm_server import vllm_server
+from tests.fakes.tiny_editreward import DIMENSIONS
 from tests.rewards.editreward.editreward_data import make_base
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -80,15 +80,14 @@ def edits():
 
 
 @pytest.fixture(scope="module")
-def answers(exported, edits, tmp_path_factory):
+def answers(serving, editreward_folder, edits):
     """What vLLM answers to each edit, with several requests in flight."""
-    settings = load_settings(exported)
-    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    options = ("--runner", "pooling", "--pooler-config", '{"use_activation": false}')
-    with vllm_server(exported, log, *options) as url, httpx.Client(timeout=120) as client:
+    settings, name = load_settings(editreward_folder), read_card(editreward_folder).served_name
+    with httpx.Client(timeout=120) as client:
 
         def ask(edit):
-            response = client.post(f"{url}/classify", json=classify_request(*edit, settings, model="tiny"))
+            body = classify_request(*edit, settings, model=name)
+            response = client.post(f"{serving.url}/classify", json=body)
             response.raise_for_status()
             return response.json()["data"][0]
 
@@ -96,14 +95,14 @@ def answers(exported, edits, tmp_path_factory):
             return list(pool.map(ask, edits))
 
 
-def test_vllm_answers_what_transformers_answers(exported, edits, answers):
-    outputs = LocalModel(read_card(exported), "cpu", 4).outputs(edits)
+def test_vllm_answers_what_transformers_answers(editreward_folder, edits, answers):
+    outputs = LocalModel(read_card(editreward_folder), "cpu", 4).outputs(edits)
     ours, theirs = np.array(outputs), np.array([answer["probs"] for answer in answers])
-    assert theirs.shape == (REQUESTS, 2) and (ours.std(0) > 0.1).all(), (
+    assert theirs.shape == (REQUESTS, 3) and (ours.std(0) > 0.1).all(), (
         "scores must differ for this to mean anything"
     )
     assert np.abs(ours - theirs).max() < 1e-4
-    assert {answer["label"] for answer in answers} <= {"instruction", "quality"}
+    assert {answer["label"] for answer in answers} <= set(DIMENSIONS)
 
 
 CHECK = """
@@ -131,6 +130,7 @@ print("RESULT", len(wanted), sorted(wanted - loaded), sorted(loaded - wanted))
 """
 
 
+@pytest.mark.vllm
 def test_vllm_takes_every_weight_of_the_7b_by_name_and_shape(base, tmp_path):
     """vLLM's own class and loader on the meta device: it asserts shapes, and says what it took."""
     folder = tmp_path / "seven"

@@ -77,6 +77,7 @@ def test_a_folder_that_vllm_cannot_serve_is_refused_by_what_is_wrong(
     assert any(said in problem and str(bad) in problem for problem in caught.value.problems)
 
 
+@pytest.mark.vllm
 def test_a_head_size_that_vllm_refuses_is_found_by_asking_it(folder: Path) -> None:
     card, facts = check_model(folder)
     assert engine_problems(card, facts, tensor_parallel=1) == []

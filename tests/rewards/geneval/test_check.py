@@ -9,7 +9,7 @@ import pytest
 from bench import detectors as bench
 from rewards.geneval.__main__ import main
 from rewards.geneval.hub import HubMask2Former
-from tests.fakes.tiny_detectors import SMALL, save_swin_s, save_tiny_clip, save_tiny_hub
+from tests.fakes.tiny_detectors import SMALL, save_tiny_clip
 
 SCALE = ["--scale", *map(str, SMALL), "--image-size", "64"]
 
@@ -18,14 +18,21 @@ def lines(capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_mask2former_passes_and_the_report_says_what_it_is(tmp_path, capsys):
-    weights = save_swin_s(tmp_path / "weights.pth")
-    clip = save_tiny_clip(tmp_path / "clip")
-    words = ["check", "--detector", "mask2former", "--checkpoint", str(weights), "--clip", str(clip), *SCALE]
+def test_mask2former_passes_and_the_report_says_what_it_is(swin_s, tiny_clip, capsys):
+    words = [
+        "check",
+        "--detector",
+        "mask2former",
+        "--checkpoint",
+        str(swin_s),
+        "--clip",
+        str(tiny_clip),
+        *SCALE,
+    ]
     assert main(words) == 0
     report = lines(capsys)
     assert all(line.startswith("ok  ") for line in report)
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() in report[1]
+    assert hashlib.sha256(swin_s.read_bytes()).hexdigest() in report[1]
     text = "\n".join(report)
     assert "detector: mmdet-160x128: mmdet 3.3.0" in text
     assert "colours: clip-64-8" in text
@@ -33,9 +40,9 @@ def test_mask2former_passes_and_the_report_says_what_it_is(tmp_path, capsys):
     assert re.search(r"s an image singly, .* s in a batch of 4", text)
 
 
-def test_transformers_passes_and_a_swapped_clip_fails(tmp_path, capsys):
-    hub, clip = save_tiny_hub(tmp_path / "hub"), save_tiny_clip(tmp_path / "clip", swapped=True)
-    words = ["check", "--detector", "transformers", "--checkpoint", str(hub), *SCALE]
+def test_transformers_passes_and_a_swapped_clip_fails(tiny_hub, tmp_path, capsys):
+    clip = save_tiny_clip(tmp_path / "clip", swapped=True)
+    words = ["check", "--detector", "transformers", "--checkpoint", str(tiny_hub), *SCALE]
     assert main(words) == 0
     assert "colours: lab" in capsys.readouterr().out
     assert main([*words, "--clip", str(clip)]) == 1
@@ -44,11 +51,10 @@ def test_transformers_passes_and_a_swapped_clip_fails(tmp_path, capsys):
     assert "red is called 'blue'" in failed and "swapped" in failed
 
 
-def test_a_detector_that_swaps_the_channels_fails(tmp_path, capsys, monkeypatch):
-    hub = save_tiny_hub(tmp_path / "hub")
+def test_a_detector_that_swaps_the_channels_fails(tiny_hub, capsys, monkeypatch):
     right = HubMask2Former.network_input
     monkeypatch.setattr(HubMask2Former, "network_input", lambda self, image: right(self, image).flip(0))
-    assert main(["check", "--detector", "transformers", "--checkpoint", str(hub), *SCALE]) == 1
+    assert main(["check", "--detector", "transformers", "--checkpoint", str(tiny_hub), *SCALE]) == 1
     assert "red and blue are swapped" in capsys.readouterr().out
 
 
@@ -75,11 +81,7 @@ def test_the_bench_measures_every_backend(capsys):
         "transformers",
         "shapes",
         "lab",
-        "--batch",
-        "1",
-        "2",
-        "--warmup",
-        "0",
+        *["--batch", "1", "2", "--warmup", "0"],
     ]
     arguments = parser.parse_args([*words, "--repeats", "1", "--scale", "64", "64", "--image-size", "48"])
     assert bench.run(arguments) == 0

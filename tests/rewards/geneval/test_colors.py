@@ -6,15 +6,12 @@ import torch
 import transformers
 from PIL import Image
 
-from rewards.geneval.backend import NO_COLOR, ColorQuestion
-from rewards.geneval.clip_colors import ClipColors, load
-from rewards.geneval.crops import object_crop
-from rewards.geneval.detection import Detection
-from rewards.geneval.judging import judge_images
+from rewards.geneval.clip_colors import ClipColors, load, object_crop
+from rewards.geneval.detection import NO_COLOR, ColorQuestion, Detection
 from rewards.geneval.lab_colors import SRGB, LabColors, linear_to_lab, srgb_to_linear
 from rewards.geneval.names import COLORS
-from rewards.geneval.rewards import GenEval
-from tests.fakes.tiny_detectors import noise, save_tiny_clip
+from rewards.geneval.rewards import GenEval, judge_images
+from tests.fakes.tiny_detectors import noise
 from worlds.shapes.scenes.render import render
 from worlds.shapes.scenes.world import Scene, Shape
 from worlds.shapes.scoring.backend import Detector
@@ -30,13 +27,8 @@ RECORD = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def clip(folder) -> ClipColors:
-    return load(str(folder), torch.device("cpu"))
+def clip(tiny_clip) -> ClipColors:
+    return load(str(tiny_clip), torch.device("cpu"))
 
 
 def disc(rgb, *, size: int = 20) -> ColorQuestion:
@@ -97,13 +89,13 @@ def test_all_ten_colours_are_told_apart(clip, rule):
 
 
 @pytest.mark.parametrize("rule", ["clip", "lab"])
-def test_the_colour_path_is_right_way_round(folder, rule):
+def test_the_colour_path_is_right_way_round(tiny_clip, rule):
     """From pixels to verdict: a red circle and a blue square are right, and wrong with channels exchanged.
 
     Fails when the channels are swapped anywhere between the picture and the colour rule.
     """
     reward = GenEval(
-        credit="correct", detector="shapes", colors=rule, clip=str(folder) if rule == "clip" else None
+        credit="correct", detector="shapes", colors=rule, clip=str(tiny_clip) if rule == "clip" else None
     )
     picture = render(RED_AND_BLUE)
     images = [Image.fromarray(picture), Image.fromarray(np.ascontiguousarray(picture[:, :, ::-1]))]
@@ -125,8 +117,8 @@ def test_clip_sees_rgb(clip):
     assert seen[0].mean((0, 2, 3)).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_one_clip_call_for_a_batch_and_cached_texts(folder):
-    colors = load(str(folder), torch.device("cpu"))
+def test_one_clip_call_for_a_batch_and_cached_texts(tiny_clip):
+    colors = load(str(tiny_clip), torch.device("cpu"))
     calls = {"image": [], "text": []}
     for name, tower in (("image", colors._model.vision_model), ("text", colors._model.text_model)):
         tower.register_forward_hook(
@@ -142,10 +134,10 @@ def test_one_clip_call_for_a_batch_and_cached_texts(folder):
     assert len(calls["image"]) == 2, "nothing asks for a colour"
 
 
-def test_zero_shot_as_geneval_has_it(folder, clip):
+def test_zero_shot_as_geneval_has_it(tiny_clip, clip):
     """By hand: three prompts a colour, normalised means, nearest in angle; and the batch changes nothing."""
-    model = transformers.CLIPModel.from_pretrained(folder).eval()
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    model = transformers.CLIPModel.from_pretrained(tiny_clip).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_clip)
     questions = [disc(np.random.default_rng(seed).integers(0, 256, 3)) for seed in range(12)]
     unit = torch.nn.functional.normalize
     with torch.inference_mode():

@@ -1,33 +1,10 @@
 """Corners of GenEval's rules, worked by hand: reasons, repeated classes, boxes, what colour is asked about, cuts."""
 
-from collections.abc import Sequence
-
 import pytest
 
 from rewards.geneval import Detection, evaluate, relations
+from tests.rewards.geneval.test_rules import ATTRIBUTES, ONE, RED, at, judge, verdicts
 
-
-def at(x: float, y: float, score: float = 0.95) -> Detection:
-    return Detection((x - 5, y - 5, x + 5, y + 5), score)
-
-
-def judge(record: dict, detections: dict, colors: dict[str, list[str]] | None = None):
-    def classify(name: str, asked: Sequence[Detection]) -> list[str]:
-        return (colors or {})[name][: len(asked)]
-
-    return evaluate(record, detections, classify_color=classify)
-
-
-def verdicts(result) -> tuple[bool, bool, float, float]:
-    return result.correct, result.strict, result.dense, result.flow_grpo_compat
-
-
-ONE = {"tag": "single_object", "include": [{"class": "cat", "count": 1}]}
-RED = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
-ATTRIBUTES = {
-    "tag": "color_attr",
-    "include": [{"class": "cat", "count": 1, "color": "red"}, {"class": "dog", "count": 1, "color": "blue"}],
-}
 SEVERAL = {
     "tag": "position",
     "include": [

@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 
 from rewards.base import FatalRewardError
+from rewards.geneval.detection import SCORE_THRESHOLD
 from rewards.geneval.hub import HubMask2Former, load
 from rewards.geneval.instances import instances, mask_boxes, resized_shape
 from rewards.geneval.names import CLASS_NAMES
@@ -23,13 +24,8 @@ MEAN, STD = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_hub(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture(scope="module")
-def detector(folder) -> HubMask2Former:
-    return load(DetectorSettings("transformers", str(folder), scale=SCALE), CPU)
+def detector(tiny_hub) -> HubMask2Former:
+    return load(DetectorSettings("transformers", str(tiny_hub), scale=SCALE), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +44,7 @@ def flat(detections) -> list[tuple]:
     return ranked([(d.score, name, d.box, d.mask) for name, found in detections.items() for d in found])
 
 
-def mmdet_rows(folder, picture) -> list[tuple]:
+def mmdet_rows(tiny_hub, picture) -> list[tuple]:
     """The picture through OpenCV, the model, and mmdet's fusion head, which removes padding and scores."""
     from rewards.geneval.mmcv_ops import prepare_ops
 
@@ -57,7 +53,7 @@ def mmdet_rows(folder, picture) -> list[tuple]:
     from mmdet.structures import DetDataSample
     from mmengine.config import ConfigDict
 
-    model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval()
+    model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(tiny_hub).eval()
     height, width = resized_shape(picture.height, picture.width, SCALE)
     pixels = cv2.resize(np.asarray(picture, np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     tensor = torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1)
@@ -78,9 +74,26 @@ def mmdet_rows(folder, picture) -> list[tuple]:
     )
 
 
-def test_boxes_scores_and_masks_are_mmdet_s(detector, folder, pictures):
+@pytest.fixture
+def every_mask(monkeypatch):
+    """Masks also of objects that cannot count."""
+    monkeypatch.setattr("rewards.geneval.instances.SCORE_THRESHOLD", -1.0)
+
+
+def test_only_masks_that_can_count_leave_the_device(detector, pictures, monkeypatch):
+    """What the rules read is the same with and without the others, and so are all scores and boxes."""
+    lean = flat(detector.detect(pictures[:1])[0])
+    monkeypatch.setattr("rewards.geneval.instances.SCORE_THRESHOLD", -1.0)
+    whole = flat(detector.detect(pictures[:1])[0])
+    assert [row[:3] for row in lean] == [row[:3] for row in whole]
+    assert {mask is None for score, *_, mask in lean if score <= SCORE_THRESHOLD} == {True}
+    for (score, *_, mask), (*_, expected) in zip(lean, whole, strict=True):
+        assert score <= SCORE_THRESHOLD or (mask == expected).all()
+
+
+def test_boxes_scores_and_masks_are_mmdet_s(detector, tiny_hub, pictures, every_mask):
     for picture, found in zip(pictures, detector.detect(pictures), strict=True):
-        rows, expected = flat(found), mmdet_rows(folder, picture)
+        rows, expected = flat(found), mmdet_rows(tiny_hub, picture)
         assert len(rows) == 100 and rows[0][0] > 0.3
         for ours, theirs in zip(rows, expected, strict=True):
             assert ours[:2] == (pytest.approx(theirs[0], abs=1e-4), theirs[1])
@@ -110,7 +123,7 @@ def test_mask_boxes_are_the_bounds():
         assert box.tolist() == [float(value) for value in bounds]
 
 
-def test_a_batch_of_four_is_four_singles(detector, pictures):
+def test_a_batch_of_four_is_four_singles(detector, pictures, every_mask):
     for picture, found in zip(pictures, detector.detect(pictures), strict=True):
         for ours, single in zip(flat(found), flat(detector.detect([picture])[0]), strict=True):
             assert ours[1:3] == single[1:3] and ours[0] == pytest.approx(single[0], abs=1e-5)
@@ -133,7 +146,7 @@ def test_the_scoring_is_named_apart_from_mmdet_s(detector):
     assert "with mmdet's scores" in detector.label
 
 
-def test_unfit_folders_are_refused(folder, tmp_path):
+def test_unfit_folders_are_refused(tiny_hub, tmp_path):
     assert folder_problems("checkpoint", None) == [
         "checkpoint is missing; give the path of a folder with config.json and *.safetensors"
     ]
@@ -147,7 +160,7 @@ def test_unfit_folders_are_refused(folder, tmp_path):
     with pytest.raises(FatalRewardError, match="133 classes"):
         load(DetectorSettings("transformers", str(other)), CPU)
 
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((tiny_hub / "config.json").read_text())
     broken = save_tiny_hub(tmp_path / "broken")
     (broken / "config.json").write_text(json.dumps(config | {"decoder_layers": 4}))
     with pytest.raises(FatalRewardError, match="keys missing or of another shape: model.transformer_module"):

@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rewards.base import FatalRewardError
-from rewards.geneval.batches import same_shape_batches
 from rewards.geneval.checkpoint import load_strictly, read_checkpoint
+from rewards.geneval.instances import same_shape_batches
 from rewards.geneval.mask2former import Mask2Former, build_model, describe, load
 from rewards.geneval.mmcv_ops import has_compiled_ops, prepare_ops
 from rewards.geneval.names import CLASS_NAMES, class_order_problems
 from rewards.geneval.settings import DetectorSettings
-from tests.fakes.tiny_detectors import SMALL, noise, save_swin_s
+from tests.fakes.tiny_detectors import SMALL, noise
 
 CPU = torch.device("cpu")
 OBJECT_NAMES = Path(__file__).parents[2] / "data" / "geneval" / "object_names.txt"
@@ -27,13 +27,8 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_swin_s(tmp_path_factory.mktemp("swin") / "swin_s.pth")
-
-
-@pytest.fixture(scope="module")
-def detector(checkpoint) -> Mask2Former:
-    return load(DetectorSettings(checkpoint=str(checkpoint), scale=SMALL), CPU)
+def detector(swin_s) -> Mask2Former:
+    return load(DetectorSettings(checkpoint=str(swin_s), scale=SMALL), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +131,9 @@ def test_the_network_sees_red_first(detector):
     assert torch.allclose(seen[0].mean((1, 2)), torch.tensor(expected), atol=1e-4)
 
 
-def test_the_label_says_what_scored(detector, checkpoint):
+def test_the_label_says_what_scored(detector, swin_s):
     assert detector.scoring == "mmdet-160x128"
-    assert hashlib.sha256(checkpoint.read_bytes()).hexdigest() in detector.label
+    assert hashlib.sha256(swin_s.read_bytes()).hexdigest() in detector.label
     assert "(not the published ones)" in detector.label
     assert "(the published ones)" in describe(DetectorSettings(), CPU, "pytorch", "c9d0c4f2" + 56 * "0")
     assert "mmdet 3.3.0" in detector.label and "swin-s" in detector.label
@@ -147,8 +142,8 @@ def test_the_label_says_what_scored(detector, checkpoint):
 
 
 @pytest.mark.parametrize("suffix", ["plain.pth", "mmengine.pth", "weights.safetensors"])
-def test_checkpoints_load_back_safely(checkpoint, tmp_path, suffix):
-    weights, _ = read_checkpoint(checkpoint, trust=False)
+def test_checkpoints_load_back_safely(swin_s, tmp_path, suffix):
+    weights, _ = read_checkpoint(swin_s, trust=False)
     path = tmp_path / suffix
     if suffix.startswith("weights"):
         save_file(weights, path)
@@ -218,9 +213,9 @@ def test_keys_are_checked_one_for_one():
         load_strictly(model, {"layers.0.attentions.0.weight": torch.zeros(1)}, Path("w.pth"))
 
 
-def test_other_classes_and_broken_configs_are_refused(detector, checkpoint, tmp_path):
+def test_other_classes_and_broken_configs_are_refused(detector, swin_s, tmp_path):
     path = tmp_path / "renamed.pth"
-    content = torch.load(checkpoint, weights_only=True)
+    content = torch.load(swin_s, weights_only=True)
     content["meta"]["dataset_meta"] = {"classes": ["bicycle", "person", *CLASS_NAMES[2:]]}
     torch.save(content, path)
     with pytest.raises(FatalRewardError, match="class 0 is called 'bicycle', which is COCO's class 1"):
@@ -229,7 +224,7 @@ def test_other_classes_and_broken_configs_are_refused(detector, checkpoint, tmp_
 
     panoptic = "mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco-panoptic.py"
     config = next(Path(places[0]).rglob(panoptic))
-    settings = DetectorSettings(checkpoint=str(checkpoint), config=str(config))
+    settings = DetectorSettings(checkpoint=str(swin_s), config=str(config))
     with pytest.raises(FatalRewardError, match="does not fit the model"):
         load(settings, CPU)
     model, own, _ = build_model(settings)

@@ -17,7 +17,7 @@ from rewards.geneval.rewards import GenEval, GenEvalOfficial, GenEvalStrict
 from rewards.geneval.settings import DetectorSettings
 from rewards.loading import load_reward
 from rewards.scoring import score_group
-from tests.fakes.tiny_detectors import noise, save_tiny_clip, save_tiny_hub
+from tests.fakes.tiny_detectors import noise
 from worlds.shapes.scenes.captions import sample_t2i
 from worlds.shapes.scenes.render import render
 from worlds.shapes.scenes.world import Scene, Shape
@@ -27,11 +27,11 @@ SHAPES = {"detector": "shapes", "colors": "detector"}
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory) -> dict:
+def hub(tiny_hub, tiny_clip) -> dict:
     return {
         "detector": "transformers",
-        "checkpoint": str(save_tiny_hub(tmp_path_factory.mktemp("hub"))),
-        "clip": str(save_tiny_clip(tmp_path_factory.mktemp("clip"))),
+        "checkpoint": str(tiny_hub),
+        "clip": str(tiny_clip),
         "scale": [96, 64],
     }
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from rewards.geneval import RELATIONS, TAGS, Detection, evaluate, relations
 
@@ -345,6 +347,60 @@ def test_official_prompts_agree_with_an_independent_reference():
         assert not result.strict or result.correct
         correct += result.correct
     assert 200 < correct < 2000  # both outcomes were tried
+
+
+NAMES = ("cat", "dog", "bird")
+edges = st.floats(0, 100, width=16)
+found = st.builds(
+    lambda x, y, width, height, score: Detection((x, y, x + width, y + height), score),
+    edges, edges, edges, edges, st.sampled_from((0.1, 0.3, 0.5, 0.9, 0.95, 1.0)),
+)  # fmt: skip
+
+
+@st.composite
+def records(draw):
+    """Any clauses that the rules can read, with objects and their colours."""
+    include = []
+    for index in range(draw(st.integers(1, 3))):
+        clause: dict = {"class": draw(st.sampled_from(NAMES)), "count": draw(st.integers(1, 3))}
+        if draw(st.booleans()):
+            clause["color"] = draw(st.sampled_from(("red", "blue")))
+        if index and draw(st.booleans()):
+            clause["position"] = [draw(st.sampled_from(RELATIONS)), draw(st.integers(0, index - 1))]
+        include.append(clause)
+    surplus = st.fixed_dictionaries({"class": st.sampled_from(NAMES), "count": st.integers(1, 4)})
+    record = {
+        "tag": draw(st.sampled_from(TAGS)),
+        "include": include,
+        "exclude": draw(st.lists(surplus, max_size=1)),
+    }
+    objects = {name: draw(st.lists(found, max_size=4)) for name in NAMES}
+    colors = {
+        id(d): draw(st.sampled_from(("red", "red", "blue"))) for group in objects.values() for d in group
+    }
+    return record, objects, colors
+
+
+@settings(deadline=None, max_examples=200)
+@given(records())
+def test_any_record_on_any_boxes_agrees_with_the_reference(example):
+    record, objects, colors = example
+    for a, b in [
+        (a, b) for group in objects.values() for a in group for other in objects.values() for b in other
+    ]:
+        offset = [(a.box[k] + a.box[k + 2] - b.box[k] - b.box[k + 2]) / 2 for k in (0, 1)]
+        sizes = [abs(d.box[k + 2] - d.box[k]) for k in (0, 1) for d in (a, b)]
+        for k in (
+            0,
+            1,
+        ):  # on the edge of a relation the two may round apart, and a thousandth of a pixel is none
+            rest = abs(offset[k]) - 0.1 * (sizes[2 * k] + sizes[2 * k + 1])
+            assume(not np.any(offset) or abs(rest / np.hypot(*offset) - 0.5) > 1e-6)
+            assume(not 0 < rest < 1e-2)
+    result = evaluate(record, objects, classify_color=lambda _, asked: [colors[id(d)] for d in asked])
+    assert result.correct == _reference(record, objects, colors), (record, result.reason)
+    assert 0 <= result.dense <= 1 and result.strict == (result.dense == 1) and result.strict <= result.correct
+    assert -14 <= result.flow_grpo_compat <= 1 and bool(result.reason) != result.correct
 
 
 def test_object_names_are_the_classes_of_the_prompts():

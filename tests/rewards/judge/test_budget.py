@@ -1,19 +1,28 @@
 """The budget: bounds by hand, a count that two processes share, and a stop that can be gone on from."""
 
 import math
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rewards.judge.budget import Budget, BudgetExhausted
-from rewards.judge.estimate import NANO, Amount, Estimate, bill, estimate, most_of
+from rewards.judge.client import JudgeClient
 from rewards.judge.messages import Outcome
-from rewards.judge.pricing import Price, image_tokens, known_price
+from rewards.judge.pricing import NANO, Amount, Price, bill, cost_lines, image_tokens, most_of, price_of
 from rewards.judge.settings import JudgeSettings
 from tests.fakes.judge_questions import ask, picture, question, settings_for
 from tests.fakes.judge_server import COMPLETION_TOKENS, PROMPT_TOKENS, JudgeServer, Play
+
+
+def ledger_of(path) -> SimpleNamespace:
+    """What a ledger file says."""
+    row = sqlite3.connect(path).execute("SELECT * FROM ledger").fetchone() or (1, 0, 0, 0, 0, 0)
+    return SimpleNamespace(spent=Amount(*row[1:3]), held=Amount(*row[3:5]), requests=row[5])
+
 
 ROOT = Path(__file__).resolve().parents[3]
 BILLED = PROMPT_TOKENS + COMPLETION_TOKENS
@@ -46,17 +55,26 @@ def test_an_unknown_model_is_bounded_by_small_patches() -> None:
         assert image_tokens("gpt-4.1-nano", (side, side), "high") >= math.ceil(2.46 * patches)
 
 
+def lines_of(settings: JudgeSettings, count: int, **changes) -> str:
+    """The estimate for `count` samples that are each asked one question."""
+    asked = SimpleNamespace(request=lambda ask: question(**changes))
+    return "\n".join(cost_lines(settings, [asked], images=count, max_asks=1))
+
+
 def test_an_estimate_by_hand() -> None:
-    found = estimate(
-        JudgeSettings("gpt-4.1"), calls=10, image_sizes=[(512, 512)] * 2, text_bytes=1000, max_tokens=300
-    )
+    shape = {"system": "s" * 400, "parts": ("t" * 600, *[picture(size=(512, 512))] * 2), "max_tokens": 300}
     prompt = 10 * (32 + 1000 + 2 * 255)
-    assert found == Estimate(10, prompt, 3000, pytest.approx((prompt * 2 + 3000 * 8) / 1e6))
-    unknown = estimate(JudgeSettings("qwen"), calls=1, image_sizes=[], text_bytes=10, max_tokens=1)
-    assert unknown.cost_usd is None
+    lines = lines_of(JudgeSettings("gpt-4.1"), 10, **shape)
+    assert f"10 calls (1 per image); at most {prompt:,} prompt and 3,000 completion tokens, $" in lines
+    assert f"${(prompt * 2 + 3000 * 8) / 1e6:,.2f} (list prices" in lines
+    assert price_of(JudgeSettings("qwen")) is None
+    assert "cost unknown" in lines_of(JudgeSettings("qwen"), 1, **shape)
     priced = JudgeSettings("qwen", price_per_million_input=1.0, price_per_million_output=0.0)
-    assert estimate(priced, calls=1, image_sizes=[], text_bytes=68, max_tokens=9).cost_usd == 1e-4
-    assert known_price("gpt-4.1-2025-04-14") == Price(2.0, 8.0) and known_price("gpt-4.1-x") is None
+    prompt, completion = most_of(priced, question(system="s" * 8, parts=("t" * 60,), max_tokens=9))
+    assert (prompt, completion) == (100, 9)
+    assert bill(price_of(priced), prompt, completion).nano_usd / NANO == 1e-4
+    assert price_of(JudgeSettings("gpt-4.1-2025-04-14")) == Price(2.0, 8.0)
+    assert price_of(JudgeSettings("gpt-4.1-x")) is None
 
 
 def test_a_bound_counts_text_by_bytes_with_the_schema() -> None:
@@ -81,7 +99,7 @@ def test_holds_count_until_they_are_settled(tmp_path, limits, key) -> None:
         budget.hold(Amount(41, 41))
     budget.settle(Amount(60, 60), Amount(10, 10))
     budget.hold(Amount(90, 90))
-    ledger = Budget(str(tmp_path / "ledger"), **limits).read()
+    ledger = ledger_of(tmp_path / "ledger")
     assert (ledger.spent, ledger.held, ledger.requests) == (Amount(10, 10), Amount(90, 90), 2)
     with pytest.raises(BudgetExhausted):  # the hold of a worker that died stays
         budget.hold(Amount(1, 1))
@@ -89,7 +107,8 @@ def test_holds_count_until_they_are_settled(tmp_path, limits, key) -> None:
 
 SPEND = """
 import random, sys
-from rewards.judge.budget import Amount, Budget, BudgetExhausted
+from rewards.judge.budget import Budget, BudgetExhausted
+from rewards.judge.pricing import Amount
 budget, sent = Budget(sys.argv[1], max_nano_usd=None, max_tokens=400), 0
 try:
     while True:
@@ -108,7 +127,7 @@ def test_two_processes_spend_from_one_budget(tmp_path) -> None:
         for _ in range(2)
     ]
     sent = [int(worker.communicate(timeout=120)[0]) for worker in workers]
-    ledger = Budget(path, max_nano_usd=None, max_tokens=None).read()
+    ledger = ledger_of(path)
     assert ledger.held == Amount(0, 0)
     assert 400 - 2 * 7 < ledger.spent.tokens <= 400
     assert ledger.requests == sum(sent) >= 400 / 7
@@ -138,7 +157,7 @@ def test_an_exhausted_budget_sends_nothing_and_the_run_can_go_on(tmp_path) -> No
 
 ASK = """
 import sys
-from tests.judge_questions import ask, question, settings_for
+from tests.fakes.judge_questions import ask, question, settings_for
 from types import SimpleNamespace
 url, ledger, limit, name = sys.argv[1:]
 settings = settings_for(SimpleNamespace(base_url=url), ledger=ledger, max_total_tokens=int(limit), concurrency=2)
@@ -165,7 +184,7 @@ def test_two_workers_stop_at_one_budget(tmp_path) -> None:
     assert outcomes.count("ok") == asked
     # at most the four in flight keep the last requests out until they are settled
     assert limit - 4 * MOST < asked * BILLED <= limit
-    found = Budget(ledger, max_nano_usd=None, max_tokens=None).read()
+    found = ledger_of(ledger)
     assert (found.spent.tokens, found.requests) == (asked * BILLED, asked)
 
 
@@ -174,7 +193,7 @@ def test_money_is_spent_as_billed_at_the_known_price(tmp_path) -> None:
     with JudgeServer() as server:
         settings = settings_for(server, model="gpt-4.1", ledger=ledger, max_cost_usd=1.0)
         ask(settings, question())
-    spent = Budget(ledger, max_nano_usd=None, max_tokens=None).read().spent
+    spent = ledger_of(ledger).spent
     assert spent.nano_usd / NANO == pytest.approx((PROMPT_TOKENS * 2 + COMPLETION_TOKENS * 8) / 1e6)
 
 
@@ -186,7 +205,7 @@ def test_a_failure_is_paid_where_the_endpoint_may_have_billed_it(tmp_path, kind,
     ledger = str(tmp_path / "ledger")
     with JudgeServer([Play(kind, times=0)]) as server:
         ask(settings_for(server, ledger=ledger, max_total_tokens=10**6, attempts=2), question())
-    found = Budget(ledger, max_nano_usd=None, max_tokens=None).read()
+    found = ledger_of(ledger)
     assert found.spent.tokens == spent_holds * MOST and found.held == Amount(0, 0)
 
 
@@ -203,7 +222,7 @@ def test_an_endpoint_that_is_down_costs_nothing(tmp_path) -> None:
     )
     (reply,) = ask(settings, question())
     assert (reply.outcome, reply.attempts) == (Outcome.UNAVAILABLE, 4)
-    assert Budget(ledger, max_nano_usd=None, max_tokens=None).read().spent == Amount(0, 0)
+    assert ledger_of(ledger).spent == Amount(0, 0)
 
 
 def test_a_question_too_large_for_the_budget_is_never_sent(tmp_path) -> None:
@@ -217,6 +236,6 @@ def test_a_question_too_large_for_the_budget_is_never_sent(tmp_path) -> None:
 def test_settings_name_what_a_budget_lacks() -> None:
     lost = JudgeSettings("gpt-4.1", max_cost_usd=1.0).problems()
     assert len(lost) == 1 and "ledger" in lost[0]
-    unpriced = JudgeSettings("qwen", cache="a", max_cost_usd=1.0).problems()
+    unpriced = JudgeClient(JudgeSettings("qwen", api_key_env=None, cache="a", max_cost_usd=1.0)).problems()
     assert len(unpriced) == 1 and "price_per_million_input" in unpriced[0]
     assert not JudgeSettings("qwen", cache="a", max_total_tokens=1).problems()

@@ -176,7 +176,7 @@ import dataclasses, sys
 from rewards.judge.cache import FileAnswers, identify
 from rewards.judge.messages import JudgeReply, Outcome
 from rewards.judge.settings import JudgeSettings
-from tests.judge_questions import question
+from tests.fakes.judge_questions import question
 answers, base = FileAnswers(sys.argv[1], read_only=False), identify(JudgeSettings("judge"), question())
 for number in range(60):
     one = dataclasses.replace(base, key=str(number))

@@ -7,11 +7,11 @@ from PIL import Image
 
 from rewards.base import FatalRewardError, RetryableRewardError, RewardOutput, RewardSpec
 from rewards.calling import RewardBatch
-from rewards.judge.estimate import most_of
 from rewards.judge.judge import FAILURES
-from rewards.judge.protocols import Sample
+from rewards.judge.pricing import most_of
+from rewards.judge.protocols import VieScore
+from rewards.judge.questions import Sample
 from rewards.judge.template_files import load_template
-from rewards.judge.viescore import VieScore
 from rewards.loading import LoadedReward, load_reward
 from rewards.scoring import score_group
 from tests.fakes.judge_server import SNAPSHOT, JudgeServer, Play, brightness, pixels_sha256

@@ -1,21 +1,27 @@
 """Limits against a brute-force count over every window of 60 seconds, on a clock that the test turns."""
 
 import asyncio
-import random
+from collections.abc import Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rewards.judge.limits import RateWindow, Ticket, Turnstile, TurnTimeout
+from rewards.judge.limits import QueueTimeout, RateWindow, Sent, Throttle
 from tests.fakes.judge_questions import TurnedClock
 
 LONG = 1e9
 
 
-def turnstile(
-    time: TurnedClock, *, concurrency=4, requests=None, tokens=None
-) -> tuple[Turnstile, RateWindow]:
+def throttle(time: TurnedClock, *, concurrency=4, requests=None, tokens=None) -> tuple[Throttle, RateWindow]:
     window = RateWindow(requests, tokens, time.clock)
-    return Turnstile(concurrency, window, time.clock), window
+    return Throttle(concurrency, window, time.clock), window
+
+
+async def enter(gate: Throttle, limit_s: float) -> None:
+    """Send one small request."""
+    async with gate.slot(1, limit_s):
+        pass
 
 
 def busiest(sent: list[tuple[float, int]]) -> tuple[int, int]:
@@ -24,30 +30,81 @@ def busiest(sent: list[tuple[float, int]]) -> tuple[int, int]:
     return max(len(window) for window in windows), max(sum(window) for window in windows)
 
 
-@pytest.mark.parametrize(("requests", "tokens"), [(7, None), (None, 900), (5, 700)])
-def test_no_minute_holds_more_than_the_allowance(requests, tokens) -> None:
-    time = TurnedClock()
-    random.seed(3)
-    sizes = [random.randint(1, 400) for _ in range(120)]
-    sent: list[tuple[float, int]] = []
+ALLOWANCE = 200
+CALLS = st.lists(
+    st.tuples(
+        st.integers(1, ALLOWANCE),  # upper bound on the tokens
+        st.floats(0, 1),  # share of it that is billed
+        st.sampled_from([0.0, 0.3, 7.0, 59.5, 60.0, 61.0]),  # seconds that the answer takes
+        st.sampled_from([0.0, 0.0, 0.0, 30.0]),  # seconds that the endpoint then asks everybody to wait
+    ),
+    min_size=1,
+    max_size=25,
+)
 
-    async def one(gate: Turnstile, size: int) -> None:
-        ticket = await gate.enter(size, LONG)
-        sent.append((time.time, size))
-        await time.clock.sleep(random.random() * 3)
-        gate.leave(ticket, None)
+
+@settings(max_examples=60, deadline=None)
+@given(
+    calls=CALLS,
+    concurrency=st.integers(1, 5),
+    requests=st.none() | st.integers(1, 5),
+    tokens=st.none() | st.just(ALLOWANCE),
+)
+def test_no_minute_holds_more_than_the_allowance(
+    calls: Sequence[tuple[int, float, float, float]],
+    concurrency: int,
+    requests: int | None,
+    tokens: int | None,
+) -> None:
+    time = TurnedClock()
+    sent: list[tuple[float, int]] = []
+    order: list[int] = []
+    pauses: list[tuple[float, float]] = []
+    inside = 0
+
+    async def one(gate: Throttle, window: RateWindow, number: int) -> None:
+        nonlocal inside
+        most, share, seconds, pause = calls[number]
+        async with gate.slot(most, LONG) as slot:
+            inside += 1
+            assert inside <= concurrency
+            order.append(number)
+            sent.append((time.time, round(most * share)))
+            await time.clock.sleep(seconds)
+            slot.tokens = round(most * share)
+            if pause:
+                window.pause(pause)
+                pauses.append((time.time, time.time + pause))
+            inside -= 1
 
     async def go() -> None:
-        gate, _ = turnstile(time, requests=requests, tokens=tokens)
-        await asyncio.gather(*(one(gate, size) for size in sizes))
+        gate, window = throttle(time, concurrency=concurrency, requests=requests, tokens=tokens)
+        await asyncio.gather(*(one(gate, window, number) for number in range(len(calls))))
 
     asyncio.run(go())
-    assert [size for _, size in sent] == sizes, "first come, first served"
+    assert order == list(range(len(calls))), "first come, first served"
     most_requests, most_tokens = busiest(sent)
     assert requests is None or most_requests <= requests
     assert tokens is None or most_tokens <= tokens
-    # and the allowance is used: the clock is turned by waits, some of them on account of one limit alone
-    assert most_requests == requests or most_tokens > 0.5 * (tokens or LONG)
+    assert not [at for at, _ in sent for start, end in pauses if start < at < end], "sent within a pause"
+
+
+@pytest.mark.parametrize(("requests", "tokens"), [(7, None), (None, 900)])
+def test_the_allowance_is_used(requests: int | None, tokens: int | None) -> None:
+    time = TurnedClock()
+    sent: list[tuple[float, int]] = []
+
+    async def one(gate: Throttle) -> None:
+        async with gate.slot(100, LONG):
+            sent.append((time.time, 100))
+
+    async def go() -> None:
+        gate, _ = throttle(time, requests=requests, tokens=tokens)
+        await asyncio.gather(*(one(gate) for _ in range(30)))
+
+    asyncio.run(go())
+    assert busiest(sent) == ((7, 700) if requests else (9, 900))
+    assert time.time == 1000 + 60 * ((30 - 1) // (requests or 9)), "no longer than it must"
 
 
 def test_a_bill_below_the_bound_lets_the_next_one_in() -> None:
@@ -55,7 +112,7 @@ def test_a_bill_below_the_bound_lets_the_next_one_in() -> None:
     window = RateWindow(None, 100, time.clock)
     first = window.take(80)
     assert window.delay(40) == 60
-    first.tokens = 50  # what `leave` does with the bill
+    first.tokens = 50  # the bill
     assert window.delay(40) == 0
     window.take(40)
     time.time += 10
@@ -69,7 +126,7 @@ def test_a_request_above_the_allowance_waits_for_an_empty_minute() -> None:
     assert window.delay(5000) == 60
     time.time += 60
     assert window.delay(5000) == 0
-    assert window.take(5000) == Ticket(time.time, 100)
+    assert window.take(5000) == Sent(time.time, 100)
     assert window.delay(1) == 60
 
 
@@ -77,13 +134,13 @@ def test_a_pause_holds_everybody_and_is_never_shortened() -> None:
     time = TurnedClock()
 
     async def go() -> list[float]:
-        gate, window = turnstile(time)
+        gate, window = throttle(time)
         window.pause(30)
         window.pause(5)
         times = []
         for _ in range(2):
-            gate.leave(await gate.enter(1, LONG), None)
-            times.append(time.time)
+            async with gate.slot(1, LONG):
+                times.append(time.time)
         return times
 
     assert asyncio.run(go()) == [1030.0, 1030.0]
@@ -93,12 +150,12 @@ def test_a_turn_that_cannot_come_in_time_is_refused_at_once() -> None:
     time = TurnedClock()
 
     async def go() -> None:
-        gate, window = turnstile(time)
+        gate, window = throttle(time)
         window.pause(100)
-        with pytest.raises(TurnTimeout) as refused:
-            await gate.enter(1, 99)
-        assert refused.value.wait_s == 100
-        gate.leave(await gate.enter(1, 101), None)  # its place was given back
+        with pytest.raises(QueueTimeout) as refused:
+            await enter(gate, 99)
+        assert refused.value.args == (100,)
+        await enter(gate, 101)  # its slot was given back
 
     asyncio.run(go())
     assert time.time == 1100
@@ -108,17 +165,16 @@ def test_places_in_flight_are_bounded_and_come_back() -> None:
     time = TurnedClock()
     inside, most = 0, 0
 
-    async def one(gate: Turnstile) -> None:
+    async def one(gate: Throttle) -> None:
         nonlocal inside, most
-        ticket = await gate.enter(1, LONG)
-        inside += 1
-        most = max(most, inside)
-        await asyncio.sleep(0)
-        inside -= 1
-        gate.leave(ticket, 1)
+        async with gate.slot(1, LONG):
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(0)
+            inside -= 1
 
     async def go() -> None:
-        gate, _ = turnstile(time, concurrency=3)
+        gate, _ = throttle(time, concurrency=3)
         await asyncio.gather(*(one(gate) for _ in range(20)))
 
     asyncio.run(go())
@@ -129,15 +185,14 @@ def test_a_full_house_times_out_and_a_cancelled_wait_gives_its_place_back() -> N
     time = TurnedClock()
 
     async def go() -> None:
-        gate, window = turnstile(time, concurrency=1, requests=1)
-        ticket = await gate.enter(1, LONG)
-        with pytest.raises(TurnTimeout):
-            await gate.enter(1, 0.01)
-        gate.leave(ticket, None)
-        waiting = asyncio.create_task(Turnstile.enter(gate, 1, LONG))
+        gate, _ = throttle(time, concurrency=1, requests=1)
+        async with gate.slot(1, LONG):
+            with pytest.raises(QueueTimeout):
+                await enter(gate, 0.01)
+        waiting = asyncio.create_task(enter(gate, LONG))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        gate.leave(await gate.enter(1, LONG), None)
+        await enter(gate, LONG)
 
     asyncio.run(asyncio.wait_for(go(), 20))

@@ -7,12 +7,10 @@ import math
 import pytest
 from PIL import Image
 
-from rewards.judge.expected_score import LEAST_MASS, ExpectedScore
 from rewards.judge.messages import JudgeReply, Outcome, TokenChoices
-from rewards.judge.protocols import GRAVITY, TASKS, Sample, judge_sample
-from rewards.judge.structured import Structured
+from rewards.judge.protocols import LEAST_MASS, PROTOCOLS
+from rewards.judge.questions import TASKS, Sample, judge_sample
 from rewards.judge.template_files import load_template
-from rewards.judge.viescore import VieScore
 
 SOURCE, RESULT = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
 SAMPLES = {
@@ -20,7 +18,6 @@ SAMPLES = {
     "t2i": Sample("t2i", "a blue square", RESULT),
 }
 SC = {"edit": ("success", "preservation"), "t2i": ("content", "details")}
-PROTOCOLS = {"viescore": VieScore, "structured": Structured, "expected_score": ExpectedScore}
 ROLES = {f"{name}/{task}": PROTOCOLS[name]().roles(task) for name in PROTOCOLS for task in TASKS}
 
 
@@ -255,15 +252,15 @@ def test_a_refusal_in_plain_words_is_a_refusal(case):
 
 
 def test_the_graver_of_two_failures_is_named():
-    assert set(GRAVITY) == set(Outcome)
+    gravity = list(Outcome)
     for sc, pq in itertools.product(FAILURES, FAILURES):
         script = Script(
             {"viescore_edit_sc": JudgeReply(sc, detail="a"), "viescore_pq": JudgeReply(pq, detail="b")}
         )
         judged = run("viescore", script, max_asks=1)
-        assert judged.outcome is min(sc, pq, key=GRAVITY.index)
+        assert judged.outcome is min(sc, pq, key=gravity.index)
     # What cannot be mended comes before what waiting mends, so that no retry is spent on a lost sample.
-    assert GRAVITY.index(Outcome.REFUSED) < GRAVITY.index(Outcome.UNAVAILABLE)
+    assert gravity.index(Outcome.REFUSED) < gravity.index(Outcome.UNAVAILABLE)
 
 
 def test_cached_only_when_all_was():

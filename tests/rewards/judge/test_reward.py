@@ -10,9 +10,9 @@ from PIL import Image
 import rewards.judge.judge as judge_module
 from rewards.base import FatalRewardError, RetryableRewardError, RewardLoadError, RewardSpec
 from rewards.calling import RewardBatch
-from rewards.judge.judge import FAILURES, INFRASTRUCTURE, Judge
-from rewards.judge.messages import JudgeReply, Outcome
-from rewards.judge.silence import Silence
+from rewards.judge.client import Silence
+from rewards.judge.judge import FAILURES, Judge
+from rewards.judge.messages import INFRASTRUCTURE, JudgeReply, Outcome
 from rewards.loading import load_reward
 from rewards.scoring import score_group
 

@@ -13,11 +13,13 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from rewards.base import RewardSpec
-from rewards.judge.protocols import Sample
+from rewards.judge.questions import Sample
 from rewards.judge.template_files import load_template
 from rewards.loading import load_reward
 from tests.fakes.tiny_vlm import DIGITS, make_tiny_vlm
 from tests.fakes.vllm_server import vllm_server
+
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")

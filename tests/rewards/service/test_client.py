@@ -23,7 +23,7 @@ from rewards.scoring import score_group
 from rewards.service import client, endpoints
 from rewards.service.endpoints import Endpoints
 from rewards.worker import RewardScorer
-from tests.fakes.service_process import Service, served, write_recipe
+from tests.fakes.service_process import Service, ServiceThread, served, write_recipe
 
 SLOW = """
     import asyncio
@@ -52,9 +52,9 @@ def start(folder, slow_name):
     """Starts services of the slow reward; what is left of them is ended with the module."""
     running = []
 
-    def start_service(*options, reward=None, port=0):
-        rewards = {"t2i": [reward or {"name": slow_name}]}
-        running.append(Service(write_recipe(folder, rewards, f"{len(running)}.yaml"), *options, port=port))
+    def start_service(port=0):
+        recipe = write_recipe(folder, {"t2i": [{"name": slow_name}]}, f"{len(running)}.yaml")
+        running.append(Service(recipe, port=port))
         return running[-1].ready()
 
     yield start_service
@@ -63,9 +63,23 @@ def start(folder, slow_name):
 
 
 @pytest.fixture(scope="module")
-def steady(start):
+def start_thread(slow_name):
+    """Starts services in this process, where none has to die as processes do."""
+    running = []
+
+    def start_service(reward=None, **trial):
+        running.append(ServiceThread(RewardSet("set", "t2i", [reward or RewardSpec(slow_name)], **trial)))
+        return running[-1]
+
+    yield start_service
+    for service in running:
+        service.stop()
+
+
+@pytest.fixture(scope="module")
+def steady(start_thread):
     """A service that no test ends."""
-    return start()
+    return start_thread().ready()
 
 
 def groups():
@@ -126,8 +140,8 @@ def test_a_restart_on_the_same_port_is_waited_for(start, slow_name):
     assert_undisturbed(asyncio.run(score_all(loaded, after=restart)))
 
 
-def test_a_service_gone_for_good_stops_the_run_within_the_stated_time(start, slow_name):
-    mortal, nobody = start(), f"http://127.0.0.1:{free_port()}"
+def test_a_service_gone_for_good_stops_the_run_within_the_stated_time(start_thread, slow_name):
+    mortal, nobody = start_thread().ready(), f"http://127.0.0.1:{free_port()}"
     loaded = load_reward(served(RewardSpec(slow_name), mortal.url, nobody, unavailable_s=1.5))
     with pytest.raises(FatalRewardError) as raised:
         asyncio.run(score_all(loaded, after=mortal.stop))
@@ -164,11 +178,11 @@ def test_one_reward_serves_several_event_loops(steady, slow_name):
     assert [result.scores for result in results] == [expected()[0]] * 5
 
 
-def test_a_reward_worker_scores_the_same_with_a_served_reward(start, monkeypatch):
+def test_a_reward_worker_scores_the_same_with_a_served_reward(start_thread, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    service = start(reward={"name": "geneval_shapes", "params": {"credit": "strict"}, "label": "rules"})
     spec = RewardSpec("geneval_shapes", weight=0.5, params={"credit": "strict"}, label="rules")
     wanted = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
+    service = start_thread(spec, example_metadata=wanted, height=32, width=32)
     prompts = [Prompt(0, "t2i", "a red circle", None, wanted)] * 6
     images = np.stack([disc(radius) for radius in range(6)])
 
@@ -271,24 +285,21 @@ def test_every_service_that_is_not_there_is_named(steady, slow_name):
     assert len(found) == 2
 
 
-def test_a_reward_that_fails_its_trial_is_not_ready_and_says_why(folder, slow_name):
+def test_a_reward_that_fails_its_trial_is_not_ready_and_says_why(start_thread, folder):
     broken = folder / "broken_reward.py"
     broken.write_text(
         "def broken(*, images, prompts, references, metadata):\n    raise OSError('no weights')\n"
     )
-    service = Service(write_recipe(folder, {"t2i": [{"name": f"{broken}:broken"}]}, "broken.yaml"))
-    try:
-        (problem,) = problems(served(RewardSpec(f"{broken}:broken"), service.url, unavailable_s=2.0))
-    finally:
-        service.stop()
+    service = start_thread(RewardSpec(f"{broken}:broken"))
+    (problem,) = problems(served(RewardSpec(f"{broken}:broken"), service.url, unavailable_s=0.5))
     assert "was not ready within" in problem and "OSError: no weights" in problem
 
 
-def test_services_that_run_another_file_are_told_apart(start, folder, slow_name, steady):
+def test_services_that_run_another_file_are_told_apart(start_thread, folder, slow_name, steady):
     path = folder / "slow_reward.py"
     path.write_text(path.read_text() + "\n# another file now\n")
     try:
-        second = start()
+        second = start_thread().ready()
     finally:
         path.write_text(textwrap.dedent(SLOW))
     loaded = load_reward(served(RewardSpec(slow_name), steady.url, second.url))

@@ -1,4 +1,4 @@
-"""A service process over real HTTP: same scores as in process, same errors, and nothing let in that should not be."""
+"""A service over real HTTP: same scores as in process, same errors, and nothing let in that should not be."""
 
 import asyncio
 import dataclasses
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rewards.base import FatalRewardError, RewardContractError, RewardSpec
+from rewards.base import FatalRewardError, RewardContractError, RewardSet, RewardSpec
 from rewards.calling import RewardBatch, call_reward
 from rewards.loading import load_reward
 from rewards.scoring import score_group
-from rewards.service.wire import MEDIA_TYPE, Asked, encode_request, fingerprint
-from tests.fakes.service_process import Service, served, write_recipe
+from rewards.service.wire import MEDIA_TYPE, Call, encode_request, fingerprint
+from tests.fakes.service_process import ServiceThread, served
 from worlds.shapes.scenes.captions import sample_t2i
 from worlds.shapes.scenes.edits import sample_edit
 from worlds.shapes.scenes.render import render
@@ -51,19 +51,21 @@ def odd_name(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory, odd_name):
-    rewards = {"t2i": [{"name": "geneval_shapes"}, {"name": odd_name}], "edit": [{"name": "edit_shapes"}]}
-    running = Service(
-        write_recipe(tmp_path_factory.mktemp("service"), rewards),
-        "--max-request-mb", "1", "--token-env", "SERVICE_TOKEN", SERVICE_TOKEN="open-sesame",
-    )  # fmt: skip
+def service(odd_name):
+    def trial(task, name):
+        metadata = shapes_batch(task, 1).metadata[0]
+        return RewardSet(name, task, [RewardSpec(name)], example_metadata=metadata, height=32, width=32)
+
+    trials = [trial("t2i", "geneval_shapes"), trial("t2i", odd_name), trial("edit", "edit_shapes")]
+    running = ServiceThread(*trials, max_request_mb=1, token_env="SERVICE_TOKEN")
     yield running.ready()
     running.stop()
 
 
 @pytest.fixture(autouse=True)
 def _token(monkeypatch):
-    monkeypatch.setenv("SERVICE_TOKEN", "open-sesame")
+    for variable in ("SERVICE_TOKEN", "CLIENT_TOKEN"):
+        monkeypatch.setenv(variable, "open-sesame")
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def http(service):
 
 
 def behind(service, spec, **settings):
-    return load_reward(served(spec, service.url, token_env="SERVICE_TOKEN", **settings))
+    return load_reward(served(spec, service.url, token_env="CLIENT_TOKEN", **settings))
 
 
 def shapes_batch(task, count=16):
@@ -159,9 +161,9 @@ def test_a_fatal_error_is_fatal_through_http(service, odd_name, what, kind, text
 def body_for(name, what="fine", *, timeout_s=20.0, size=8):
     batch = odd_batch(what)
     images = [image.resize((size, size)) for image in batch.images]
-    asked = Asked(fingerprint(name, {}), timeout_s)
+    call = Call(fingerprint(name, {}), timeout_s)
     given = {"prompts": batch.prompts, "references": batch.references, "metadata": batch.metadata}
-    return encode_request(asked, images=images, **given, codec="raw")
+    return encode_request(call, images=images, **given, codec="raw")
 
 
 def post(http, label, body, **headers):
@@ -219,7 +221,7 @@ def test_a_small_png_of_a_large_picture_is_refused(http, odd_name):
         "references": [None],
         "metadata": [{}],
     }
-    body = encode_request(Asked(fingerprint(odd_name, {}), 20.0), **batch, codec="png")
+    body = encode_request(Call(fingerprint(odd_name, {}), 20.0), **batch, codec="png")
     assert len(body) < 2**14
     response = post(http, "odd", body)
     assert response.status_code == 422 and "once decoded" in response.json()["error"]["message"]
@@ -241,15 +243,14 @@ def test_without_the_token_there_is_only_the_state_of_health(service, odd_name, 
 
 def test_a_wrong_token_stops_the_run_and_is_never_told(service, odd_name, monkeypatch, caplog):
     caplog.set_level("DEBUG")
-    monkeypatch.setenv("SERVICE_TOKEN", "secret-of-another")
+    monkeypatch.setenv("CLIENT_TOKEN", "secret-of-another")
     loaded = behind(service, RewardSpec(odd_name))
     with pytest.raises(FatalRewardError, match="token is missing or wrong") as raised:
         group_of(loaded, odd_batch("fine"))
     (problem,) = asyncio.run(loaded.owner.readiness())
     assert "token is missing or wrong" in problem
-    seen = (
-        f"{raised.value!r} {problem} {loaded!r} {vars(loaded.owner)} {caplog.text} {service.log.read_text()}"
-    )
+    seen = f"{raised.value!r} {problem} {loaded!r} {vars(loaded.owner)} {caplog.text}"
+    assert "not scored (unauthorized)" in seen, "the service's own log is in it"
     assert "secret-of-another" not in seen and "open-sesame" not in seen
 
 

@@ -12,7 +12,7 @@ from core.statistics import bootstrap_mean, strata_bootstrap
 from rewards.base import RewardSpec
 from rewards.benchmarks.figures import Figure, image_mean
 from rewards.benchmarks.items import Item, ScoredItem
-from rewards.benchmarks.layouts import Grid, Numbered
+from rewards.benchmarks.layouts import Keyed, Numbered
 from rewards.benchmarks.registry import Part
 from rl.evaluate.cluster import make_placement
 from rl.evaluate.images import ImageStore
@@ -150,7 +150,7 @@ def pixels(count, side=4):
     return np.random.default_rng(count).integers(0, 255, (count, side, side, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("layout", [Numbered(), Grid()])
+@pytest.mark.parametrize("layout", [Numbered(), Keyed()])
 def test_a_committed_batch_is_laid_out_and_leaves_no_spool(tmp_path, batch, layout):
     store = ImageStore(layout, tmp_path / "images", 4, tmp_path / "spool")
     images = pixels(8)

@@ -108,7 +108,7 @@ def test_an_evaluation_killed_at_a_random_moment_and_run_again_gives_the_same_ta
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     before = stamps(output)
     spooled = len(list((output / "spool").glob("[0-9]*.npz")))
     assert moment <= len(before) < PROMPTS, (

@@ -219,20 +219,21 @@ def test_two_ranks_rehearse_their_shares(folder, ray_session, stage):
 def test_a_run_rehearses_and_resumes_to_the_same(tmp_path, ray_session):
     recipe = tiny_recipe(tmp_path / "straight")
     changes = (
+        "stages[0].steps=1",
         "stages[1].rehearsal={beta: 5.0, num_prompts: 4, samples: 2}",
         "learner.ema={enabled: true, every: 1, decay: 0.5}",
     )
     run(recipe, *changes)
     steps = [r for r in records(tmp_path / "straight") if "loss/total" in r]
-    assert ["policy/rehearsal" in r for r in steps] == [False, False, True, True]
-    assert steps[3]["policy/rehearsal"] > 0
-    for keep in ("stage_0_end", "step_000003"):
+    assert ["policy/rehearsal" in r for r in steps] == [False, True, True]
+    assert steps[2]["policy/rehearsal"] > 0
+    for keep in ("stage_0_end", "step_000002"):
         copy_run(tmp_path / "straight", tmp_path / keep, (keep,))
         run(recipe, *changes, f"output_dir={tmp_path / keep / 'runs'}", resume="auto")
         assert final_hash(tmp_path / keep) == final_hash(tmp_path / "straight")
         assert learned(tmp_path / keep) == learned(tmp_path / "straight")
     without = tmp_path / "without"
-    run(recipe, changes[1], f"output_dir={without / 'runs'}")
+    run(recipe, changes[0], changes[2], f"output_dir={without / 'runs'}")
     assert final_hash(without) != final_hash(tmp_path / "straight")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from rewards.geneval.backend import ColorQuestion, Detections
+from rewards.geneval.detection import ColorQuestion, Detections
 from worlds.shapes.scenes.render import render, stack
 from worlds.shapes.scenes.world import Scene, Shape
 from worlds.shapes.scoring.detector import Detected, detect
@@ -19,7 +19,7 @@ class Detector:
     label = "shapes world, moments of connected components"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
-        """See `rewards.geneval.backend.Detector.detect`."""
+        """See `rewards.geneval.detection.Detector.detect`."""
         return [found.detections for found in detect(stack(images))]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rewards.base import RewardOutput
 from rewards.geneval import evaluate
-from rewards.geneval.credits import check_credit, geneval_output
+from rewards.geneval.rewards import check_credit, geneval_output
 from worlds.shapes.scenes.edits import Edit
 from worlds.shapes.scenes.render import stack
 from worlds.shapes.scenes.world import Scene

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: each whole or absent, the newest kept."""
+"""Checkpoints of a training run of the shapes world: whole or absent, see `core/files.py`."""
 
 import json
 import shutil
@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
-from core.files import COMPLETE, publish_folder
+from core.files import COMPLETE, atomic_write_json, publish_folder
 
 
 def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any], recipe: dict, *, keep: int) -> None:
     """Write `folder/step-NNNNNN` and delete all but the newest `keep`.
 
     `state` holds tensors, numbers, strings, lists and dicts only: it is read back with `weights_only=True`.
+    An older checkpoint goes only when the new one is complete.
     """
-    partial = Path(folder) / f".partial-{step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    torch.save(state, partial / "state.pt")
-    (partial / "recipe.json").write_text(json.dumps(recipe, indent=2, sort_keys=True), encoding="utf-8")
-    publish_folder(partial, Path(folder) / f"step-{step:06d}")
+    final = Path(folder) / f"step-{step:06d}"
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    torch.save(state, temporary / "state.pt")
+    atomic_write_json(temporary / "recipe.json", recipe)
+    publish_folder(temporary, final)
     for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 

@@ -80,7 +80,10 @@ def test_a_metaquery_base_is_drawn_with_its_vlm(tmp_path, tiny_model, capsys):
     assert main([str(folder)]) == 2
     assert "(it has conditioner/): give its Qwen2.5-VL as --vlm" in capsys.readouterr().err
     assert main([str(tiny_model), "--vlm", str(vlm)]) == 2
-    assert "(it has no conditioner/), which reads prompts with its text encoders; leave" in capsys.readouterr().err
+    assert (
+        "(it has no conditioner/), which reads prompts with its text encoders; leave"
+        in capsys.readouterr().err
+    )
     options = ["--num-prompts", "4", "--guidance", "1", "2", "--steps", "1"]
     assert main([str(folder), "--vlm", str(vlm), *options]) == 0
     assert capsys.readouterr().out.count("| CFG 2 |") == 2
