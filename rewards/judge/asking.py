@@ -12,10 +12,9 @@ from typing import Any
 
 import tenacity
 
-from rewards.judge.budget import Budget, BudgetExhausted
+from rewards.judge.budget import Budget, BudgetExhausted, bill, most_of, price_of
 from rewards.judge.limits import Clock, QueueTimeout, RateWindow, Throttle
 from rewards.judge.messages import INFRASTRUCTURE, JudgeReply, JudgeRequest, Outcome
-from rewards.judge.pricing import bill, most_of, price_of
 from rewards.judge.settings import JudgeSettings
 from rewards.judge.wire import NOT_BILLED, Attempt, chat_arguments, read_completion, read_error
 

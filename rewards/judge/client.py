@@ -15,11 +15,10 @@ from pathlib import Path
 
 from core.logs import submitted_job
 from rewards.judge.asking import InFlight, MissingKeyError, Sender, read_key
-from rewards.judge.budget import Budget
+from rewards.judge.budget import NANO, Budget, price_of
 from rewards.judge.cache import FileAnswers, Fingerprint, MemoryAnswers, as_cached, identify
 from rewards.judge.limits import Clock, RateWindow
 from rewards.judge.messages import Asker, JudgeReply, JudgeRequest, Outcome
-from rewards.judge.pricing import NANO, price_of
 from rewards.judge.settings import JudgeSettings
 from rewards.judge.store import StoreBusyError, StoreError
 

@@ -19,9 +19,9 @@ from PIL import Image
 from pydantic import Field, TypeAdapter
 
 from rewards.base import FatalRewardError, RetryableRewardError, RewardOutput
+from rewards.judge.budget import PROMPT_BYTES, cost_lines
 from rewards.judge.client import JudgeClient, Silence
 from rewards.judge.messages import INFRASTRUCTURE, Asker, Outcome
-from rewards.judge.pricing import PROMPT_BYTES, cost_lines
 from rewards.judge.protocols import PROTOCOLS
 from rewards.judge.questions import (
     TASKS,

@@ -14,8 +14,13 @@ from typing import Any, NoReturn
 LONGEST_ANSWER = 20_000
 """Characters. A judge that writes more has lost the thread, and the search below stays fast."""
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'|[{}]', re.DOTALL)
-_TO_MEND = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'|,(?=\s*[}\]])', re.DOTALL)
+# A quote that is never closed takes the rest of the text (in a group), so that nothing is searched twice.
+_DOUBLE, _SINGLE = r'"(?:[^"\\]|\\.)*(?:"|(\\?\Z))', r"'(?:[^'\\]|\\.)*(?:'|(\\?\Z))"
+_TOKENS = {
+    quotes: re.compile("|".join([r"[{}]", *strings]), re.DOTALL)
+    for quotes, strings in {"\"'": [_DOUBLE, _SINGLE], '"': [_DOUBLE], "'": [_SINGLE], "": []}.items()
+}
+_TO_MEND = re.compile(rf"{_DOUBLE}|{_SINGLE}|,(?=\s*[}}\]])", re.DOTALL)
 _NUMBER = re.compile(r"\d{1,3}(\.\d{1,6})?", re.ASCII)
 _REFUSAL = re.compile(
     r"(i['’]?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately"
@@ -95,28 +100,27 @@ def _check_length(text: str) -> None:
 
 
 def _object_spans(text: str) -> list[str]:
-    """Every outermost `{...}`, braces inside strings apart. Quotes outside braces are prose."""
-    spans, depth, start, position = [], 0, 0, 0
-    while match := _TOKEN.search(text, position):
-        token, position = match.group(), match.end()
-        if token == "{":
-            start = match.start() if depth == 0 else start
-            depth += 1
-        elif token == "}" and depth:
-            depth -= 1
-            if depth == 0:
-                spans.append(text[start:position])
-        elif depth == 0:
-            position = match.start() + 1  # an apostrophe or a quotation: go on inside it
-    if depth:
-        raise MalformedAnswer("has a brace that is never closed")
+    """Every outermost `{...}`, braces inside strings apart. Quotes outside braces, or never closed, are prose."""
+    spans, end, quotes = [], 0, "\"'"
+    while (start := text.find("{", end)) >= 0:
+        depth, end = 1, start + 1
+        while depth:
+            match = _TOKENS[quotes].search(text, end)
+            if match is None:
+                raise MalformedAnswer("has a brace that is never closed")
+            token, end = match[0], match.end()
+            if token in "{}":
+                depth += 1 if token == "{" else -1
+            elif match.lastindex:
+                quotes, end = quotes.replace(token[0], ""), match.start() + 1
+        spans.append(text[start:end])
     return spans
 
 
 def _mend(match: re.Match[str]) -> str:
     """Single quotes become double, a comma before a closing bracket goes."""
     token = match.group()
-    if token[0] == "'":
+    if token[0] == "'" and not match.lastindex:
         swap = {"\\'": "'", '"': '\\"'}
         inner = re.sub(r"\\.|\"", lambda found: swap.get(found[0], found[0]), token[1:-1], flags=re.DOTALL)
         return f'"{inner}"'

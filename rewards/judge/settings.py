@@ -38,7 +38,7 @@ class JudgeSettings:
     image_format: `png` (lossless) or `jpeg` (quality 95). image_detail: OpenAI's detail level.
     max_cost_usd, max_total_tokens: hard limits on what all that share the ledger spend together, earlier runs
         with it included; None for no limit.
-    price_per_million_input, price_per_million_output: dollars per million tokens, where `pricing.py` does not
+    price_per_million_input, price_per_million_output: dollars per million tokens, where `budget.py` does not
         know the model or knows it wrongly.
     """
 

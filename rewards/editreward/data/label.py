@@ -45,8 +45,8 @@ from rewards.editreward.data.label_run import (
     settled,
 )
 from rewards.editreward.data.shards import DataError, shard_members
+from rewards.judge.budget import PROMPT_BYTES, cost_lines
 from rewards.judge.client import JudgeClient
-from rewards.judge.pricing import PROMPT_BYTES, cost_lines
 from rewards.judge.questions import Sample
 from rewards.judge.template_files import Template, TemplateError
 

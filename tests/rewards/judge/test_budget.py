@@ -9,10 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from rewards.judge.budget import Budget, BudgetExhausted
+from rewards.judge.budget import (
+    NANO,
+    Amount,
+    Budget,
+    BudgetExhausted,
+    Price,
+    bill,
+    cost_lines,
+    image_tokens,
+    most_of,
+    price_of,
+)
 from rewards.judge.client import JudgeClient
 from rewards.judge.messages import Outcome
-from rewards.judge.pricing import NANO, Amount, Price, bill, cost_lines, image_tokens, most_of, price_of
 from rewards.judge.settings import JudgeSettings
 from tests.fakes.judge_questions import ask, picture, question, settings_for
 from tests.fakes.judge_server import COMPLETION_TOKENS, PROMPT_TOKENS, JudgeServer, Play
@@ -107,8 +117,7 @@ def test_holds_count_until_they_are_settled(tmp_path, limits, key) -> None:
 
 SPEND = """
 import random, sys
-from rewards.judge.budget import Budget, BudgetExhausted
-from rewards.judge.pricing import Amount
+from rewards.judge.budget import Amount, Budget, BudgetExhausted
 budget, sent = Budget(sys.argv[1], max_nano_usd=None, max_tokens=400), 0
 try:
     while True:

@@ -59,6 +59,18 @@ def test_everything_that_shapes_an_answer_changes_the_key() -> None:
     assert len(set(keys.values())) == len(keys)
 
 
+def test_the_keys_of_stored_answers_stay_what_they_were() -> None:
+    """Another hash would make every cache that exists worthless."""
+    settings = JudgeSettings("judge", temperature=None, seed=3, image_format="jpeg")
+    schema, parts = {"b": 1, "a": [1]}, (picture(3), "x", picture(4))
+    asked = question(parts=parts, system="", response_schema=schema, top_logprobs=4, ask=2)
+    keys = identify(BASE, question()).key, identify(settings, asked).key
+    assert keys == (
+        "a418afcf0cf3a002e1145872a2f90d17a32cb4f266e1598d560a2b4efa06540e",
+        "d769449183b296205009fefdb172390ab30e89e2216047a0b3661c58c0bbfcd2",
+    )
+
+
 def test_how_it_is_asked_does_not_change_the_key() -> None:
     moved = dataclasses.replace(
         BASE, base_url="http://elsewhere/v1", api_key_env=None, concurrency=1, timeout_s=1.0, mode="record",

@@ -7,8 +7,8 @@ from PIL import Image
 
 from rewards.base import FatalRewardError, RetryableRewardError, RewardOutput, RewardSpec
 from rewards.calling import RewardBatch
+from rewards.judge.budget import most_of
 from rewards.judge.judge import FAILURES
-from rewards.judge.pricing import most_of
 from rewards.judge.protocols import VieScore
 from rewards.judge.questions import Sample
 from rewards.judge.template_files import load_template
