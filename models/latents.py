@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 from core.pictures import to_rgb
+from models.sizes import vae_factor
 
 # Width : height, the shapes of UniPic 2.0's Kontext training.
 ASPECT_RATIOS: tuple[tuple[int, int], ...] = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
@@ -53,11 +54,6 @@ def latent_shape(vae: AutoencoderKL | Mapping[str, Any], height: int, width: int
     if height % factor or width % factor:
         raise ValueError(f"image of {height} x {width} px: both sides must be multiples of {factor}")
     return config["latent_channels"], height // factor, width // factor
-
-
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent along a side: 8 for SD3.5."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 @torch.no_grad()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LONGER_EDGE = 512
 """Of the released scripts. A model whose own size is smaller has that as its default."""
@@ -42,15 +44,29 @@ class ModelGeometry:
         return max(self.step, min(LONGER_EDGE, self.side) // self.step * self.step)
 
 
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent along a side: 8 for SD3.5."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
 def geometry(folder: str | Path) -> ModelGeometry:
     """From the configs of VAE and transformer."""
     transformer = json.loads((Path(folder) / "transformer" / "config.json").read_text(encoding="utf-8"))
     vae = json.loads((Path(folder) / "vae" / "config.json").read_text(encoding="utf-8"))
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = vae_factor(vae)
     multiple = factor * transformer["patch_size"]
     return ModelGeometry(
         multiple, multiple * transformer["pos_embed_max_size"], factor * transformer["sample_size"]
     )
+
+
+def check_size(model: ModelGeometry, height: int, width: int) -> None:
+    """Raise ValueError for a size that the model cannot make."""
+    if any(side < 1 or side % model.multiple or side > model.largest for side in (height, width)):
+        raise ValueError(
+            f"pictures of {height} x {width} px (height x width): this model makes sides that are multiples of "
+            f"{model.multiple} and at most {model.largest}"
+        )
 
 
 def parse_aspect_ratio(text: str) -> tuple[int, int]:
@@ -108,9 +124,5 @@ def choose_size(
         proportions = parse_aspect_ratio(aspect_ratio) if aspect_ratio else picture or (1, 1)
         edge = model.longer_edge if longer_edge is None else longer_edge
         size = longer_edge_size(*proportions, edge, model.step)
-    if any(side < 1 or side % model.multiple or side > model.largest for side in size):
-        raise ValueError(
-            f"pictures of {size[0]} x {size[1]} px (height x width): this model makes sides that are multiples of "
-            f"{model.multiple} and at most {model.largest}"
-        )
+    check_size(model, *size)
     return size

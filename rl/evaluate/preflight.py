@@ -15,7 +15,7 @@ from core.recipe import ConfigError, read_overrides
 from models.folders import METAQUERY_PARTS, PARTS, model_sha256, vlm_sha256
 from models.lora.load import load_adapter
 from models.preflight import model_problems as folder_problems
-from models.sizes import geometry
+from models.sizes import check_size, geometry
 from rewards.base import RewardSet
 from rewards.benchmarks.items import DataError
 from rewards.benchmarks.registry import Benchmark, Part, Request
@@ -219,12 +219,12 @@ def _model_problems(
     except (ValueError, OSError, KeyError) as error:
         problems.append(f"--adapter {adapter}: {error}")
     found = geometry(folder)
-    return problems + [
-        f"--size: pictures of {height} x {width} px need sides that are multiples of {found.multiple} and at most "
-        f"{found.largest}"
-        for height, width in sorted(sizes)
-        if any(side % found.multiple or side > found.largest for side in (height, width))
-    ]
+    for size in sorted(sizes):
+        try:
+            check_size(found, *size)
+        except ValueError as error:
+            problems.append(f"--size: {error}")
+    return problems
 
 
 def _picture_problems(plan: Plan) -> list[str]:

@@ -95,11 +95,9 @@ def _check_model(config: RunConfig) -> list[str]:
 
 def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
     """LoRA targets and image size against the real modules, built without memory on the meta device."""
-    import json
-
     from models.components import transformer_shell
-    from models.latents import latent_shape
     from models.lora.attach import attach_lora
+    from models.sizes import check_size, geometry
 
     problems = []
     try:
@@ -108,14 +106,7 @@ def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
     except (ValueError, RuntimeError) as error:
         problems.append(f"model.lora: {error}")
     try:
-        vae = json.loads((folder / "vae" / "config.json").read_text())
-        _, *sides = latent_shape(vae, config.model.height, config.model.width)
-        shape = json.loads((folder / "transformer" / "config.json").read_text())
-        patch, largest = shape["patch_size"], shape["pos_embed_max_size"]
-        if any(side % patch or side // patch > largest for side in sides):
-            raise ValueError(
-                f"{sides} latents do not divide into at most {largest} patches of {patch} a side"
-            )
+        check_size(geometry(folder), config.model.height, config.model.width)
     except (ValueError, KeyError) as error:
         problems.append(f"model.height, model.width: {error}")
     return problems

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from core.training.estimates import PEAK_TFLOPS
 
 from core.keys import allowed, split_annotated, split_optional
 from core.recipe import ConfigError, to_yaml, value_problems
 from core.recipe_help import keys_of
+from core.training.estimates import PEAK_TFLOPS
 from pretrain.flow.config import ResourcesSection
 from pretrain.flow.validate import load_recipe
 from rewards.recipe import REST, ServedRecipe

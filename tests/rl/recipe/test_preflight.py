@@ -51,10 +51,13 @@ def test_a_sound_recipe_passes_with_its_rewards(recipe):
         ),
         (
             "model.height=30",
-            "model.height, model.width: image of 30 x 32 px: both sides must be multiples of 4",
+            "model.height, model.width: pictures of 30 x 32 px (height x width): this model makes",
         ),
-        ("model.height=36", "model.height, model.width: [9, 8] latents do not divide"),
-        ("model.width=256", "at most 16 patches of 2 a side"),
+        (
+            "model.height=36",
+            "model.height, model.width: pictures of 36 x 32 px (height x width): this model makes",
+        ),
+        ("model.width=256", "sides that are multiples of 8 and at most 128"),
         ("stages[0].prompts=/absent/edit.jsonl", "/absent/edit.jsonl: cannot be read"),
         ("evaluation.tasks[0].num_prompts=7", "edit.jsonl holds 6 prompts, num_prompts=7 asks for more"),
         ("stages[1].rewards[0].name=geneval_shapez", "reward 'geneval_shapez' is not built in: did you mean"),

@@ -42,8 +42,12 @@ def t2i_lines(split: str, count: int, seed: int | None = None) -> Iterator[dict[
     each = -(-count // len(TAGS))
     columns = [_tag_captions(rng, tag, split, each) for tag in TAGS]
     for caption in itertools.islice(itertools.chain.from_iterable(zip(*columns, strict=True)), count):
-        record = caption.metadata()
-        yield {"prompt": record.pop("prompt"), "metadata": record}
+        yield _line(caption)
+
+
+def _line(caption: Caption) -> dict[str, Any]:
+    record = caption.metadata()
+    return {"prompt": record.pop("prompt"), "metadata": record}
 
 
 def _tag_captions(rng: np.random.Generator, tag: str, split: str, count: int) -> list[Caption]:
@@ -81,8 +85,7 @@ def wide_t2i_lines(count: int, seed: int = SEEDS["train"]) -> Iterator[dict[str,
         for caption in _tag_captions(rng, tag, "train", math.ceil(count * n**0.25 / total))
     ]
     for index in rng.permutation(len(chosen))[:count]:
-        record = chosen[index].metadata()
-        yield {"prompt": record.pop("prompt"), "metadata": record}
+        yield _line(chosen[index])
 
 
 def edit_lines(split: str, count: int, seed: int | None = None) -> Iterator[dict[str, Any]]:

@@ -97,22 +97,18 @@ def mean_interval(scores: np.ndarray) -> tuple[float, float, float]:
     return mean, mean if found.low is None else found.low, mean if found.high is None else found.high
 
 
+@dataclass
 class Base:
     """A base on the CPU in float32, as a sampler of pictures; with a MetaQuery encoder, a MetaQuery base.
 
     `references` names those of `READERS` that see the picture to edit.
     """
 
-    def __init__(
-        self,
-        transformer: KontextTransformer,
-        vae: AutoencoderKL,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        encoder: SD3TextEncoder | MetaQueryEncoder,
-        references: Sequence[str] = READERS,
-    ) -> None:
-        self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
-        self.encoder, self.references = encoder, references
+    transformer: KontextTransformer
+    vae: AutoencoderKL
+    scheduler: FlowMatchEulerDiscreteScheduler
+    encoder: SD3TextEncoder | MetaQueryEncoder
+    references: Sequence[str] = READERS
 
     @classmethod
     def load(
