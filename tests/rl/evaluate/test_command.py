@@ -85,7 +85,7 @@ def test_neither_a_dry_run_nor_a_refusal_loads_ray(folder, tmp_path):
         (["--model", "{model}", "--num-images-per-prompt", "0"], "custom takes 1 or more"),
         (["--model", "{model}", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
         (["--model", "{model}", "--workers", "0"], "--workers 0: must be 1 or more"),
-        (["--model", "{model}", "--resources", "devise=cpu"], "'--resources devise': did you mean '--resources device'?"),
+        (["--model", "{model}", "--resources", "devise=cpu"], "did you mean '--resources device'?"),
         (["--model", "{model}", "--resources", "device=tpu"], "device='tpu' is not one of cuda, cpu"),
         (["--model", "{model}", "--resources", "threads=0"], "threads=0 must be at least 1"),
         (["--model", "{model}", "--reward", "nowhere:absent"], "cannot import nowhere"),
