@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def preflight(config: RunConfig) -> Preflight:
     """Check keys, paths, prompts, reference images, rewards (with a dry call), model folder and LoRA targets."""
     problems = find_problems(config)
     problems += _check_paths(config)
+    problems += _check_output(config)
     problems += _check_model(config)
     reward_sets = []
     for part in scored_parts(config):
@@ -63,6 +65,17 @@ def _check_paths(config: RunConfig) -> list[str]:
         for key, path in paths.items()
         if not Path(path).is_absolute() and (key == "output_dir" or not recipes.is_packaged(path))
     ]
+
+
+def _check_output(config: RunConfig) -> list[str]:
+    """Whether something can be written where results will go; leaves nothing behind."""
+    folder = Path(config.output_dir).expanduser().absolute()
+    try:
+        present = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        tempfile.TemporaryDirectory(dir=present).cleanup()
+    except (OSError, ValueError) as error:
+        return [f"output_dir={config.output_dir!r} cannot be written: {error}; give another folder"]
+    return []
 
 
 def _check_prompts(part: StagePart | EvaluationTaskConfig) -> tuple[list[str], list[Prompt]]:

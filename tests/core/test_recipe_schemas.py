@@ -85,51 +85,22 @@ batch_size: 32
 data: {edit_share: 0, sources: [{kind: shapes, task: t2i}]}
 """
 SENSELESS = [
-    "rollout.noise_level=5",
-    "rollout.noise_level=.nan",
-    "rollout.noise_level=.inf",
-    "learner.max_grad_norm=-1",
-    "learner.max_grad_norm=0",
-    "learner.max_grad_norm=.nan",
-    "learner.advantage_eps=.inf",
-    "learner.log_prob_tolerance=-1",
-    "learner.log_prob_tolerance=.nan",
-    "rollout.max_failed_prompts=-1",
-    "evaluation.every=-5",
-    "evaluation.cross_task_margin=.nan",
-    "gallery.prompts=-1",
-    "name=../../escape",
-    "name=.",
-    "name=..",
-    "name=",
-    "stages[0].name=a/b",
-    "stages[0].name=../x",
-    "learner.learning_rate=.nan",
-    "learner.kl_beta=.inf",
-    "learner.clip_range=.nan",
-    "learner.adam_beta1=1",
-    "learner.ema.decay=.nan",
-    "model.lora.alpha=.inf",
-    "rollout.workers=true",
-    "stages[0].steps=true",
-    "stages[0].rewards[0].weight=.nan",
-    "stages[0].rewards[0].timeout_s=.inf",
-    "rollout.guidance_scale=.nan",
-    "evaluation.baseline_guidance[0]=.nan",
-    "resources.reward_gpus=-1",
+    "rollout.noise_level=5", "rollout.noise_level=.nan", "rollout.noise_level=.inf",
+    "learner.max_grad_norm=-1", "learner.max_grad_norm=0", "learner.max_grad_norm=.nan",
+    "learner.advantage_eps=.inf", "learner.log_prob_tolerance=-1", "learner.log_prob_tolerance=.nan",
+    "rollout.max_failed_prompts=-1", "evaluation.every=-5", "evaluation.cross_task_margin=.nan",
+    "gallery.prompts=-1", "name=../../escape", "name=.", "name=..", "name=", "stages[0].name=a/b",
+    "stages[0].name=../x", "learner.learning_rate=.nan", "learner.kl_beta=.inf", "learner.clip_range=.nan",
+    "learner.adam_beta1=1", "learner.ema.decay=.nan", "model.lora.alpha=.inf", "rollout.workers=true",
+    "stages[0].steps=true", "stages[0].rewards[0].weight=.nan", "stages[0].rewards[0].timeout_s=.inf",
+    "rollout.guidance_scale=.nan", "evaluation.baseline_guidance[0]=.nan", "resources.reward_gpus=-1",
     "seed=-1",
-]
+]  # fmt: skip
 SENSELESS_FLOW = [
-    "optimization.lr=.nan",
-    "optimization.lr=.inf",
-    "optimization.betas=[1.5,0.9]",
-    "optimization.weight_decay=.nan",
-    "optimization.gradient_clip=.nan",
-    "timestep_shift=.nan",
-    "samples.guidance_scale=.nan",
-    "steps=true",
-    "name=a/b",
-]
+    "optimization.lr=.nan", "optimization.lr=.inf", "optimization.betas=[1.5,0.9]",
+    "optimization.weight_decay=.nan", "optimization.gradient_clip=.nan", "timestep_shift=.nan",
+    "samples.guidance_scale=.nan", "steps=true", "name=a/b",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -224,7 +195,7 @@ def test_whatever_the_text_nothing_but_a_config_error_is_raised(written, text):
 @FAST
 @given(
     seed=st.integers(0, 2**63 - 1), rate=st.floats(1e-12, 1e3), level=st.floats(0, 2),
-    negative=st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20) | st.sampled_from(["${a}", "\\${", "3e-4"]),
+    negative=st.text(st.characters(exclude_categories=("Cs", "Cc"))) | st.sampled_from(["${a}", "\\${", "3e-4"]),
     params=st.dictionaries(st.text("abc", min_size=1), st.floats(allow_nan=False) | st.text("a${}\\:1", max_size=6)),
 )  # fmt: skip
 def test_a_valid_recipe_reads_back_from_its_yaml(written, seed, rate, level, negative, params):
@@ -233,9 +204,6 @@ def test_a_valid_recipe_reads_back_from_its_yaml(written, seed, rate, level, neg
     config.rollout.negative_prompt, config.stages[0].rewards[0].params = negative, params
     assert value_problems(config) == []
     assert load_config(written(to_yaml(config)), []) == config
-
-
-NUMBERS = [key.name for _, key in KEYS if "[]" not in key.name and key.hint is not bool]
 
 
 @FAST
@@ -250,7 +218,7 @@ def test_rules_bear_values_out_of_range(written, values):
     for name, value in values.items():
         node, *path = config, *name.replace("[]", ".0").split(".")
         for part in path[:-1]:
-            node = (node[0] if node else None) if part == "0" else getattr(node, part)
+            node = (node[0] if node else None) if part == "0" else getattr(node, part, None)
         if node is not None:
             setattr(node, path[-1], value)
     assert all(isinstance(problem, str) for problem in broken_rules(config))
