@@ -156,12 +156,11 @@ def cluster_bootstrap(
         for name, value in figures(chosen).items():
             if value is not None:
                 draws[name].append(value)
-    return {
-        name: Estimate(
-            value, *(_percentiles(np.array(draws[name])) if draws[name] else (None, None)), len(clusters)
-        )
-        for name, value in point.items()
-    }
+    found = {}
+    for name, value in point.items():
+        low, high = _percentiles(np.array(draws[name])) if draws[name] else (None, None)
+        found[name] = Estimate(value, low, high, len(clusters))
+    return found
 
 
 def _as_array(values: Values, name: str) -> NDArray[np.float64]:
