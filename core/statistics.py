@@ -156,12 +156,9 @@ def cluster_bootstrap(
         for name, value in figures(chosen).items():
             if value is not None:
                 draws[name].append(value)
-    tail = 100 * (1 - CONFIDENCE) / 2
     found = {}
     for name, value in point.items():
-        low = high = None
-        if draws[name]:
-            low, high = (float(bound) for bound in np.percentile(draws[name], [tail, 100 - tail]))
+        low, high = _percentiles(np.array(draws[name])) if draws[name] else (None, None)
         found[name] = Estimate(value, low, high, len(clusters))
     return found
 

@@ -7,9 +7,9 @@ import logging
 import sys
 from pathlib import Path
 
+from core.command_line import add_recipe_arguments, refuse, report_dry_run
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
-from core.recipe_help import add_help_config
 from rl.loop.checkpoint import CheckpointError, check_same_recipe, find_checkpoint, read_state
 from rl.recipe.schema import RunConfig, load_config
 from rl.recipe.validate import broken_rules, find_problems
@@ -26,21 +26,15 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.recipe, arguments.overrides, rules=broken_rules, defer_values=True)
         return dry_run(config) if arguments.dry_run else train(config, resume=arguments.resume)
     except (ConfigError, CheckpointError) as error:
-        sys.stderr.write(f"This recipe cannot run:\n{error}\n")
-        return 2
+        return refuse("This recipe cannot run", error)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rl.train", description="Train a recipe with Flow-GRPO.")
-    parser.add_argument("recipe", help="path of a YAML recipe, for example recipes/shapes/pdtr.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", help="key=value, for example learner.kl_beta=0.01 stages[0].steps=5"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and print the plan; no Ray, no GPU"
-    )
-    add_help_config(parser, RunConfig)
-    parser.add_argument("--resume", default=None, metavar="auto|PATH", help="continue from a checkpoint")
+    add_recipe_arguments(
+        parser, "recipes/shapes/pdtr.yaml", RunConfig,
+        dry_run="check everything and print the plan; no Ray, no GPU", resume=True,
+    )  # fmt: skip
     return parser.parse_intermixed_args(argv)
 
 
@@ -51,20 +45,13 @@ def dry_run(config: RunConfig) -> int:
     from rl.recipe.preflight import preflight
     from rl.recipe.reward_plan import reward_lines
 
-    problems = preflight(config).problems
+    problems, plan = preflight(config).problems, []
     try:
         # The plan's formulas divide by the recipe's values, so they must be sound first.
-        for line in [] if find_problems(config) else [*describe_run(config), *reward_lines(config)]:
-            sys.stdout.write(line + "\n")
+        plan = [] if find_problems(config) else [*describe_run(config), *reward_lines(config)]
     except ValueError as error:
         problems += [p for p in [f"model.lora: {error}"] if p not in problems]
-    for line in blind_spots(config):
-        sys.stdout.write(f"note: {line}\n")
-    if problems:
-        sys.stdout.write("Not ready:\n" + "\n".join(f"- {problem}" for problem in problems) + "\n")
-        return 2
-    sys.stdout.write("Ready to run.\n")
-    return 0
+    return report_dry_run([*plan, *(f"note: {line}" for line in blind_spots(config))], problems)
 
 
 def train(config: RunConfig, *, resume: str | None = None) -> int:
