@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +60,11 @@ def meanings_of(schema: type) -> dict[str, str]:
             continue
         assert isinstance(body, ast.ClassDef)
         for key, text in zip(body.body, body.body[1:], strict=False):
-            if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(key.target, ast.Name):
+            if (
+                isinstance(key, ast.AnnAssign)
+                and isinstance(text, ast.Expr)
+                and isinstance(key.target, ast.Name)
+            ):
                 found[key.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
     return found
 
@@ -69,7 +74,9 @@ def plain_table(schema: type) -> list[str]:
     lines = []
     for key in keys_of(schema):
         default = "required" if key.default is None else f"= {key.default}"
-        lines.append(f"{key.name}  ({'; '.join(part for part in (key.type, key.allowed) if part)})  {default}")
+        lines.append(
+            f"{key.name}  ({'; '.join(part for part in (key.type, key.allowed) if part)})  {default}"
+        )
         lines += textwrap.wrap(key.meaning, 112, initial_indent="    ", subsequent_indent="    ")
     return lines
 
@@ -102,7 +109,7 @@ class _HelpConfig(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         for title, schema in self._schemas.items():
             lines = [*([f"{title}:", ""] if title else []), *plain_table(schema), ""]
-            parser._print_message("\n".join(lines) + "\n")
+            sys.stdout.write("\n".join(lines) + "\n")
         parser.exit()
 
 
