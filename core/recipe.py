@@ -189,7 +189,7 @@ def _filled(node: Any, hint: Any) -> Any:
     """A tree with the defaults of its schema put in where it says nothing, so that interpolations find them."""
     base, _ = split_annotated(split_optional(hint)[0])
     if dataclasses.is_dataclass(base) and isinstance(node, dict):
-        hints = _hints(base)
+        hints = _hints(base)  # type: ignore[arg-type]
         given = {key: value for key, value in node.items() if value != MISSING or key not in hints}
         return {key: _filled(value, hints.get(key)) for key, value in (_defaults(base) | given).items()}
     if typing.get_origin(base) is list and isinstance(node, list):
@@ -252,7 +252,7 @@ class _Reading:
 
     def section(self, node: Any, schema: type[R], prefix: str, others: Collection[str] = ()) -> R | None:
         """A mapping, or a dataclass that is looked over again. None where it cannot be made."""
-        hints = _hints(schema)
+        hints = _hints(schema)  # type: ignore[arg-type]
         if isinstance(node, DictConfig) and not getattr(schema, "open_ended", False):
             unknown = [str(key) for key in node if key not in hints and key not in others]
             self.problems += [_unknown(key, [*hints, *others], prefix) for key in unknown]

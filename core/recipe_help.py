@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,7 +109,7 @@ class _HelpConfig(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         for title, schema in self._schemas.items():
             lines = [*([f"{title}:", ""] if title else []), *plain_table(schema), ""]
-            parser._print_message("\n".join(lines) + "\n")
+            sys.stdout.write("\n".join(lines) + "\n")
         parser.exit()
 
 

@@ -147,7 +147,9 @@ def reward_set(
 
 def served_sets(recipe: ServedRecipe, read_prompts: Callable[[str, str], list[Prompt]]) -> list[RewardSet]:
     """What the recipe's stages and evaluation score with, with prompts of `read_prompts(path, task)`."""
-    parts = [part for stage in recipe.stages for part in stage.parts or [stage]]
+    parts: list[StagePartConfig | ServedStage] = []
+    for stage in recipe.stages:
+        parts += [stage] if not stage.parts else stage.parts
     return [
         reward_set(
             part.task, part.task, part.rewards, read_prompts(part.prompts or "", part.task),

@@ -103,9 +103,8 @@ def load_section(
     Raises ConfigError listing every problem of the keys; values out of range are the command's to name.
     """
     others = {*OTHER_SECTIONS, *(item.name for item in dataclasses.fields(Recipe))}
-    recipe: Any = read_recipe(
-        path, overrides, section_recipe(key, schema), others=sorted(others), defer_values=True
-    )
+    whole = section_recipe(key, schema)  # type: ignore[arg-type]
+    recipe: Any = read_recipe(path, overrides, whole, others=sorted(others), defer_values=True)
     return recipe, getattr(recipe, key)
 
 
