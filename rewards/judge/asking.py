@@ -101,7 +101,8 @@ class Sender:
             read_key(settings)
             flight.replica = next(self._first_replicas)
             arguments = await asyncio.to_thread(chat_arguments, settings, request)
-            reply = (await retrying(self._attempt, request, arguments, flight)).reply
+            attempt: Attempt = await retrying(self._attempt, request, arguments, flight)
+            reply = attempt.reply
         except (MissingKeyError, BudgetExhausted) as error:
             reply = JudgeReply(Outcome.FATAL, detail=str(error))
         except QueueTimeout as error:

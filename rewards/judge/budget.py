@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rewards.judge.messages import JudgeRequest
@@ -202,14 +202,14 @@ class Budget(Store):
             )
 
     def _refuse(self, spent: Amount, held: Amount, most: Amount) -> None:
-        limits = (
+        limits: list[tuple[str, int | None, Callable[[int], str]]] = [
             ("max_cost_usd", self._max_nano_usd, lambda nano_usd: f"${nano_usd / NANO:.6f}"),
             ("max_total_tokens", self._max_tokens, str),
-        )
-        for (key, limit, show), used, open_, asked in zip(limits, spent, held, most, strict=True):
-            if limit is not None and used + open_ + asked > limit:
+        ]
+        for (key, limit, show), used, kept, asked in zip(limits, spent, held, most, strict=True):
+            if limit is not None and used + kept + asked > limit:
                 raise BudgetExhausted(
                     f"{key} {show(limit)} does not cover the next request, which takes up to {show(asked)}: "
-                    f"{show(used)} spent and {show(open_)} held by requests in flight or lost, by the count in "
+                    f"{show(used)} spent and {show(kept)} held by requests in flight or lost, by the count in "
                     f"{self.path}; raise {key} and resume: answers in the cache are not paid again"
                 )
