@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import socket
 import subprocess
 import sys
@@ -257,3 +259,44 @@ def test_each_replica_sees_the_cards_that_ray_gave_it(tmp_path: Path) -> None:
     assert [len(each) for each in cards] == [2, 2]
     assert {card for each in cards for card in each} == {"0", "1", "2", "3"}
     wait_for(lambda: not any(alive(int(line.split()[1])) for line in lines if line.startswith("engine")))
+
+
+# ---- serving ----------------------------------------------------------------------------------------------
+
+
+def test_it_serves_until_a_signal_and_leaves_neither_server_nor_ready_file(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    ready = tmp_path / "ready.json"
+    script = f"""
+        import sys
+        from pathlib import Path
+        from core.cluster.servers.fleet import Room
+        from core.cluster.servers.replica import ReplicaPlan
+        from core.cluster.servers.serving import Service, serve
+
+        def plan(has_gpus):
+            command = (sys.executable, {str(tmp_path / "server.py")!r})
+            replica = ReplicaPlan(0, command, {str(tmp_path)!r}, "127.0.0.1", 0, {{}}, 60, 3)
+            return [replica], Room(1, 0.1, 0, 60.0)
+
+        service = Service("stand-in", {{"model": "m"}}, "127.0.0.1", Path({str(ready)!r}), "")
+        sys.exit(serve(service, plan))
+        """
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_for(lambda: ready.is_file() or process.poll() is not None, 240)
+        said = (tmp_path / "log").read_text()
+        assert ready.is_file(), said[-2000:]
+        record = json.loads(ready.read_text())
+        assert record == {"model": "m", "urls": record["urls"]} and len(record["urls"]) == 1
+        assert f"ready: stand-in\n{record['urls'][0]}\n" in said and "[replica 0] engine" in said
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+        assert not ready.exists()
+        wait_for(lambda: not any(alive(child.pid) for child in below))
+    finally:
+        process.kill()
