@@ -29,6 +29,7 @@ _FILES = {
         bench/test_table4.py
         core/test_logs.py
         core/test_ranks.py
+        core/test_servers.py
         models/generate/test_inputs.py
         models/lora/test_attach.py::test_compiles
         models/metaquery/test_pipeline.py
@@ -115,14 +116,14 @@ _FILES = {
         core/test_dispatch.py
         core/test_ranks.py::test_a_dead_rank
         core/test_ranks.py::test_answers_come
+        core/test_servers.py::test_a_server_that_dies
+        core/test_servers.py::test_restarts
+        core/test_servers.py::test_when_the_starter
         models/generate/test_command.py::test_a_killed_run
         pretrain/data/test_cache.py::test_a_killed_run
         rewards/editreward/test_client.py::test_vllm_killed
         rewards/editreward/test_generate.py::test_killed
         rewards/editreward/test_label.py::test_killed
-        rewards/editreward/test_serve.py::test_a_server_that_dies
-        rewards/editreward/test_serve.py::test_restarts
-        rewards/editreward/test_serve.py::test_when_the_starter
         rewards/judge/test_client.py::test_a_server_that_is_killed
         rewards/service/test_client.py::test_a_restart
         rewards/service/test_client.py::test_a_service_gone
