@@ -130,7 +130,13 @@ class EncodedQueries:
 
     def __init__(self, data: DataConfig, sources: Sequence[Source]) -> None:
         cache = data.cache
-        settings = [FORMAT, data.multiple, data.aspect_buckets, cache.samples_per_shard, cache.text_dtype]
+        settings: list[object] = [
+            FORMAT,
+            data.multiple,
+            data.aspect_buckets,
+            cache.samples_per_shard,
+            cache.text_dtype,
+        ]
         settings += [cache.position_mode, cache.show_references]
         settings += [encoders_digest(data, cache.conditioner, ["conditioner"], [])]
         digest = encoders_digest(data, cache.vlm, [""], settings)

@@ -199,7 +199,7 @@ def test_a_cut_off_checkpoint_is_passed_over(tmp_path):
 
 def test_the_command_names_what_is_wrong(tmp_path, capsys):
     assert main([str(SHAPES / "vae.yaml"), "stepz=3"]) == 2
-    assert "did you mean steps?" in capsys.readouterr().err
+    assert "did you mean 'steps'?" in capsys.readouterr().err
 
 
 def _flat(value):
