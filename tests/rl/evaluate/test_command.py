@@ -54,7 +54,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder, tmp_path, 
 
 def test_neither_a_dry_run_nor_a_refusal_loads_ray(folder, tmp_path):
     code = (
-        "import sys; from rl.evaluate import main; codes = [main(sys.argv[1:]), main([*sys.argv[1:], '--size', '7'])];"
+        "import sys; from rl.evaluate.__main__ import main; "
+        "codes = [main(sys.argv[1:]), main([*sys.argv[1:], '--size', '7'])];"
         "sys.exit(0 if codes == [0, 2] and 'ray' not in sys.modules else 3)"
     )
     words = custom(folder, "--model", str(folder / "model"), "--output", str(tmp_path), "--dry-run")
