@@ -2,6 +2,7 @@
 how much of a machine a test may ask for (tests/levels.py)."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -82,3 +83,17 @@ def pytest_terminal_summary(terminalreporter, config):
     for level, (tests, seconds) in found.items():
         over = "  OVER" if seconds > BUDGET_S[level] else ""
         terminalreporter.line(f"{level:10}{tests:6} tests {seconds:6.0f} s of {BUDGET_S[level]:4} s{over}")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A test that sets torch's threads changes no bit of those that share its process."""
+    _reset_threads()
+    yield
+    _reset_threads()
+
+
+def _reset_threads() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
