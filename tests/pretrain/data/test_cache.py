@@ -206,7 +206,10 @@ def test_a_killed_run_is_started_again_and_ends_with_the_shards_of_a_straight_on
     for job in encoder.jobs():
         one, other = load_file(encoder.path(job)), load_file(straight_encoder.path(job))
         assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        for name, tensor in one.items():
+            # Matrix products of two processes may differ in their last bits, also on one machine.
+            atol = 1e-5 if tensor.is_floating_point() else 0
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=atol)
 
 
 def test_too_many_broken_samples_are_named_and_stop_the_command(tmp_path, caplog):
