@@ -16,6 +16,10 @@ class InfrastructureFailure(RuntimeError):
     """This worker cannot work at present (device lost, out of memory by a neighbour). Retried elsewhere."""
 
 
+class ObjectsLost(RuntimeError):
+    """What an earlier call made was lost with a node. It is made again: sampling and scoring are repeatable."""
+
+
 class DataError(ValueError):
     """A collection of data that cannot be used; names the file and what to do."""
 

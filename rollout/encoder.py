@@ -76,8 +76,13 @@ class Encoder:
         """
         return [self.encode_one(prompt, size) for prompt in prompts]
 
+    def encode_apart(self, prompts: list[Prompt], size: tuple[int, int] | None = None) -> tuple[Any, ...]:
+        """How many there are, then what `encode` gives, one by one: as a call with a return for each, of which a caller
+        fetches the first alone."""
+        return len(prompts), *self.encode(prompts, size)
+
     def encode_one(self, prompt: Prompt, size: tuple[int, int] | None = None) -> Conditioning:
-        """The same for a single prompt (Ray hands a list of one over as a list)."""
+        """The same for a single prompt."""
         height, width = size or (self.spec.height, self.spec.width)
         if prompt.reference is None:
             return Conditioning(*self._embed(prompt, prompt.prompt, None))

@@ -2,7 +2,7 @@
 
     submit(call) ──► queue of its role ──► least busy ready worker ──► wait() ──► (call, references, small result)
                           ▲                        │ actor died, machine failed, call timed out
-                          └────────────────────────┘ (another worker; the dead one is asked again until it answers)
+                          └────────────────────────┘ (another worker; the one that failed is asked until it answers)
 
 Calls are deterministic, so a call that runs twice gives the same result and re-dispatching is always safe. Every call
 that a worker has, and every worker that is to come back, has a deadline; so `wait` ends with a result or an error.
@@ -12,74 +12,36 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+)
 
-from core.failures import DataFailure, InfrastructureFailure
+from core.cluster.workers import Call, Done, Pool, Worker
+from core.failures import DataFailure, InfrastructureFailure, ObjectsLost
 
 log = logging.getLogger(__name__)
-_MAX_ATTEMPTS = 5
+_MAX_TRIES = 5
 _POLL_S = 5.0
+_ASK_AGAIN_S = 0.5
 
 
 class PoolExhausted(RuntimeError):
-    """Too few workers of a role are left, or one call failed on worker after worker."""
-
-
-@dataclass
-class Call:
-    """One method call that any worker of `role` can make. `key` tells the caller which one it was."""
-
-    role: str
-    key: Hashable
-    method: str
-    args: tuple[Any, ...]
-    num_returns: int = 1
-    attempts: int = 0
-    causes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A finished call: references to all returns, the first one fetched; or the prompt's `failure`. `time`: when it was
-    fetched, in Unix seconds."""
-
-    call: Call
-    refs: tuple[Any, ...]
-    result: Any
-    failure: DataFailure | None = None
-    time: float = field(default_factory=time.time)
-
-
-@dataclass
-class _Worker:
-    handle: Any
-    index: int
-    state: str = "ready"
-    in_flight: int = 0
-
-
-@dataclass
-class _Pool:
-    workers: list[_Worker]
-    floor: int
-    max_in_flight: int
-    queue: deque[Call] = field(default_factory=deque)
-    finished: deque[Done] = field(default_factory=deque)
-
-    def alive(self) -> list[_Worker]:
-        return [w for w in self.workers if w.state != "dead"]
+    """Too few workers of a role are left, or one call failed again and again."""
 
 
 @dataclass
 class _Flight:
     call: Call
-    worker: _Worker
+    worker: Worker
     refs: tuple[Any, ...]
     deadline: float
 
@@ -88,20 +50,27 @@ class Dispatcher:
     """Pools by role. `restarts` and `redispatched` count what the run survived."""
 
     def __init__(self, *, call_timeout_s: float, start_timeout_s: float):
-        self._pools: dict[str, _Pool] = {}
+        self._pools: dict[str, Pool] = {}
         self._flights: dict[Any, _Flight] = {}
-        self._probes: dict[Any, tuple[str, _Worker, float]] = {}
+        self._probes: dict[Any, tuple[str, Worker]] = {}
         self._call_timeout_s, self._start_timeout_s = call_timeout_s, start_timeout_s
         self.restarts = 0
         self.redispatched = 0
 
     def add_pool(self, role: str, handles: list[Any], *, floor: int = 1, max_in_flight: int = 2) -> None:
         """Actors of one role; each must have a `ready` method that answers when it can work."""
-        self._pools[role] = _Pool([_Worker(h, i) for i, h in enumerate(handles)], floor, max_in_flight)
+        self._pools[role] = Pool([Worker(h, i) for i, h in enumerate(handles)], floor, max_in_flight)
 
     def workers(self, role: str) -> list[Any]:
         """Handles of the workers of `role` that can work now."""
         return [w.handle for w in self._pools[role].workers if w.state == "ready"]
+
+    def await_workers(self, role: str) -> list[Any]:
+        """The same, once there is one. Raises PoolExhausted where too few can come back."""
+        while not (found := self.workers(role)):
+            self._check_floor(role)
+            self._turn()
+        return found
 
     def submit(self, call: Call) -> None:
         """Queue a call; it starts during the next `wait`, or at once when a worker is free."""
@@ -121,8 +90,8 @@ class Dispatcher:
     def wait(self, role: str | None = None) -> Done:
         """The next finished call, of `role` or of any; meanwhile the calls of all roles go on.
 
-        Raises PoolExhausted below a role's floor or after a call failed on too many workers, and re-raises
-        what an actor method raised when another worker could not do better.
+        Raises PoolExhausted below a role's floor or after a call failed too often, and re-raises what an actor
+        method raised when another worker could not do better.
         """
         if not self.outstanding(role):
             raise RuntimeError("nothing was submitted")
@@ -131,15 +100,7 @@ class Dispatcher:
             for pool in pools:
                 if pool.finished:
                     return pool.finished.popleft()
-            self._fill()
-            ready, _ = ray.wait(
-                [*self._flights, *self._probes], num_returns=1, timeout=_POLL_S, fetch_local=False
-            )
-            for ref in ready:
-                done = self._take(ref)
-                if done is not None:
-                    self._pools[done.call.role].finished.append(done)
-            self._enforce_deadlines()
+            self._turn()
 
     def stream(self, role: str, calls: Iterable[Call], *, ahead: int | None = None) -> Iterator[Done]:
         """Submit calls of `role` as they are read, at most `ahead` at once, and yield them as they finish.
@@ -153,28 +114,44 @@ class Dispatcher:
         while self.outstanding(role):
             yield self.wait(role)
 
-    def report_lost(self, role: str, handle: Any) -> None:
-        """A caller that talked to a worker directly found it gone; it is asked again before it gets work."""
+    def report_lost(self, role: str, handle: Any, *, hung: bool = False) -> None:
+        """A caller that talked to a worker directly found it gone, or (`hung`) silent for as long as it may be, in
+        which case it is restarted; it must answer before it gets work."""
         for worker in self._pools[role].workers:
             if worker.handle == handle and worker.state == "ready":
-                self._recover(role, worker, "did not answer a direct call")
+                if hung:
+                    self._restart(role, worker, "a direct call took too long")
+                else:
+                    self._recover(role, worker, "it was gone at a direct call", restarted=True)
+
+    def _turn(self) -> None:
+        """Hand out what can start, and take in what happens next."""
+        self._ask_the_rested()
+        self._fill()
+        waited, pause_s = [*self._flights, *self._probes], self._pause_s()
+        if waited:
+            ready, _ = ray.wait(waited, num_returns=1, timeout=pause_s, fetch_local=False)
+            for ref in ready:
+                self._take(ref)
+        else:
+            time.sleep(pause_s)
+        self._enforce_deadlines()
 
     def _fill(self) -> None:
         for role, pool in self._pools.items():
-            if pool.queue and len(pool.alive()) < pool.floor:
-                raise PoolExhausted(
-                    f"{len(pool.alive())} {role} workers are left, the floor is {pool.floor}; "
-                    f"last causes: {pool.queue[0].causes[-3:] or 'see the log above'}"
-                )
-            while pool.queue:
-                free = [w for w in pool.workers if w.state == "ready" and w.in_flight < pool.max_in_flight]
-                if not free:
-                    break
-                self._start(pool.queue.popleft(), min(free, key=lambda w: (w.in_flight, w.index)))
+            if pool.queue:
+                self._check_floor(role)
+            for call, worker in pool.pairs():
+                self._start(call, worker)
 
-    def _start(self, call: Call, worker: _Worker) -> None:
-        call.attempts += 1
-        worker.in_flight += 1
+    def _check_floor(self, role: str) -> None:
+        pool = self._pools[role]
+        if len(pool.alive()) < pool.floor:
+            raise PoolExhausted(
+                f"{len(pool.alive())} {role} workers are left, the floor is {pool.floor}; lost are {pool.lost()}"
+            )
+
+    def _start(self, call: Call, worker: Worker) -> None:
         returned = (
             getattr(worker.handle, call.method).options(num_returns=call.num_returns).remote(*call.args)
         )
@@ -182,83 +159,121 @@ class Dispatcher:
         limit = self._call_timeout_s * worker.in_flight  # it may have to wait for the worker's other calls
         self._flights[refs[0]] = _Flight(call, worker, refs, time.monotonic() + limit)
 
-    def _take(self, ref: Any) -> Done | None:
+    def _take(self, ref: Any) -> None:
         if ref in self._probes:
             self._take_probe(ref)
-            return None
-        flight = self._flights.pop(ref)
-        flight.worker.in_flight -= 1
-        call = flight.call
+            return
+        flight = self._land(ref)
+        call, worker = flight.call, flight.worker
+        finished = self._pools[call.role].finished
         try:
-            return Done(call, flight.refs, ray.get(ref, timeout=60))
-        except (RayActorError, GetTimeoutError) as error:
-            self._recover(call.role, flight.worker, f"{type(error).__name__}: {_first_line(error)}")
-            self._again(call, error)
+            finished.append(Done(call, flight.refs, ray.get(ref, timeout=60)))
+            worker.failures = 0
         except RayTaskError as error:
             if isinstance(error.cause, DataFailure):
-                return Done(call, (), None, failure=error.cause)
-            if not isinstance(error.cause, InfrastructureFailure):
+                finished.append(Done(call, (), None, failure=error.cause))
+            elif isinstance(error.cause, ObjectLostError):
+                lost = ObjectsLost(f"an input of {call.method}({call.key}) was lost with its node")
+                finished.append(Done(call, (), None, failure=lost))
+            elif isinstance(error.cause, InfrastructureFailure):
+                self._recover(call.role, worker, _first_line(error.cause), restarted=False)
+                self._again(call, worker, _first_line(error.cause))
+            else:
                 raise error.as_instanceof_cause() from error
-            self._again(call, error.cause)
-        return None
+        except (RayActorError, GetTimeoutError, ObjectLostError) as error:
+            cause = f"{type(error).__name__}: {_first_line(error)}"
+            self._recover(call.role, worker, cause, restarted=True)
+            self._again(call, worker, cause)
 
-    def _again(self, call: Call, error: Exception) -> None:
-        call.causes.append(_first_line(error))
-        if call.attempts >= _MAX_ATTEMPTS:
-            raise PoolExhausted(
-                f"{call.role} call {call.method}({call.key}) failed on {call.attempts} workers: {call.causes}"
-            ) from error
+    def _land(self, ref: Any) -> _Flight:
+        flight = self._flights.pop(ref)
+        flight.worker.in_flight -= 1
+        return flight
+
+    def _again(self, call: Call, worker: Worker, cause: str) -> None:
+        call.tried.append(worker.index)
+        call.causes.append(cause)
+        if len(call.tried) >= _MAX_TRIES:
+            raise PoolExhausted(call.history())
         self.redispatched += 1
-        log.warning("%s call %s goes to another worker: %s", call.role, call.key, call.causes[-1])
+        log.warning(
+            "%s call %s failed on worker %d and is made again: %s", call.role, call.key, worker.index, cause
+        )
         self._pools[call.role].queue.appendleft(call)
 
-    def _recover(self, role: str, worker: _Worker, cause: str) -> None:
-        """Take a worker out of service and ask it to answer again; Ray restarts it in the meantime."""
+    def _recover(self, role: str, worker: Worker, cause: str, *, restarted: bool) -> None:
+        """Take a worker out of service; Ray restarts it in the meantime, where it ended."""
         if worker.state != "ready":
+            worker.restarted |= restarted
             return
-        log.warning("%s worker %d is out of service: %s", role, worker.index, cause)
-        worker.state = "recovering"
-        self._probe(role, worker, time.monotonic() + self._start_timeout_s)
+        worker.rest(cause, restarted=restarted, now=time.monotonic(), limit_s=self._start_timeout_s)
+        log.warning("%s worker %d is out of service until it answers: %s", role, worker.index, cause)
 
-    def _probe(self, role: str, worker: _Worker, deadline: float) -> None:
-        self._probes[worker.handle.ready.remote()] = (role, worker, deadline)
+    def _restart(self, role: str, worker: Worker, cause: str) -> None:
+        """End a worker that hangs, and with it all its calls: one whose arguments are still on their way would not
+        fail by itself. Calls that are not late are made again without a mark."""
+        now = time.monotonic()
+        log.error("%s worker %d is restarted: %s", role, worker.index, cause)
+        ray.kill(worker.handle, no_restart=False)
+        self._recover(role, worker, cause, restarted=True)
+        for ref, flight in reversed(list(self._flights.items())):
+            if flight.worker is worker:
+                self._land(ref)
+                if now > flight.deadline:
+                    self._again(flight.call, worker, cause)
+                else:
+                    self.redispatched += 1
+                    self._pools[role].queue.appendleft(flight.call)
+
+    def _ask_the_rested(self) -> None:
+        asked = [worker for _, worker in self._probes.values()]
+        for role, pool in self._pools.items():
+            for worker in pool.workers:
+                if (
+                    worker.state == "recovering"
+                    and worker not in asked
+                    and time.monotonic() >= worker.probe_at
+                ):
+                    self._probes[worker.handle.ready.remote()] = (role, worker)
 
     def _take_probe(self, ref: Any) -> None:
-        role, worker, deadline = self._probes.pop(ref)
+        role, worker = self._probes.pop(ref)
         try:
             ray.get(ref, timeout=60)
-        except ActorUnavailableError:
-            if time.monotonic() < deadline:
-                time.sleep(0.5)
-                self._probe(role, worker, deadline)
-            else:
-                self._give_up(role, worker)
-        except (ActorDiedError, RayActorError, RayTaskError) as error:
-            worker.state = "dead"
-            log.error("%s worker %d is lost: %s", role, worker.index, _first_line(error))
+        except (ActorUnavailableError, GetTimeoutError):
+            worker.probe_at = time.monotonic() + _ASK_AGAIN_S  # the deadline ends it
+        except (RayActorError, RayTaskError) as error:
+            self._give_up(role, worker, _first_line(error))
         else:
             worker.state = "ready"
-            self.restarts += 1
+            self.restarts += worker.restarted
             log.info("%s worker %d is back", role, worker.index)
+
+    def _pause_s(self) -> float:
+        """Until the next worker has rested, at most `_POLL_S`."""
+        workers = [w for pool in self._pools.values() for w in pool.workers if w.state == "recovering"]
+        asked = [worker for _, worker in self._probes.values()]
+        due = [worker.probe_at - time.monotonic() for worker in workers if worker not in asked]
+        return max(0.0, min([_POLL_S, *due]))
 
     def _enforce_deadlines(self) -> None:
         now = time.monotonic()
-        for flight in list(self._flights.values()):
-            if now > flight.deadline:
-                cause = (
-                    f"{flight.call.method} took longer than resources.call_timeout_s={self._call_timeout_s:g}"
-                )
-                ray.kill(flight.worker.handle, no_restart=False)
-                flight.deadline = float("inf")  # the killed actor's call now fails, as in a crash
-                log.error("%s worker %d is restarted: %s", flight.call.role, flight.worker.index, cause)
-        for ref, (role, worker, deadline) in list(self._probes.items()):
-            if now > deadline:
-                del self._probes[ref]
-                self._give_up(role, worker)
+        for ref, flight in list(self._flights.items()):
+            if now > flight.deadline and ref in self._flights:
+                cause = f"{flight.call.method} took longer than call_timeout_s={self._call_timeout_s:g}"
+                self._restart(flight.call.role, flight.worker, cause)
+        for role, pool in self._pools.items():
+            for worker in pool.workers:
+                if worker.state == "recovering" and now > worker.deadline:
+                    self._probes = {ref: p for ref, p in self._probes.items() if p[1] is not worker}
+                    limit = f"start_timeout_s={self._start_timeout_s:g}"
+                    self._give_up(role, worker, f"it did not come back within {limit} after: {worker.cause}")
 
-    def _give_up(self, role: str, worker: _Worker) -> None:
-        worker.state = "dead"
-        log.error("%s worker %d did not come back in %.0f s", role, worker.index, self._start_timeout_s)
+    def _give_up(self, role: str, worker: Worker, cause: str) -> None:
+        """Lost for good; a process that is left of it would keep its GPU."""
+        worker.state, worker.cause = "dead", cause
+        ray.kill(worker.handle)
+        log.error("%s worker %d is lost: %s", role, worker.index, cause)
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from core.failures import DataFailure
 
 if TYPE_CHECKING:
-    from core.cluster.dispatch import Call
+    from core.cluster.workers import Call
 
 QUEUED_PER_WORKER = 2
 """One at work and one waiting: arguments hold whole pictures, so not all are handed out at once."""
@@ -64,8 +64,9 @@ def _over_ray(
     import ray
 
     from core.cluster.actors import PlacedActors, connect, wait_ready
-    from core.cluster.dispatch import Call, Dispatcher
+    from core.cluster.dispatch import Dispatcher
     from core.cluster.placement import uniform_plan
+    from core.cluster.workers import Call
 
     unusable: list[tuple[int, DataFailure]] = []
 

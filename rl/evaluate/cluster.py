@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def make_placement(plan: Plan, *, generate: bool, score: bool) -> ResourcePlan:
-    """One bundle per actor; an encode worker that wants a part of a GPU shares the first rollout worker's."""
+    """One bundle per actor; encode workers that want a part of a GPU share a rollout worker's, in turn."""
     r = plan.resources
     gpu = 1.0 if r.device == "cuda" else 0.0
     bundles: list[dict[str, float]] = []
@@ -30,16 +30,14 @@ def make_placement(plan: Plan, *, generate: bool, score: bool) -> ResourcePlan:
         bundles.append(bundle_of([member[2:] for member in members]))
 
     if generate:
-        encode = ("encode", 0, r.encode_cpus, r.encode_gpus)
+        encoders = [("encode", i, r.encode_cpus, r.encode_gpus) for i in range(r.encode_workers)]
         joins = 0 < r.encode_gpus < gpu
-        first = ("rollout", 0, r.rollout_cpus, gpu - r.encode_gpus if joins else gpu)
-        if joins:
-            add(first, encode)
-        else:
-            add(first)
-            add(encode)
-        for index in range(1, plan.workers):
-            add(("rollout", index, r.rollout_cpus, gpu))
+        for index in range(plan.workers):
+            mine = [encoder for encoder in encoders if joins and encoder[1] % plan.workers == index]
+            left = max(0.0, gpu - len(mine) * r.encode_gpus)
+            add(("rollout", index, r.rollout_cpus, left), *mine)
+            for encoder in [] if joins or index else encoders:
+                add(encoder)
     for index in range(r.reward_workers if score else 0):
         add(("reward", index, r.reward_cpus, r.reward_gpus))
     return ResourcePlan(tuple(bundles), tuple(actors))

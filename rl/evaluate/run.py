@@ -19,14 +19,15 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from core.cluster.dispatch import Call, Done
+from core.cluster.workers import Call, Done
+from core.failures import ObjectsLost
 from core.progress import Bar, Progress
 from rewards.benchmarks.items import Item, ScoredItem
 from rewards.benchmarks.layouts import Picture
 from rl.evaluate.images import ImageStore
 from rl.evaluate.plan import Batch, Plan, reward_set_name
 from rl.evaluate.scores import ImageScore, ScoreStore
-from rl.workers.collect import Collector
+from rl.workers.collect import Collector, encode_call, encoded
 from rl.workers.requests import RolloutRequest
 from rl.workers.start import Workers
 from rollout.sampler import SamplingSpec
@@ -72,7 +73,7 @@ class EvaluationRun:
             progress,
         )
         self.dispatcher = workers.dispatcher
-        self.collector = Collector(workers.dispatcher, workers.encoder, progress)
+        self.collector = Collector(workers.dispatcher, progress)
         self.failures: Counter[str] = Counter()
         self._generating: deque[Batch] = deque()
         self._scoring: deque[Batch] = deque()
@@ -98,8 +99,7 @@ class EvaluationRun:
                 self._scoring.append(batch)
         log.info("%d batches to generate, %d more to score", len(self._generating), len(self._scoring))
         if self._generating and plan.sampling.guidance_scale > 1:
-            ref = self.collector.encoder.encode_text.remote(plan.sampling.negative_prompt)
-            self.collector.negative = ray.put(ray.get(ref, timeout=plan.resources.call_timeout_s))
+            self.collector.encode_negative(plan.sampling.negative_prompt)
         lacking = self._size(self._generating)
         with (
             self.progress.phase("generate", total=lacking, unit="image") as made,
@@ -110,7 +110,9 @@ class EvaluationRun:
                 if not self.dispatcher.outstanding():
                     break
                 done = self.dispatcher.wait()
-                if done.call.role == "rollout":
+                if done.call.role == "encode" and done.failure is None:
+                    self._sample(done)
+                elif done.call.role != "reward":
                     self._keep_pictures(done, made)
                 else:
                     self._keep_scores(done, scored)
@@ -118,20 +120,29 @@ class EvaluationRun:
     def _hand_out(self) -> None:
         """Give every role as much as it may have beforehand."""
         resources, outstanding = self.plan.resources, self.dispatcher.outstanding
-        while self._generating and outstanding("rollout") < QUEUED_PER_WORKER * self.plan.workers:
+        enough = QUEUED_PER_WORKER * self.plan.workers
+        while self._generating and outstanding("encode") + outstanding("rollout") < enough:
             self._generate(self._generating.popleft())
         room = resources.reward_workers * (resources.reward_concurrency + 1)
         while self._scoring and outstanding("reward") < room:
             self._score(self._scoring.popleft())
 
     def _generate(self, batch: Batch) -> None:
-        assert self.policy is not None
+        self.dispatcher.submit(encode_call(self._request(batch)))
+
+    def _request(self, batch: Batch) -> RolloutRequest:
         seeds = tuple(seed for item in batch.items for seed in self.plan.seeds(item))
         prompts = tuple(item.prompt for item in batch.items)
+        return RolloutRequest(batch.index, prompts, seeds, size=batch.size)
+
+    def _sample(self, done: Done) -> None:
+        """A batch's prompts are encoded: draw it."""
+        assert self.policy is not None
         sampling = self.plan.sampling
         spec = SamplingSpec(sampling.num_steps, 0.0, sampling.guidance_scale, variant="ode")
-        request = self.collector.encode(RolloutRequest(batch.index, prompts, seeds, size=batch.size))
-        for call in self.collector.sample_calls(request, spec, self.policy):
+        number: Any = done.call.key
+        request = self._request(self.plan.batches[number])
+        for call in self.collector.sample_calls(encoded(request, done), spec, self.policy):
             self.dispatcher.submit(call)
 
     def _score(self, batch: Batch) -> None:
@@ -145,7 +156,11 @@ class EvaluationRun:
         self.dispatcher.submit(Call("reward", batch.index, "score", args))
 
     def _keep_pictures(self, done: Done, bar: Bar) -> None:
-        batch = self.plan.batches[done.call.key[0]]  # type: ignore[index]
+        key: Any = done.call.key
+        batch = self.plan.batches[key if done.call.role == "encode" else key[0]]
+        if isinstance(done.failure, ObjectsLost):
+            self._draw_again(batch, done.failure)
+            return
         size = self._size([batch])
         bar.advance(size)
         if done.failure is not None:
@@ -180,14 +195,17 @@ class EvaluationRun:
         try:
             images = ray.get(ref, timeout=self.plan.resources.call_timeout_s)
         except RayError as error:
-            if batch.index in self._lost:
-                raise
-            log.warning("batch %d was lost on its way and is drawn again: %s", batch.index, error)
-            self._lost.add(batch.index)
-            self._generate(batch)
+            self._draw_again(batch, error)
             return False
         self.images.commit(batch, np.asarray(images))
         return True
+
+    def _draw_again(self, batch: Batch, error: Exception) -> None:
+        if batch.index in self._lost:
+            raise error
+        log.warning("batch %d was lost on its way and is drawn again: %s", batch.index, error)
+        self._lost.add(batch.index)
+        self._generate(batch)
 
     def _image_score(
         self, one: UnscoredPicture, row: int, components: Mapping[str, list[float | None]]

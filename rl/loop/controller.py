@@ -13,9 +13,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-
-import ray
 
 from core.progress import Progress
 from rl.learner.batching import TrainBatch
@@ -55,7 +54,7 @@ class Controller:
         self.config, self.state, self.run_dir, self.resumed = config, state, run_dir, resumed
         self.workers, self.learner = cluster.workers, cluster.learner
         self.spec = training_spec(config)
-        self.rollout = Collector(self.workers.dispatcher, self.workers.encoder, Progress())
+        self.rollout = Collector(self.workers.dispatcher, Progress())
         self.observer = Observer(config, self.learner, self.rollout, run_dir, state, resumed, fresh=fresh)
         self._policy: Policy | None = None
 
@@ -81,12 +80,13 @@ class Controller:
             number, clock = self.state.step + 1, Clock()
             part, groups = schedule.part(step), schedule.groups(step)  # pure: which prompts, which seeds
             requests = group_requests(groups, self.spec)
-            sampled = self.rollout.sample(  # yields each group as it finishes
-                requests, self.spec, self.policy, step=number, chunk_size=config.rollout.chunk_size
-            )
-            scored = self.rollout.score(  # overlaps with the rest of the rollout
-                sampled, part.reward_set, step=number, total=sum(len(group.seeds) for group in groups)
-            )
+            sample = partial(  # yields each group as it finishes
+                self.rollout.sample, spec=self.spec, policy=self.policy, step=number,
+                chunk_size=config.rollout.chunk_size,
+            )  # fmt: skip
+            scored = self.rollout.score(
+                requests, sample, part.reward_set, step=number
+            )  # overlaps with sampling
             results = sorted(scored, key=lambda result: result.request.id)
             clock.lap("rollout")
             self._guard(part, results)
@@ -158,10 +158,7 @@ class Controller:
 
     def _encode_negative(self) -> None:
         """The negative prompt's embedding, once for the run, for sampling and for the replay."""
-        ref = self.workers.encoder.encode_text.remote(self.config.rollout.negative_prompt)
-        negative = ray.get(ref, timeout=self.config.resources.call_timeout_s)
-        self.rollout.negative = ray.put(negative)
-        self.learner.set_negative(negative)
+        self.learner.set_negative(self.rollout.encode_negative(self.config.rollout.negative_prompt))
 
 
 class Clock:

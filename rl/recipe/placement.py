@@ -1,7 +1,7 @@
 """The resource plan: which roles need which CPUs and GPUs. Pure functions; nothing here touches Ray.
 
-`shared`: one bundle per learner rank holds the rank and its rollout workers, which take turns on one GPU; an encode
-worker that wants a GPU joins the first of them, and reward workers that want a part of one join them in turn.
+`shared`: one bundle per learner rank holds the rank and its rollout workers, which take turns on one GPU; encode
+workers that want a GPU and reward workers that want a part of one join them in turn.
 `separate`: one bundle per worker and per rank. `inprocess`: one bundle per rank, which also samples.
 Otherwise reward and encode workers have bundles of their own.
 """
@@ -27,7 +27,7 @@ def make_plan(config: RunConfig) -> ResourcePlan:
         total = {"CPU": round(sum(m[2] for m in members), 4), "GPU": round(sum(m[3] for m in members), 4)}
         bundles.append({name: amount for name, amount in total.items() if amount})
 
-    encode = ("encode", 0, resources.encode_cpus)
+    encoders = [("encode", worker, resources.encode_cpus) for worker in range(resources.encode_workers)]
     shared = resources.placement == "shared"
     encode_joins = shared and resources.encode_gpus > 0
     rewards_join = shared and 0 < resources.reward_gpus < gpu
@@ -36,7 +36,7 @@ def make_plan(config: RunConfig) -> ResourcePlan:
         for rank in range(ranks):
             mine: list[tuple[str, int, float]] = [("learner", rank, resources.learner_cpus)]
             mine += [("rollout", w, resources.rollout_cpus) for w in range(workers) if w % ranks == rank]
-            mine += [encode] if encode_joins and rank == 0 else []
+            mine += [encoder for encoder in encoders if encode_joins and encoder[1] % ranks == rank]
             mine += [reward for reward in rewards if rewards_join and reward[1] % ranks == rank]
             add([(*member, gpu / len(mine)) for member in mine])
     else:
@@ -47,8 +47,8 @@ def make_plan(config: RunConfig) -> ResourcePlan:
                 add([("rollout", worker, resources.rollout_cpus, gpu)])
     for reward in [] if rewards_join else rewards:
         add([(*reward, resources.reward_gpus)])
-    if not encode_joins:
-        add([(*encode, resources.encode_gpus)])
+    for encoder in [] if encode_joins else encoders:
+        add([(*encoder, resources.encode_gpus)])
     return ResourcePlan(tuple(bundles), tuple(actors))
 
 

@@ -255,10 +255,12 @@ class ResourcesConfig:
     """Processes that score."""
     reward_concurrency: Count = 4
     """Calls of a reward that one of them has under way at once."""
+    encode_workers: Count = 1
+    """Processes that encode prompts."""
     encode_cpus: NonNegative = 2.0
-    """CPUs of the worker that encodes prompts."""
+    """CPUs of one of them."""
     encode_gpus: NonNegative = 0.0
-    """GPUs of it; under placement shared it joins the first learner's."""
+    """GPUs of one of them; under placement shared it joins a learner's."""
     threads: Count = 4
     """CPU threads that each process really uses."""
     placement_timeout_s: Positive = 600.0

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,11 @@ class Evaluator:
         seeds = [self._seed(prompt) for prompt in prompts]
         label = f"evaluate {task}"
         requests = batch_requests(prompts, seeds, self.config.batch_size)
-        sampled = self.collector.sample(requests, spec, policy, step=step, label=label)
+        sample = partial(self.collector.sample, spec=spec, policy=policy, step=step, label=label)
         scores: dict[int, GroupScore] = {}
         images: dict[int, Any] = {}
         for result in self.collector.score(
-            sampled, evaluation_set_name(task), step=step, total=len(prompts), label=f"score {task}"
+            requests, sample, evaluation_set_name(task), step=step, label=f"score {task}"
         ):
             if result.score is not None:
                 scores[result.request.id] = result.score

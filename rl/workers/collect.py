@@ -1,23 +1,35 @@
 """Rollout with streamed rewards: a result goes to the reward workers as soon as it is whole, while others are sampled.
 
-prompts ──► encode worker ──► conditioning (references)
-chunks of a request ──► rollout workers ──► SampleInfo here; trajectory and images stay in the object store
-a request's images ──► reward workers ──► GroupScore here
+a request's prompts ──► encode workers ──► conditioning (references)
+its chunks, once that is there ──► rollout workers ──► SampleInfo here; trajectory and images stay in the object store
+its images ──► reward workers ──► GroupScore here
+
+What a node took with it is drawn again: the same, since all of it is a function of the request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from core.cluster.dispatch import Call, Dispatcher, Done
+import ray
+
+from core.cluster.dispatch import Dispatcher
+from core.cluster.workers import Call, Done
+from core.failures import ObjectsLost
 from core.progress import Progress
 from core.spans import Span
 from rl.workers.requests import Chunk, RolloutRequest, RolloutResult
 from rollout.engine import SampleInfo, SampleRequest
 from rollout.sampler import SamplingSpec
 from rollout.worker import Policy
+
+log = logging.getLogger(__name__)
+_DRAWS = 3
+_AHEAD = 3
+"""Chunks handed out beforehand to each rollout worker, and as many encoded requests: embeddings are megabytes."""
 
 
 @dataclass
@@ -35,8 +47,8 @@ class Collector:
     `negative` is a reference to the negative prompt's conditioning, or None.
     """
 
-    def __init__(self, dispatcher: Dispatcher, encoder: Any, progress: Progress):
-        self.dispatcher, self.encoder, self.progress = dispatcher, encoder, progress
+    def __init__(self, dispatcher: Dispatcher, progress: Progress):
+        self.dispatcher, self.progress = dispatcher, progress
         self.spans: list[Span] = []
         self.negative: Any = None
         self.images = 0
@@ -52,20 +64,52 @@ class Collector:
         label: str = "rollout",
     ) -> Iterator[RolloutResult]:
         """Draw the requests, each in chunks of `chunk_size` samples (None: in one), and yield each as soon as it is
-        whole or has failed, in any order.
+        whole or has failed, in any order. Raises ObjectsLost where nodes take results with them again and again.
         """
+        return _until_kept(requests, lambda some: self._sample(some, spec, policy, step, chunk_size, label))
+
+    def score(
+        self,
+        requests: Sequence[RolloutRequest],
+        sample: Callable[[Sequence[RolloutRequest]], Iterable[RolloutResult]],
+        reward_set: str,
+        *,
+        step: int,
+        label: str = "scoring",
+    ) -> Iterator[RolloutResult]:
+        """Score what `sample` draws, and yield each with its score; what failed on either way comes with its failure.
+
+        It is read as it is being sampled, so that scoring overlaps with the rest of the rollout.
+        """
+        return _until_kept(requests, lambda some: self._score(some, sample(some), reward_set, step, label))
+
+    def _sample(
+        self,
+        requests: Sequence[RolloutRequest],
+        spec: SamplingSpec,
+        policy: Policy,
+        step: int,
+        chunk_size: int | None,
+        label: str,
+    ) -> Iterator[RolloutResult]:
         pending: dict[int, _Pending] = {}
+        failed: list[RolloutResult] = []
+        ahead = _AHEAD * max(1, len(self.dispatcher.workers("rollout")))
 
         def calls() -> Iterator[Call]:
-            for request in requests:
-                result = self.encode(request)
+            by_id = {request.id: request for request in requests}
+            for done in self.dispatcher.stream("encode", map(encode_call, requests), ahead=ahead):
+                result = encoded(by_id[done.call.key], done)  # type: ignore[index]
+                if result.failure:
+                    failed.append(result)
+                    continue
                 chunks = self.sample_calls(result, spec, policy, chunk_size)
-                pending[request.id] = _Pending(result, len(chunks))
+                pending[result.request.id] = _Pending(result, len(chunks))
                 yield from chunks
 
         total = sum(len(request.seeds) for request in requests)
         with self.progress.phase(label, total=total, unit="image") as bar:
-            for done in self.dispatcher.stream("rollout", calls()):
+            for done in self.dispatcher.stream("rollout", calls(), ahead=ahead):
                 number, _, size = _chunk_key(done)
                 entry = pending[number]
                 bar.advance(size)
@@ -74,21 +118,16 @@ class Collector:
                     del pending[number]  # and with it the references, unless the caller keeps them
                 if finished is not None:
                     yield finished
+            yield from failed
 
-    def score(
+    def _score(
         self,
+        requests: Sequence[RolloutRequest],
         sampled: Iterable[RolloutResult],
         reward_set: str,
-        *,
         step: int,
-        total: int,
-        label: str = "scoring",
+        label: str,
     ) -> Iterator[RolloutResult]:
-        """Score what was sampled, and yield each with its score; what failed on either way comes with its failure.
-
-        `sampled` is read as it is being sampled, so that scoring overlaps with the rest of the rollout. total: its
-        samples, for the progress line.
-        """
         waiting: dict[Any, RolloutResult] = {}
         failed: list[RolloutResult] = []
 
@@ -103,12 +142,13 @@ class Collector:
                 args = (request.id, reward_set, prompts, *(chunk.images for chunk in result.chunks))
                 yield Call("reward", request.id, "score", args)
 
+        total = sum(len(request.seeds) for request in requests)
         with self.progress.phase(label, total=total, unit="image") as bar:
             for done in self.dispatcher.stream("reward", calls()):
                 result = waiting.pop(done.call.key)
                 bar.advance(len(result.request.seeds))
                 if done.failure is not None:
-                    yield replace(result, failure=str(done.failure))
+                    yield result.failed(done.failure)
                     continue
                 self.images += len(done.result.rewards)
                 longest = max(done.result.seconds.values(), default=0.0)
@@ -121,13 +161,11 @@ class Collector:
         taken, self.images = self.images, 0
         return taken
 
-    def encode(self, request: RolloutRequest) -> RolloutResult:
-        """The request with references to its conditionings, which the encode worker fills while sampling starts.
-
-        One call per prompt: a reference image that cannot be read takes its own request alone with it.
-        """
-        refs = [self.encoder.encode_one.remote(prompt, request.size) for prompt in request.prompts]
-        return RolloutResult(request, tuple(refs))
+    def encode_negative(self, text: str) -> Any:
+        """Have the negative prompt encoded, for all sampling to come; its conditioning."""
+        negative = encode_text(self.dispatcher, text)
+        self.negative = ray.put(negative)
+        return negative
 
     def sample_calls(
         self, result: RolloutResult, spec: SamplingSpec, policy: Policy, chunk_size: int | None = None
@@ -149,7 +187,7 @@ class Collector:
         """The result where this chunk makes it whole, or is the first of it to fail."""
         entry.missing -= 1
         if done.failure is not None:
-            known, entry.result = entry.result.failure, replace(entry.result, failure=str(done.failure))
+            known, entry.result = entry.result.failure, entry.result.failed(done.failure)
             return None if known else entry.result
         self._note_sample(done.result, policy, step)
         _, first, size = _chunk_key(done)
@@ -164,6 +202,46 @@ class Collector:
                 f"{info.worker} sampled with adapter {info.policy_sha256[:12]}, asked for was {policy.sha256[:12]}"
             )
         self.spans.append(Span("rollout", info.worker, info.started, info.started + info.seconds, step))
+
+
+def encode_call(request: RolloutRequest) -> Call:
+    """The call that encodes a request's prompts: a reference image that cannot be read takes this request alone with
+    it."""
+    prompts = list(request.prompts)
+    args = (prompts, request.size)
+    return Call("encode", request.id, "encode_apart", args, num_returns=1 + len(prompts))
+
+
+def encoded(request: RolloutRequest, done: Done) -> RolloutResult:
+    """A request with references to its conditionings, or with its failure."""
+    result = RolloutResult(request, done.refs[1:])
+    return result if done.failure is None else result.failed(done.failure)
+
+
+def encode_text(dispatcher: Dispatcher, text: str) -> Any:
+    """The conditioning of text alone."""
+    dispatcher.submit(Call("encode", text, "encode_text", (text,)))
+    return dispatcher.wait("encode").result
+
+
+def _until_kept(
+    requests: Sequence[RolloutRequest], draw: Callable[[Sequence[RolloutRequest]], Iterator[RolloutResult]]
+) -> Iterator[RolloutResult]:
+    """The results of `draw`; what was lost with a node is drawn again."""
+    for _ in range(_DRAWS):
+        lost = []
+        for result in draw(requests):
+            if result.lost:
+                log.warning("request %d is drawn again: %s", result.request.id, result.failure)
+                lost.append(result.request)
+            else:
+                yield result
+        if not lost:
+            return
+        requests = lost
+    raise ObjectsLost(
+        f"{len(requests)} requests were lost with their nodes {_DRAWS} times; are nodes leaving?"
+    )
 
 
 def _chunk_key(done: Done) -> tuple[int, int, int]:

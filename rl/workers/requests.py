@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from core.failures import DataFailure, ObjectsLost
 from core.prompts import Prompt
 from rewards.scoring import GroupScore
 
@@ -51,13 +52,18 @@ class Chunk:
 @dataclass(frozen=True)
 class RolloutResult:
     """What came of a request: one conditioning per prompt, the chunks in order, and the score where it was scored;
-    or the `failure`: a prompt that could not be sampled or scored."""
+    or the `failure`: a prompt that could not be sampled or scored, or (`lost`) what was made of it went with a node."""
 
     request: RolloutRequest
     conditionings: tuple[Any, ...]
     chunks: tuple[Chunk, ...] = ()
     score: GroupScore | None = None
     failure: str = ""
+    lost: bool = False
+
+    def failed(self, failure: DataFailure | ObjectsLost) -> RolloutResult:
+        """The same request with this failure."""
+        return replace(self, failure=str(failure), lost=isinstance(failure, ObjectsLost))
 
     def conditioning_of(self, k: int) -> Any:
         return self.conditionings[self.request.prompt_index(k)]

@@ -18,11 +18,10 @@ from rollout.worker import RolloutWorker
 
 @dataclass
 class Workers:
-    """Running workers. `encoder` None: nothing is sampled."""
+    """Running workers; `dispatcher` hands them their calls."""
 
     placed: PlacedActors
     dispatcher: Dispatcher
-    encoder: Any
 
     def close(self) -> None:
         """Stop every actor and give the resources back."""
@@ -82,17 +81,11 @@ def start_workers(
         "reward", RewardWorker, lambda kind, _: kind.remote(reward_sets, threads=resources.threads),
         restarts=restarts, max_concurrency=resources.reward_concurrency,
     )  # fmt: skip
-    # Encoding is a function of its arguments alone, so Ray itself may restart the worker and repeat the call.
-    encoders = placed.start(
-        "encode",
-        EncodeWorker,
-        lambda kind, _: kind.remote(encoder),
-        restarts=restarts,
-        max_task_retries=restarts,
-    )
+    encoders = placed.start("encode", EncodeWorker, lambda kind, _: kind.remote(encoder), restarts=restarts)
     dispatcher = Dispatcher(
         call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s
     )
     dispatcher.add_pool("rollout", ranks or sampling, floor=floor)
     dispatcher.add_pool("reward", rewards, max_in_flight=resources.reward_concurrency)
-    return Workers(placed, dispatcher, encoders[0] if encoders else None)
+    dispatcher.add_pool("encode", encoders)
+    return Workers(placed, dispatcher)

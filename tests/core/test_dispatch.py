@@ -7,7 +7,8 @@ import time
 import pytest
 import ray
 
-from core.cluster.dispatch import Call, Dispatcher, PoolExhausted
+from core.cluster.dispatch import Dispatcher, PoolExhausted
+from core.cluster.workers import Call
 from core.failures import DataFailure, InfrastructureFailure
 
 
@@ -76,6 +77,20 @@ def test_a_hung_worker_is_restarted_and_its_call_made_again(ray_session, tmp_pat
     assert done.call.attempts == 2 and dispatcher.restarts == 1
 
 
+def test_a_hung_worker_costs_the_pool_it_feeds_nothing(ray_session, tmp_path):
+    """As a hung encoder: rollout calls start when their conditioning is there, so no rollout worker is blamed."""
+    dispatcher, handles = make_dispatcher(2, call_timeout_s=6.0)
+    dispatcher.add_pool("encode", handles[:1])
+    dispatcher.add_pool("rollout", handles[1:])
+    before = ray.get(handles[1].work.remote("", ""))[0]
+    marker = str(tmp_path / "once")
+    calls = (Call("encode", key, "work", (marker if key == 1 else "", "hang")) for key in range(3))
+    encoded = dispatcher.stream("encode", calls)
+    sampled = dispatcher.stream("rollout", (Call("rollout", d.call.key, "work", ("", "")) for d in encoded))
+    done = {d.call.key: d.result[0] for d in sampled}
+    assert done == dict.fromkeys(range(3), before) and dispatcher.restarts == 1
+
+
 def test_a_lone_worker_comes_back_and_goes_on(ray_session, tmp_path):
     dispatcher, handles = make_dispatcher(1)
     before = ray.get(handles[0].work.remote("", ""))[0]
@@ -106,7 +121,7 @@ def test_below_the_floor_the_run_stops_with_the_cause(ray_session):
 def test_a_call_that_kills_every_worker_is_given_up(ray_session):
     dispatcher, _ = make_dispatcher(1, restarts=50)
     dispatcher.submit(Call("rollout", 7, "always_crash", ()))
-    with pytest.raises(PoolExhausted, match=r"always_crash\(7\) failed on 5 workers"):
+    with pytest.raises(PoolExhausted, match=r"always_crash\(7\) failed 5 times on 1 worker \(0\)"):
         finish(dispatcher)
 
 

@@ -12,6 +12,7 @@ import recipes
 from core.cluster.actors import PlacedActors, connect, wait_ready
 from core.cluster.dispatch import Dispatcher
 from core.cluster.placement import ActorPlan, ResourcePlan, bundle_of, uniform_plan
+from core.cluster.workers import Call
 from core.recipe import ConfigError
 from models.components import torch_dtype
 from models.lora.attach import Adapter, LoraSettings, State, hash_state
@@ -87,26 +88,26 @@ class Studio:
         with PlacedActors(
             resource_plan(section),
             "generation",
-            "lower generate.workers, generate.worker_cpus, generate.encode_cpus or generate.encode_gpus",
+            "lower generate.workers, generate.worker_cpus or generate.encode_workers, _cpus or _gpus",
             section.placement_timeout_s,
             key="generate.placement_timeout_s",
         ) as self._placed:
             self._start(section, adapters)
         self.policies = adapters.policies()
-        self.negative = self.encoder.encode_text.remote(section.negative_prompt)
+        self.dispatcher.submit(Call("encode", "negative", "encode_text", (section.negative_prompt,)))
+        self.negative = ray.put(self.dispatcher.wait("encode").result)
 
     def _start(self, section: GenerateSection, adapters: LoadedAdapters) -> None:
         replica, encoder = replica_spec(section, adapters.settings), encoder_spec(section)
         start, restarts = self._placed.start, section.max_restarts
         rollouts = start("rollout", RolloutWorker, lambda kind, _: kind.remote(replica), restarts=restarts)
-        # Encoding is a function of its arguments alone, so Ray itself may repeat the call.
-        options = {"restarts": restarts, "max_task_retries": restarts}
-        (self.encoder,) = start("encode", EncodeWorker, lambda kind, _: kind.remote(encoder), **options)
+        encoders = start("encode", EncodeWorker, lambda kind, _: kind.remote(encoder), restarts=restarts)
         wait_ready(self._placed.by_role, section.start_timeout_s)
         self.dispatcher = Dispatcher(
             call_timeout_s=section.call_timeout_s, start_timeout_s=section.start_timeout_s
         )
         self.dispatcher.add_pool("rollout", rollouts)
+        self.dispatcher.add_pool("encode", encoders)
 
     def close(self) -> None:
         """Stop every worker and give the room back."""
@@ -114,12 +115,15 @@ class Studio:
 
 
 def resource_plan(section: GenerateSection) -> ResourcePlan:
-    """One bundle for each rollout worker, then one for the encoder."""
+    """One bundle for each rollout worker, then one for each encoder."""
     gpus = 1.0 if section.device == "cuda" else 0.0
     rollouts = uniform_plan("rollout", section.workers, section.worker_cpus, gpus)
-    encode = ActorPlan("encode", 0, section.workers, section.encode_cpus, section.encode_gpus)
-    room = bundle_of([(encode.cpus, encode.gpus)])
-    return ResourcePlan((*rollouts.bundles, room), (*rollouts.actors, encode))
+    encoders = [
+        ActorPlan("encode", i, section.workers + i, section.encode_cpus, section.encode_gpus)
+        for i in range(section.encode_workers)
+    ]
+    rooms = [bundle_of([(encoder.cpus, encoder.gpus)]) for encoder in encoders]
+    return ResourcePlan((*rollouts.bundles, *rooms), (*rollouts.actors, *encoders))
 
 
 def replica_spec(section: GenerateSection, lora: LoraSettings) -> ReplicaSpec:

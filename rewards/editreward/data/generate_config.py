@@ -70,10 +70,12 @@ class GenerateSection:
     """Processes that sample."""
     worker_cpus: NonNegative = 2.0
     """CPUs of each."""
+    encode_workers: Count = 1
+    """Processes that encode prompts."""
     encode_cpus: NonNegative = 2.0
-    """CPUs of the worker that encodes prompts."""
+    """CPUs of one of them."""
     encode_gpus: NonNegative = 0.0
-    """GPUs of it."""
+    """GPUs of one of them."""
     threads: Count = 4
     """CPU threads that each process really uses."""
     embedding_cache_gib: NonNegative = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import ray
 from PIL import Image
+from ray.exceptions import RayError
 
-from core.cluster.dispatch import Call, Done
+from core.cluster.workers import Call, Done
+from core.failures import ObjectsLost
 from core.files import atomic_write_json
 from core.progress import Bar, Progress
 from core.prompts import Prompt, load_reference
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 FAILURES = ".failures.json"
 FETCH_S = 120
 WRITERS = 2
+MOST_LOSSES = 3
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -47,7 +50,8 @@ def read_failures(folder: Path) -> list[dict[str, str]]:
 
 @dataclass
 class _OpenShard:
-    """A shard on its way. missing: edits that have neither an image nor a failure yet."""
+    """A shard on its way. missing: edits that have neither an image nor a failure yet; encoding: prompts that are being
+    encoded, for which the `waiting` jobs wait; unusable: why a prompt cannot be; lost: how often nodes took an edit."""
 
     number: int
     edits: list[PlannedEdit]
@@ -56,6 +60,10 @@ class _OpenShard:
     missing: int
     images: dict[str, np.ndarray] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    encoding: int = 0
+    waiting: list[Job] = field(default_factory=list)
+    unusable: dict[int, str] = field(default_factory=dict)
+    lost: Counter[str] = field(default_factory=Counter)
 
 
 class Generation:
@@ -89,7 +97,8 @@ class Generation:
                 while pending and dispatcher.outstanding() < enough:
                     self._begin(pending.popleft(), bar, writers)
                 if dispatcher.outstanding():
-                    self._land(dispatcher.wait(), bar, writers)
+                    done = dispatcher.wait()
+                    (self._take_encoded if done.call.role == "encode" else self._land)(done, bar, writers)
             while self._writing:
                 self._writing.popleft().result()
 
@@ -99,23 +108,50 @@ class Generation:
             shard_prompts(number, self._prompts, self._section), self._section, self._header.seed
         )
         shard = self._open[number] = _OpenShard(number, edits, {}, {}, len(edits))
-        unreadable: dict[int, str] = {}
         for prompt in shard_prompts(number, self._prompts, self._section):
             try:
                 shard.sources[prompt.index] = load_reference(prompt)
             except ValueError as error:
-                unreadable[prompt.index] = str(error)
+                shard.unusable[prompt.index] = str(error)
                 continue
-            shard.conditionings[prompt.index] = self._studio.encoder.encode_one.remote(prompt)
+            self._encode(prompt, shard)
         for edit in edits:
-            if edit.prompt.index in unreadable:
-                self._fail(shard, edit, unreadable[edit.prompt.index], bar)
+            if edit.prompt.index in shard.unusable:
+                self._fail(shard, edit, shard.unusable[edit.prompt.index], bar)
         readable = [edit for edit in edits if edit.prompt.index in shard.sources]
-        for job in plan_jobs(number, readable, self._section.chunk_size):
-            self._submit(job, shard)
+        shard.waiting = list(plan_jobs(number, readable, self._section.chunk_size))
         self._close_if_whole(shard, writers)
 
-    def _submit(self, job: Job, shard: _OpenShard) -> None:
+    def _encode(self, prompt: Prompt, shard: _OpenShard) -> None:
+        shard.encoding += 1
+        key = (shard.number, prompt.index)
+        self._studio.dispatcher.submit(Call("encode", key, "encode_apart", ([prompt],), num_returns=2))
+
+    def _take_encoded(self, done: Done, bar: Bar, writers: concurrent.futures.Executor) -> None:
+        """Keep a prompt's conditioning; with the shard's last one, the jobs that wait for it start."""
+        key: Any = done.call.key
+        number, index = key
+        shard = self._open[number]
+        shard.encoding -= 1
+        if done.failure is None:
+            shard.conditionings[index] = done.refs[1]
+        else:
+            shard.unusable[index] = str(done.failure)
+        if not shard.encoding:
+            waiting, shard.waiting = shard.waiting, []
+            for job in waiting:
+                self._submit(job, shard, bar)
+            self._close_if_whole(shard, writers)
+
+    def _submit(self, job: Job, shard: _OpenShard, bar: Bar) -> None:
+        unusable = [edit for edit in job.edits if edit.prompt.index in shard.unusable]
+        if unusable:
+            for edit in job.edits:
+                if edit in unusable:
+                    self._fail(shard, edit, shard.unusable[edit.prompt.index], bar)
+                else:
+                    self._submit(Job(job.shard, job.number, (edit,)), shard, bar)
+            return
         spec = job.settings.spec()
         seeds = tuple(edit.seed for edit in job.edits)
         request = SampleRequest(job.shard, job.number, seeds, spec.stochastic_steps(seeds[0]))
@@ -135,17 +171,33 @@ class Generation:
                 raise RuntimeError(
                     f"{info.worker} sampled with adapter {info.policy_sha256[:12]}, asked was {wanted.sha256[:12]}"
                 )
-            images = ray.get(done.refs[2], timeout=FETCH_S)
+            try:
+                images = ray.get(done.refs[2], timeout=FETCH_S)
+            except RayError as error:
+                self._again(job, shard, error)
+                return
             for edit, image in zip(job.edits, images, strict=True):
                 shard.images[edit.key] = np.asarray(image)
             shard.missing -= len(job.edits)
             bar.advance(len(job.edits))
+        elif isinstance(done.failure, ObjectsLost):
+            self._again(job, shard, done.failure)
         elif len(job.edits) > 1:
             for edit in job.edits:  # one of them took the others with it: each alone
-                self._submit(Job(job.shard, job.number, (edit,)), shard)
+                self._submit(Job(job.shard, job.number, (edit,)), shard, bar)
         else:
             self._fail(shard, job.edits[0], str(done.failure), bar)
         self._close_if_whole(shard, writers)
+
+    def _again(self, job: Job, shard: _OpenShard, error: Exception) -> None:
+        """A node took the conditioning or the images with it: encode and sample once more, with the same result."""
+        shard.lost[job.edits[0].key] += 1
+        if shard.lost[job.edits[0].key] > MOST_LOSSES:
+            raise error
+        log.warning("%s and what is sampled with it is made again: %s", job.edits[0].key, error)
+        shard.waiting.append(job)
+        for prompt in {edit.prompt.index: edit.prompt for edit in job.edits}.values():
+            self._encode(prompt, shard)
 
     def _fail(self, shard: _OpenShard, edit: PlannedEdit, detail: str, bar: Bar) -> None:
         log.warning("%s is not made: %s", edit.key, detail)

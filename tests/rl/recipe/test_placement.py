@@ -86,6 +86,13 @@ def test_an_encode_worker_on_a_gpu_shares_the_first_ranks():
     assert alone.gpus == 5.0
 
 
+def test_several_encode_workers_share_the_ranks_in_turn():
+    plan = make_plan(config("shared", ranks=2, workers=2, encode_gpus=0.2, encode_workers=3))
+    assert sorted(actor.bundle for actor in plan.of("encode")) == [0, 0, 1] and plan.gpus == 2.0
+    apart = make_plan(config("separate", ranks=1, workers=1, encode_workers=3))
+    assert len({actor.bundle for actor in apart.of("encode")}) == 3
+
+
 def test_inprocess_has_no_rollout_workers():
     plan = make_plan(config("inprocess", ranks=4, workers=4))
     assert plan.gpus == 4.0

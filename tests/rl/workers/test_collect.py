@@ -1,11 +1,11 @@
 """Requests in chunks become whole results, scored ones with their score; a failure takes its own request alone."""
 
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 
-from core.cluster.dispatch import Done
-from core.failures import DataFailure
+from core.cluster.workers import Done
+from core.failures import DataFailure, ObjectsLost
 from core.progress import Progress
 from core.prompts import Prompt
 from rewards.scoring import GroupScore
@@ -22,14 +22,23 @@ POLICY = Policy(1, "f" * 64, ())
 class Wire:
     """The dispatcher as far as the collector sees it; calls come back in reverse order, and `broken` ones fail."""
 
-    def __init__(self, broken=(), sha256=POLICY.sha256):
-        self.broken, self.sha256, self.calls = broken, sha256, []
+    def __init__(self, broken=(), sha256=POLICY.sha256, lost=()):
+        self.broken, self.sha256, self.calls, self.lost = broken, sha256, [], list(lost)
+
+    def workers(self, role):
+        return [None]
 
     def stream(self, role, calls, *, ahead=None):
         calls = list(calls)
-        self.calls += calls
-        for call in reversed(calls):
-            if (role, call.key) in self.broken:
+        self.calls += [call for call in calls if role != "encode"]
+        for call in calls if role == "encode" else reversed(calls):
+            if (role, call.key) in self.lost:
+                self.lost.remove((role, call.key))
+                yield Done(call, (), None, ObjectsLost(f"the node of {role} {call.key} is gone"))
+            elif role == "encode":
+                prompts, _ = call.args
+                yield Done(call, (len(prompts), *(f"c {prompt.index}" for prompt in prompts)), len(prompts))
+            elif (role, call.key) in self.broken:
                 yield Done(call, (), None, DataFailure(f"{role} {call.key} is broken"))
             elif role == "rollout":
                 info = SampleInfo(call.key[0], call.key[1], 1, self.sha256, 0.5, 10.0, "node:1")
@@ -44,8 +53,11 @@ class Wire:
 
 
 def collector(wire):
-    encoder = SimpleNamespace(encode_one=SimpleNamespace(remote=lambda prompt, size: f"c {prompt.index}"))
-    return Collector(wire, encoder, Progress())
+    return Collector(wire, Progress())
+
+
+def sampling(own, step=0):
+    return partial(own.sample, spec=SPEC, policy=POLICY, step=step, chunk_size=2)
 
 
 def group(number, size=5):
@@ -61,8 +73,7 @@ def by_id(results):
 def test_chunks_come_together_in_order_and_are_scored_as_one():
     wire = Wire()
     own = collector(wire)
-    sampled = own.sample([group(3), group(4)], SPEC, POLICY, step=7, chunk_size=2)
-    results = by_id(own.score(sampled, "set", step=7, total=10))
+    results = by_id(own.score([group(3), group(4)], sampling(own, step=7), "set", step=7))
     assert [(c.first, c.size, c.trajectory) for c in results[3].chunks] == [
         (0, 2, "t of (3, 0, 2)"), (2, 2, "t of (3, 2, 2)"), (4, 1, "t of (3, 4, 1)"),
     ]  # fmt: skip
@@ -87,11 +98,28 @@ def test_a_batch_gives_every_sample_the_conditioning_of_its_prompt():
 def test_a_failure_on_either_way_takes_its_own_request_alone():
     broken = {("rollout", (1, 0, 2)), ("rollout", (1, 2, 2)), ("reward", 2)}
     own = collector(Wire(broken))
-    sampled = own.sample([group(n) for n in (1, 2, 3)], SPEC, POLICY, step=0, chunk_size=2)
-    results = by_id(own.score(sampled, "set", step=0, total=15))
+    results = by_id(own.score([group(n) for n in (1, 2, 3)], sampling(own), "set", step=0))
     assert "rollout (1, 2, 2) is broken" in results[1].failure, "the first of its chunks that failed"
     assert "reward 2 is broken" in results[2].failure and results[2].score is None
     assert results[3].score is not None
+
+
+@pytest.mark.parametrize(
+    "lost", [("encode", 1), ("rollout", (1, 2, 2)), ("reward", 1)], ids=["conditioning", "chunk", "images"]
+)
+def test_what_a_node_took_with_it_is_drawn_again(lost):
+    own = collector(Wire(lost=[lost]))
+    results = by_id(own.score([group(1), group(2)], sampling(own), "set", step=0))
+    assert all(result.score is not None and not result.failure for result in results.values())
+    drawn = [call.key for call in own.dispatcher.calls if call.role == "rollout"]
+    assert drawn.count((2, 0, 2)) == 1, "what was kept is not drawn again"
+    assert results[1].chunks[0].trajectory == "t of (1, 0, 2)"
+
+
+def test_nodes_that_leave_again_and_again_stop_the_run():
+    own = collector(Wire(lost=[("reward", 1)] * 3))
+    with pytest.raises(ObjectsLost, match="1 requests were lost with their nodes 3 times"):
+        list(own.score([group(1)], sampling(own), "set", step=0))
 
 
 def test_a_sample_of_another_policy_stops_the_run():
