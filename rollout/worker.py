@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from core.failures import InfrastructureFailure
 from models.kontext import KontextTransformer
@@ -23,6 +24,7 @@ from rollout.engine import AdapterReceipt, ReplicaSpec, RolloutEngine, SampleInf
 from rollout.sampler import Conditioning, SamplingSpec, Trajectory
 
 log = logging.getLogger(__name__)
+FETCH_S = 120
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Replica:
     ) -> tuple[SampleInfo, Trajectory, np.ndarray]:
         """See `RolloutEngine.sample`. Raises DataFailure or InfrastructureFailure; anything else is fatal."""
         if self.engine.sha256 != policy.sha256:
-            receipt = self.engine.load_adapter(ray.get(policy.adapter[0], timeout=120))
+            receipt = self.engine.load_adapter(_fetched(policy))
             if receipt.sha256 != policy.sha256:
                 raise InfrastructureFailure(
                     f"{receipt.worker}: adapter {policy.version} arrived as {receipt.sha256[:12]}, "
@@ -78,6 +80,16 @@ class Replica:
             # restarts the actor, and the controller hands the chunk to another worker.
             log.exception("%s: the device failed; this worker leaves to be restarted", self.engine.worker)
             os._exit(1)
+
+
+def _fetched(policy: Policy) -> Adapter:
+    """Raises InfrastructureFailure where it does not come: another node may be nearer to it."""
+    try:
+        return ray.get(policy.adapter[0], timeout=FETCH_S)
+    except (GetTimeoutError, ObjectLostError) as error:
+        raise InfrastructureFailure(
+            f"{os.uname().nodename}: adapter {policy.version} did not arrive within {FETCH_S} s: {error}"
+        ) from error
 
 
 RolloutWorker = ray.remote(Replica)

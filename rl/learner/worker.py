@@ -10,9 +10,11 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from core.cluster.process_group import free_port, join_process_group
 from core.cluster.ranks import RankLost, gather
+from core.failures import ObjectsLost
 from models.conditioning import Conditioning
 from models.lora.attach import Adapter, hash_state
 from rl.learner.batching import RankShare, TrainBatch, TrainSample
@@ -33,6 +35,7 @@ class LearnerRank:
         self.spec, self.rank, self.world_size = spec, rank, world_size
         self.learner: Learner | None = None
         self.replica: Replica | None = None
+        self.shares: list[tuple[list[TrainSample], int]] = []
 
     def address(self) -> tuple[str, int]:
         """An address of this node and a port that is free now, for the process group's rendezvous."""
@@ -85,24 +88,27 @@ class LearnerRank:
             micro_batch_size=self.spec.config.micro_batch_size,
         )
 
-    def update(
-        self, shares: Sequence[RankShare], learning_rate: float
-    ) -> tuple[list[UpdateStats], float, float]:
-        """Train this rank's shares of one rollout at this rate. Returns statistics, start time and seconds."""
-        started = time.time()
+    def fetch(self, shares: Sequence[RankShare]) -> None:
+        """Get what this rank's shares of one rollout refer to, before any rank enters a collective. Raises ObjectsLost
+        where a node took some of it."""
+        self.shares = []  # first, so that two rollouts never stand here at once
         values = _fetched(
             {r for share in shares for s in share.samples for r in (s.trajectory, s.conditioning)}
         )
-        resolved = [
+        self.shares = [
             (
                 [TrainSample.of(s, values[s.trajectory], values[s.conditioning]) for s in share.samples],
                 share.count,
             )
             for share in shares
         ]
+
+    def update(self, learning_rate: float) -> tuple[list[UpdateStats], float, float]:
+        """Train on what was fetched, at this rate. Returns statistics, start time and seconds."""
+        started = time.time()
+        shares, self.shares = self.shares, []
         self._learner().set_learning_rate(learning_rate)
-        stats = self._learner().update(resolved)
-        return stats, started, time.time() - started
+        return self._learner().update(shares), started, time.time() - started
 
     def adapter(self, version: int, *, shipped: bool) -> Adapter | None:
         """The live adapter (to sample with), or the shipped one (to evaluate and save); None off rank 0."""
@@ -155,9 +161,12 @@ def make_adapter(version: int, tensors: dict[str, Any]) -> Adapter:
 
 
 def _fetched(refs: set[Any]) -> dict[Any, Any]:
-    """Reference -> value."""
+    """Reference -> value. Raises ObjectsLost."""
     order = list(refs)
-    return dict(zip(order, ray.get(order, timeout=600), strict=True))
+    try:
+        return dict(zip(order, ray.get(order, timeout=600), strict=True))
+    except (ObjectLostError, GetTimeoutError) as error:
+        raise ObjectsLost(f"samples did not arrive: {str(error).splitlines()[0]}") from error
 
 
 class LearnerGroup:
@@ -189,15 +198,17 @@ class LearnerGroup:
     def rehearse(self, config: RehearsalConfig, pictures: Sequence[SampledPicture]) -> None:
         self._all("rehearse", config, list(pictures))
 
-    def update(
-        self, batch: TrainBatch, learning_rate: float
-    ) -> tuple[list[UpdateStats], list[tuple[float, float]]]:
-        """One rollout's updates; statistics are global, spans are (start, seconds) per rank."""
+    def fetch(self, batch: TrainBatch) -> None:
+        """Have every rank get its samples, for `update`. Raises ObjectsLost where a node took some: draw them again."""
         calls = [
-            actor.update.remote([shares[rank] for shares in batch.updates], learning_rate)
+            actor.fetch.remote([shares[rank] for shares in batch.updates])
             for rank, actor in enumerate(self.actors)
         ]
-        results = gather(calls, "update", self._timeout_s)
+        gather(calls, "fetch", self._timeout_s)
+
+    def update(self, learning_rate: float) -> tuple[list[UpdateStats], list[tuple[float, float]]]:
+        """One rollout's updates; statistics are global, spans are (start, seconds) per rank."""
+        results = self._all("update", learning_rate)
         return results[0][0], [(started, seconds) for _, started, seconds in results]
 
     def adapter(self, version: int, *, shipped: bool) -> Adapter:

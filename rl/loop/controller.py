@@ -4,7 +4,7 @@ what the loop waits for         bounded by
 ------------------------------  -----------------------------------------------
 a chunk or a score              resources.call_timeout_s, then the worker is restarted
 the learner's ranks             resources.call_timeout_s, then the run stops
-a replica's receipt             resources.call_timeout_s, then the worker is taken out
+the replicas' receipts          resources.call_timeout_s together, then silent ones are restarted
 a worker coming back            resources.start_timeout_s, then it is given up
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from core.failures import ObjectsLost
 from core.progress import Progress
 from rl.learner.batching import TrainBatch
 from rl.learner.stats import UpdateStats
@@ -32,6 +33,7 @@ from rl.workers.requests import RolloutResult
 from rollout.worker import Policy
 
 log = logging.getLogger(__name__)
+MOST_LOSSES = 3
 
 
 class TooManyFailedPrompts(RuntimeError):
@@ -57,6 +59,7 @@ class Controller:
         self.rollout = Collector(self.workers.dispatcher, Progress())
         self.observer = Observer(config, self.learner, self.rollout, run_dir, state, resumed, fresh=fresh)
         self._policy: Policy | None = None
+        self._losses = 0
 
     def run(self) -> None:
         """All remaining stages, with evaluation of every task before, between and after them."""
@@ -89,8 +92,10 @@ class Controller:
             )  # overlaps with sampling
             results = sorted(scored, key=lambda result: result.request.id)
             clock.lap("rollout")
-            self._guard(part, results)
             batch, advantages = make_batch(results, config)  # complete groups, advantages
+            if not self._fetched(batch, number):
+                continue  # the same step again, with the same samples
+            self._guard(part, results)
             rate = stage_learning_rate(config.learner, step, stage.steps)
             stats = self._update(batch, rate, number)  # clipped objective, LoRA only
             clock.lap("update")
@@ -133,12 +138,25 @@ class Controller:
                 "log names each"
             )
 
+    def _fetched(self, batch: TrainBatch, step: int) -> bool:
+        """Whether the learner has the step's samples. Raises ObjectsLost where nodes take them again and again."""
+        try:
+            self.learner.fetch(batch)
+        except ObjectsLost as error:
+            self._losses += 1
+            if self._losses > MOST_LOSSES:
+                raise
+            log.warning("step %d is sampled again: %s", step, error)
+            return False
+        self._losses = 0
+        return True
+
     def _update(self, batch: TrainBatch, rate: float, step: int) -> list[UpdateStats]:
         """One entry per optimizer update; none where no group has spread in its rewards."""
         if not batch.updates:
             log.warning("step %d: no group has spread in its rewards; nothing to learn", step)
             return []
-        stats, spans = self.learner.update(batch, rate)
+        stats, spans = self.learner.update(rate)
         self.observer.journal.update_spans(spans, step)
         return stats
 

@@ -10,6 +10,7 @@ import ray
 import torch
 
 import recipes
+from core.failures import ObjectsLost
 from core.prompts import Prompt, load_prompts
 from core.seeds import derive_seed
 from rl.learner.rehearsal import SampledPicture
@@ -23,6 +24,7 @@ from rollout.sampler import SamplingSpec
 from rollout.worker import Policy
 
 log = logging.getLogger(__name__)
+_DRAWS = 3
 
 
 def rehearsal_prompts(sets: Sequence[Sequence[Prompt]], count: int, seed: int) -> list[Prompt]:
@@ -44,7 +46,13 @@ def prepare_rehearsal(
     policy = Policy(adapter.version, adapter.sha256, (ray.put(adapter),))
     rehearsal = config.stages[state.stage].rehearsal
     assert rehearsal is not None
-    learner.rehearse(rehearsal, draw_pictures(collector, config, state.stage, policy, state.step))
+    for draw in range(_DRAWS):
+        try:
+            learner.rehearse(rehearsal, draw_pictures(collector, config, state.stage, policy, state.step))
+            break
+        except ObjectsLost:
+            if draw == _DRAWS - 1:
+                raise
     state.seconds += time.monotonic() - began
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 import recipes
 from core.files import atomic_write_json
@@ -26,7 +27,7 @@ from rl.recipe.reward_sets import evaluation_set_name
 from rl.recipe.schema import EvaluationConfig, EvaluationTaskConfig
 from rl.record.gallery import GallerySample
 from rl.workers.collect import Collector
-from rl.workers.requests import batch_requests
+from rl.workers.requests import RolloutResult, batch_requests
 from rollout.sampler import SamplingSpec
 from rollout.worker import Policy
 
@@ -118,7 +119,7 @@ class Evaluator:
         requests = batch_requests(prompts, seeds, self.config.batch_size)
         sample = partial(self.collector.sample, spec=spec, policy=policy, step=step, label=label)
         scores: dict[int, GroupScore] = {}
-        images: dict[int, Any] = {}
+        shown: dict[int, RolloutResult] = {}
         for result in self.collector.score(
             requests, sample, evaluation_set_name(task), step=step, label=f"score {task}"
         ):
@@ -127,12 +128,12 @@ class Evaluator:
             else:
                 log.error("%s: prompts %s not scored: %s", label, result.request.span, result.failure)
             if result.chunks and result.request.id < self.gallery_prompts:
-                images[result.request.id] = result.chunks[0].images
+                shown[result.request.id] = result
         rewards, components = _in_order(scores, [(r.id, len(r.seeds)) for r in requests])
         samples = [
             _gallery_sample(prompts[i], seeds[i], image, rewards[i])
-            for start in sorted(images)
-            for i, image in enumerate(ray.get(images[start], timeout=120), start)
+            for start in sorted(shown)
+            for i, image in enumerate(_pictures(shown[start], sample), start)
             if i < self.gallery_prompts
         ]
         return rewards, components, samples
@@ -159,6 +160,16 @@ class Evaluator:
 def load_task_prompts(task: EvaluationTaskConfig) -> list[Prompt]:
     """The first `num_prompts` held-out prompts of a task."""
     return load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]
+
+
+def _pictures(result: RolloutResult, sample: Callable[..., Iterator[RolloutResult]]) -> np.ndarray:
+    """A batch's pictures; drawn again where a node took them."""
+    try:
+        return ray.get(result.chunks[0].images, timeout=120)
+    except RayError as error:
+        log.warning("prompts %s are drawn again for the gallery: %s", result.request.span, error)
+        (again,) = sample([result.request])
+        return ray.get(again.chunks[0].images, timeout=120)
 
 
 def _gallery_sample(prompt: Prompt, seed: int, image: Any, reward: float | None) -> GallerySample:

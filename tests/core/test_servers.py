@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import GetTimeoutError, RayActorError
 
+from core.cluster.servers import fleet as fleet_module
 from core.cluster.servers.fleet import Room, check_host, place
 from core.cluster.servers.replica import Replica, ReplicaError, ReplicaPlan, ReplicaStatus
 from core.failures import ClusterError
@@ -178,6 +181,30 @@ def test_when_the_starter_is_killed_outright_its_server_ends_too(tmp_path: Path)
     process.kill()
     process.wait(10)
     wait_for(lambda: not any(alive(pid) for pid in below))
+
+
+def test_a_replica_that_does_not_answer_is_not_the_end_of_the_others(monkeypatch: Any) -> None:
+    ready = ReplicaStatus("ready", "http://a", 1, "", ())
+    answers: dict[str, Any] = {"a": ready, "b": GetTimeoutError("late"), "c": RayActorError()}
+
+    def get(ref: str, timeout: float) -> Any:
+        if isinstance(answers[ref], Exception):
+            raise answers[ref]
+        return answers[ref]
+
+    wire = SimpleNamespace(get=get, wait=lambda refs, num_returns, timeout: (refs, []))
+    monkeypatch.setattr(fleet_module, "ray", wire)
+    actors = [SimpleNamespace(status=SimpleNamespace(remote=lambda name=name: name)) for name in answers]
+    fleet = fleet_module.Fleet(SimpleNamespace(by_role={"replica": actors}))  # type: ignore[arg-type]
+    assert [status.state for status in fleet.statuses()] == ["ready", "silent", "failed"]
+    answers["a"], answers["b"] = GetTimeoutError("late"), ready
+    first, second, third = fleet.statuses()
+    assert (first.state, first.url, first.restarts) == (
+        "silent",
+        "http://a",
+        1,
+    ) and "did not answer" in first.detail
+    assert second.state == "ready" and third.state == "failed"
 
 
 # ---- placement --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from PIL import Image
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from core.failures import DataFailure, InfrastructureFailure
 from core.prompts import Prompt
@@ -57,6 +58,16 @@ def published(replica, version):
     tensors = {name: torch.full_like(tensor, 0.1 * version) for name, tensor in state.items()}
     adapter = Adapter(version, hash_state(tensors), tensors)
     return adapter, Policy(version, adapter.sha256, (adapter,))
+
+
+@pytest.mark.parametrize("error", [GetTimeoutError("late"), ObjectLostError("1f", None, "")])
+def test_a_policy_that_does_not_arrive_is_asked_for_elsewhere(replica, monkeypatch, error):
+    def get(reference, timeout):
+        raise error
+
+    monkeypatch.setattr(worker.ray, "get", get)
+    with pytest.raises(InfrastructureFailure, match="adapter 7 did not arrive"):
+        replica.sample(REQUEST, SPEC, Policy(7, "f" * 64, ("ref",)), None, text_conditioning())
 
 
 def image_prompt(index=0, colour=(200, 30, 40)):

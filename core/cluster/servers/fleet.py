@@ -6,10 +6,10 @@ import ipaddress
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from core.cluster.actors import PlacedActors, connect
 from core.cluster.placement import uniform_plan
@@ -44,6 +44,7 @@ class Fleet:
     def __init__(self, placed: PlacedActors) -> None:
         self._placed, self._actors = placed, placed.by_role["replica"]
         self._lost: dict[int, ReplicaStatus] = {}
+        self._known: dict[int, ReplicaStatus] = {}
 
     def start(self) -> list[str]:
         """Start every server; returns their URLs at once. Raises ClusterError where a place turns out unusable."""
@@ -53,14 +54,22 @@ class Fleet:
             raise ClusterError(str(getattr(error, "cause", None) or error)) from error
 
     def statuses(self) -> list[ReplicaStatus]:
-        """How every replica is now. One whose actor or node is gone has failed, and stays so."""
-        answers = {i: actor.status.remote() for i, actor in enumerate(self._actors) if i not in self._lost}
-        for i, answer in answers.items():
+        """How every replica is now, asked together. One whose actor or node is gone has failed, and stays so; one that
+        does not answer is asked again the next time."""
+        asked = {i: actor.status.remote() for i, actor in enumerate(self._actors) if i not in self._lost}
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=CALL_S)
+        for i, answer in asked.items():
+            known = self._known.get(i, ReplicaStatus("starting", "", 0, "", ()))
             try:
-                answers[i] = ray.get(answer, timeout=CALL_S)
+                self._known[i] = ray.get(answer, timeout=0)
+            except GetTimeoutError:
+                detail = f"its actor did not answer within {CALL_S:g} s; is its node reachable?"
+                self._known[i] = replace(known, state="silent", detail=detail, lines=())
             except RayActorError:
-                self._lost[i] = ReplicaStatus("failed", "", 0, "its actor is gone; is its node still up?", ())
-        return [self._lost.get(i) or answers[i] for i in range(len(self._actors))]
+                self._lost[i] = ReplicaStatus(
+                    "failed", known.url, known.restarts, "its actor is gone; is its node still up?", ()
+                )
+        return [self._lost.get(i) or self._known[i] for i in range(len(self._actors))]
 
     def close(self) -> None:
         """End every server and give the room back."""

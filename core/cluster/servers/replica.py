@@ -65,7 +65,8 @@ class ReplicaPlan:
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """state: `starting`, `ready`, `restarting`, `failed` (given up) or `stopped`. detail: why it is not ready.
+    """state: `starting`, `ready`, `restarting`, `silent` (its actor does not answer), `failed` (given up) or `stopped`.
+    detail: why it is not ready.
 
     lines: of the server's log since the last status.
     """

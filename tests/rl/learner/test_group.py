@@ -2,12 +2,17 @@
 
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from core.cluster.ranks import RankLost
-from rl.learner.worker import LearnerGroup
+from core.failures import ObjectsLost
+from rl.learner import worker
+from rl.learner.batching import RankShare, SampleRef
+from rl.learner.worker import LearnerGroup, LearnerRank
 
 
 class Rank:
@@ -53,3 +58,15 @@ def test_a_silent_rank_is_bounded_in_time(ray_session):
     with pytest.raises(RankLost, match="set_negative took longer than 2 s"):
         group.set_negative(None)
     ray.kill(actors[0])
+
+
+@pytest.mark.parametrize("error", [GetTimeoutError("late"), ObjectLostError("1f", None, "")])
+def test_samples_that_a_node_took_are_told_before_any_rank_trains(monkeypatch, error):
+    def get(references, timeout):
+        raise error
+
+    monkeypatch.setattr(worker.ray, "get", get)
+    sample = SampleRef(0, 0, "trajectory", 0, "conditioning", (0,), 1.0)
+    rank = LearnerRank(SimpleNamespace(replica=SimpleNamespace(threads=1)), 0, 1)
+    with pytest.raises(ObjectsLost, match="samples did not arrive"):
+        rank.fetch([RankShare((sample,), 1)])

@@ -63,7 +63,8 @@ def results(tmp_path_factory, ray_session):
         group = LearnerGroup(actors, call_timeout_s=240, start_timeout_s=240)
         group.set_negative(conditioning("negative"))
         ray.get([a.record.remote() for a in actors], timeout=240)
-        stats, _ = group.update(make_train_batch(refs, 1, ranks, 2), 1e-3)
+        group.fetch(make_train_batch(refs, 1, ranks, 2))
+        stats, _ = group.update(1e-3)
         gradients = ray.get([a.recorded.remote() for a in actors], timeout=240)[0]
         found[name] = (stats[0], gradients, group.adapter(1, shipped=False))
         for a in actors:

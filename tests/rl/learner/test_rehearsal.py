@@ -204,7 +204,8 @@ def test_two_ranks_rehearse_their_shares(folder, ray_session, stage):
             )
             for r in sample_refs(groups, 4)
         ]
-        (stats,), _ = group.update(make_train_batch(refs, 1, 2, 2), 1e-3)
+        group.fetch(make_train_batch(refs, 1, 2, 2))
+        (stats,), _ = group.update(1e-3)
         found.append(stats.rehearsal)
         engine.load_adapter(group.adapter(1, shipped=False))
     assert found[0] == 0.0 < found[1]

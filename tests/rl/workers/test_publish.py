@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from models.lora.attach import Adapter
 from rl.learner.worker import make_adapter
@@ -60,36 +60,53 @@ def test_a_replica_that_held_the_weights_already_need_not_move():
     check_receipt(receipt(shift=0.0, replaced=ADAPTER.sha256), ADAPTER, BEFORE)
 
 
+SILENT = object()
+
+
 class Worker:
     """A rollout worker at the wire: its call gives a receipt, or an error when it is fetched."""
 
     def __init__(self, answer):
         self.answer = answer
-        self.load_adapter = SimpleNamespace(remote=lambda ref: self.answer)
+        self.load_adapter = SimpleNamespace(remote=lambda ref: self)
 
 
 class Pool:
-    """The dispatcher as far as `publish` sees it."""
+    """The dispatcher as far as `publish` sees it. `back`: workers that come back."""
 
-    def __init__(self, *workers):
-        self.all, self.lost = list(workers), []
+    def __init__(self, *workers, back=()):
+        self.all, self.lost, self.back, self.hung = list(workers), [], list(back), []
 
     def workers(self, role):
         return self.all
 
-    def report_lost(self, role, worker):
+    def await_workers(self, role):
+        return self.back or self.all
+
+    def report_lost(self, role, worker, *, hung=False):
         self.lost.append(worker)
+        self.hung += [worker] if hung else []
 
 
 @pytest.fixture(autouse=True)
 def _wire(monkeypatch):
-    def get(answer, timeout):
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    def get(worker, timeout):
+        if isinstance(worker.answer, Exception):
+            raise worker.answer
+        return worker.answer
+
+    def wait(refs, num_returns, timeout):
+        ready = [worker for worker in refs if worker.answer is not SILENT]
+        if not ready:
+            waits.append(timeout)
+        return ready[:1], []
+
+    waits = []
+    monkeypatch.setattr(adapters.ray, "wait", wait)
 
     monkeypatch.setattr(adapters.ray, "put", lambda value: ("ref", value))
     monkeypatch.setattr(adapters.ray, "get", get)
+    return waits
 
 
 def test_publishing_gives_the_policy_to_ask_for():
@@ -103,6 +120,25 @@ def test_a_silent_worker_is_taken_out_and_the_rest_go_on():
     pool = Pool(silent, Worker(receipt()))
     publish(ADAPTER, pool, previous=BEFORE, timeout_s=1)
     assert pool.lost == [silent]
+
+
+def test_silent_workers_share_one_limit_and_are_restarted(_wire):
+    silent = [Worker(SILENT), Worker(SILENT)]
+    pool = Pool(silent[0], Worker(receipt()), silent[1])
+    publish(ADAPTER, pool, previous=BEFORE, timeout_s=1)
+    assert pool.hung == silent and len(_wire) == 1 and _wire[0] <= 1
+
+
+def test_a_worker_that_comes_back_can_prove_it_alone():
+    gone, back = Worker(RayActorError()), Worker(receipt())
+    pool = Pool(gone, back=[back])
+    publish(ADAPTER, pool, previous=BEFORE, timeout_s=1)
+    assert pool.lost == [gone] and pool.hung == []
+
+
+def test_a_publish_that_nobody_proved_is_refused():
+    with pytest.raises(PublishError, match="no replica has shown that it samples with version 4"):
+        publish(ADAPTER, Pool(Worker(RayActorError())), previous=BEFORE, timeout_s=1)
 
 
 def test_one_wrong_replica_stops_the_run():

@@ -1,0 +1,86 @@
+"""What a node takes with it in the middle of a step: the step is sampled again, and nothing is counted twice."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from core.failures import ObjectsLost
+from rl.loop import controller as loop
+from rl.loop.controller import MOST_LOSSES, Controller
+from rl.recipe.schema import RolloutConfig, RunConfig, StageConfig
+from rl.record.state import RunState, StageProgress
+from rl.workers.requests import RolloutRequest, RolloutResult
+
+
+class Learner:
+    """Its ranks lose the samples of the first `losses` fetches."""
+
+    def __init__(self, losses):
+        self.losses, self.updates = losses, 0
+
+    def fetch(self, batch):
+        if self.losses:
+            self.losses -= 1
+            raise ObjectsLost("samples did not arrive")
+
+    def update(self, rate):
+        self.updates += 1
+        return [], []
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """A controller of one step of one failed prompt, over stand-ins for all that it drives."""
+    prompt = SimpleNamespace(index=0, prompt="a circle")
+    result = RolloutResult(RolloutRequest(0, (prompt,), (1, 2)), (), failure="no picture")
+    part = SimpleNamespace(reward_set="set", monitor=SimpleNamespace(observe=lambda scores: None))
+
+    class Schedule:
+        def __init__(self, stage, config):
+            self.steps = stage.steps
+
+        def remaining_steps(self, progress):
+            while progress.steps < self.steps:
+                yield progress.steps
+
+        def part(self, step):
+            return part
+
+        def groups(self, step):
+            return []
+
+    monkeypatch.setattr(loop, "StageSchedule", Schedule)
+
+    def made(losses):
+        control = Controller.__new__(Controller)
+        control.config, control.spec, control.state = RunConfig(rollout=RolloutConfig()), None, RunState()
+        control.state.stages.append(StageProgress("t2i"))
+        control.learner, control._losses, control._policy = Learner(losses), 0, SimpleNamespace()
+        control.drawn = []
+        control.rollout = SimpleNamespace(
+            sample=lambda requests: [],
+            score=lambda *args, **options: control.drawn.append(options["step"]) or [result],
+        )
+
+        def close_step(*args):
+            control.state.step += 1
+            control.state.stages[-1].steps += 1
+
+        control.observer = SimpleNamespace(close_step=close_step)
+        return control
+
+    return made
+
+
+def test_a_step_whose_samples_were_lost_is_sampled_again_and_counted_once(make):
+    control = make(losses=2)
+    control._train(StageConfig(name="t2i", steps=1))
+    assert control.drawn == [1, 1, 1] and control.state.step == 1
+    assert control.state.failed_prompts == 1, "the prompt failed three times, in one step"
+
+
+def test_nodes_that_leave_in_every_try_stop_the_run(make):
+    control = make(losses=MOST_LOSSES + 1)
+    with pytest.raises(ObjectsLost):
+        control._train(StageConfig(name="t2i", steps=1))
+    assert control.state.step == 0
