@@ -14,12 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 import recipes
 from core.failures import ClusterError
 from core.logs import start_logging
 from core.recipe import ConfigError
+from core.run_lock import RunTaken, hold_run
 from rewards.base import RewardError
 from rewards.benchmarks.registry import BENCHMARKS, Benchmark, Request
 from rl.evaluate.plan import Sampling, scoring_sha256
@@ -50,15 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         sys.stdout.write("\n".join([*describe(job), "Ready to run."]) + "\n")
         return 0
-    output = job.plan.output
-    output.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(output / ".lock", timeout=0):
+        with hold_run(job.plan.output):
             return evaluate(job)
-    except Timeout:
-        sys.stderr.write(
-            f"This evaluation cannot run:\n- another one works in {output}; wait, or choose another --output\n"
-        )
+    except RunTaken as error:
+        sys.stderr.write(f"This evaluation cannot run:\n{error}\n")
         return 2
 
 
