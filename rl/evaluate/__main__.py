@@ -206,7 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument(
         "--reward-params", nargs="+", default=[], metavar="KEY=VALUE", help="for example model=gpt-4.1"
     )
-    scoring.add_argument("--reward-timeout-s", type=float, default=600.0, help="for one batch (default: 600)")
+    scoring.add_argument(
+        "--reward-timeout-s",
+        type=float,
+        help="for one batch (default: 600, or more where the reward states more)",
+    )
     scoring.add_argument("--gallery", type=int, default=16, help="prompts in the gallery (default: 16)")
     machines = parser.add_argument_group("machines")
     machines.add_argument("--workers", type=int, default=1, help="rollout workers, one GPU each (default: 1)")
