@@ -30,7 +30,13 @@ def check_model_folder(folder: str | Path, parts: Collection[str] = PARTS) -> li
     if not folder.is_dir():
         return [f"{folder}: no such model folder; download or build the model there, or correct the path"]
     known = dict.fromkeys((*PARTS, *METAQUERY_PARTS))
-    return [problem for name in known if name in parts for problem in _check_part(folder / name)]
+    problems = [problem for name in known if name in parts for problem in _check_part(folder / name)]
+    if problems and (folder / "adapter" / "adapter_config.json").is_file():
+        trained = folder / "adapter"
+        return [f"{folder} is a run's folder: give the model that it trained, and {trained} as its adapter"]
+    if problems and folder.name in known and (folder.parent / "vae").is_dir():
+        return [f"{folder} is one part of a model: give the model's folder, {folder.parent}"]
+    return problems
 
 
 def is_metaquery_folder(folder: str | Path) -> bool:

@@ -217,7 +217,7 @@ def _model_problems(
         return problems
     try:
         load_adapter(folder, adapter, "float32")
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError) as error:
         problems.append(f"--adapter {adapter}: {error}")
     found = geometry(folder)
     for size in sorted(sizes):

@@ -34,8 +34,12 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def same_as_before(path: Path, record: dict[str, Any]) -> None:
-    """Keep `record` at `path`, or compare it with the one there. Raises ConfigError with every difference."""
-    if not path.is_file():
+    """Keep `record` at `path`, or compare it with the one there. Raises ConfigError with every difference.
+
+    A record beside which nothing was written yet is of a run that never started, and replaced.
+    """
+    started = any(other != path and not other.name.startswith(".") for other in path.parent.iterdir())
+    if not (started and path.is_file()):
         atomic_write_json(path, record)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
