@@ -10,7 +10,7 @@ from pathlib import Path
 from core.command_line import add_recipe_arguments, refuse, report_dry_run
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
-from rl.loop.checkpoint import CheckpointError, check_same_recipe, find_checkpoint, read_state
+from rl.loop.checkpoint import check_same_recipe, find_checkpoint, read_state, set_later_aside
 from rl.recipe.schema import RunConfig, load_config
 from rl.recipe.validate import broken_rules, find_problems
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         # Values and rules come in one list with what `preflight` finds, where keys and types let it look.
         config = load_config(arguments.recipe, arguments.overrides, rules=broken_rules, defer_values=True)
         return dry_run(config) if arguments.dry_run else train(config, resume=arguments.resume)
-    except (ConfigError, CheckpointError) as error:
+    except ConfigError as error:
         return refuse("This recipe cannot run", error)
 
 
@@ -76,6 +76,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
                 [f"checkpoint {checkpoint} belongs to another run than {run_dir}; set output_dir and name"]
             )
         check_same_recipe((checkpoint / "config.yaml").read_text(), to_yaml(config))
+        set_later_aside(run_dir, read_state(checkpoint).step)
         log.info("continuing from %s", checkpoint)
     elif resume and (run_dir / "config.yaml").is_file():
         check_same_recipe((run_dir / "config.yaml").read_text(), to_yaml(config))

@@ -58,8 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(recipe.threads)
         stage = build_stage(recipe)
         loop = TrainingLoop(stage, recipe, end_rule(recipe, stage))
-        if options.resume:
-            loop.resume(options.resume)
+        loop.resume(options.resume)
     except (ConfigError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
