@@ -177,6 +177,7 @@ def _holder(seen: _Seen) -> str:
 def _taken(path: Path, seen: _Seen) -> RunTaken:
     return RunTaken(
         [
-            f"{path.parent}: another run writes there now, {_holder(seen)}; wait for it, end it, or choose another folder"
+            f"{path.parent}: another run writes there now, {_holder(seen)}; "
+            "wait for it, end it, or choose another folder"
         ]
     )
