@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from core.failures import ObjectsLost
+from core.prompts import Prompt
 from rl.loop import controller as loop
 from rl.loop.controller import MOST_LOSSES, Controller
 from rl.recipe.schema import RolloutConfig, RunConfig, StageConfig
@@ -31,7 +32,7 @@ class Learner:
 @pytest.fixture
 def make(monkeypatch):
     """A controller of one step of one failed prompt, over stand-ins for all that it drives."""
-    prompt = SimpleNamespace(index=0, prompt="a circle")
+    prompt = Prompt(0, "t2i", "a circle")
     result = RolloutResult(RolloutRequest(0, (prompt,), (1, 2)), (), failure="no picture")
     part = SimpleNamespace(reward_set="set", monitor=SimpleNamespace(observe=lambda scores: None))
 
