@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 import recipes
 from core.logs import start_logging
 from core.recipe import ConfigError
+from core.run_status import watch_run
 from rewards.base import RewardError
 from rewards.benchmarks.registry import BENCHMARKS, Benchmark, Request
 from rl.evaluate.plan import Sampling, scoring_sha256
@@ -71,7 +72,8 @@ def evaluate(job: EvaluationJob) -> int:
     images.recover(plan.batches)
     scores = ScoreStore(plan.output, scoring_sha256(plan, job.scorers)) if job.scorers else None
     try:
-        _complete(job, images, scores)
+        with watch_run(plan.output, resume=False, stop_timeout_s=plan.resources.stop_timeout_s):
+            _complete(job, images, scores)
     except (RewardError, RuntimeError) as error:
         log.error("stopped: %s", error)
         sys.stderr.write(f"Stopped: {error}\nWhat is done is kept; run the same command again to go on.\n")

@@ -21,7 +21,8 @@ class StageProgress:
 class RunState:
     """Stage `stage` (index) has `stages[stage].steps` finished steps; `step` counts over all stages.
 
-    All sampling is a pure function of seed, stage and step, so no random-number state is kept.
+    All sampling is a pure function of seed, stage and step, so no random-number state is kept. `unseen`: evaluation and
+    pictures of the last step are still to be made, since the run was stopped before.
     """
 
     stage: int = 0
@@ -31,4 +32,5 @@ class RunState:
     seconds: float = 0.0
     restarts: int = 0
     failed_prompts: int = 0
+    unseen: bool = False
     stages: list[StageProgress] = field(default_factory=list)
