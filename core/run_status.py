@@ -16,11 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from core.files import atomic_write_json
+from core.run_lock import RunTaken, check_held
 from core.stopping import Stopping
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ class RunWatch:
     def _write(self, **changes: Any) -> None:
         with self._lock:
             self._status |= {**changes, "time": time.time()}
-            atomic_write_json(self.path, self._status)
+            with suppress(RunTaken):  # the status is that of the process that has taken the folder over
+                check_held(self.path.parent)
+                atomic_write_json(self.path, self._status)
 
     def _heard(self, number: int) -> None:
         if self._forward is not None:

@@ -5,6 +5,7 @@
 | 200 with K finite numbers | the raw outputs |
 | 400, 413, 422 | this edit cannot be scored; no other is touched |
 | connection refused, lost or silent, 502, 503, 504 | the replica is away: the request goes to another one |
+| 408, 425, 429, a 200 that is no JSON | the same, and it is left alone for as long as its Retry-After asks |
 | 500 | the same, and after `SERVER_ERRORS` of them this edit cannot be scored: it may be what brings servers down |
 | 404 | another model is served there: the run stops |
 | anything else | no vLLM server is there: the run stops |
@@ -26,8 +27,9 @@ from typing import Any
 import httpx
 
 from rewards.base import FatalRewardError
+from rewards.retry_after import retry_after
 from rewards.service.endpoints import Connections, Endpoint, Endpoints, wait_until
-from rewards.service.faults import Away, read_json
+from rewards.service.faults import NOT_NOW, Away, read_200, read_json
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ class Replicas:
             log.warning("editreward: %s is away: %s", endpoint.url, error)
         if self._silent_since is None:
             self._silent_since = time.monotonic()
-        self._endpoints.failed(endpoint, str(error))
+        self._endpoints.failed(endpoint, str(error), error.retry_after_s)
 
     async def _ask(self, endpoint: Endpoint, body: dict[str, Any]) -> list[float]:
         """One request. A replica that was away is looked at first: it may serve something else now."""
@@ -120,9 +122,10 @@ class Replicas:
             self._endpoints.works(endpoint)
             log.info("editreward: %s is back", endpoint.url)
         response = await self._request("POST", endpoint, "/classify", self._timeout_s, body)
+        answer = read_200(response)
         self._silent_since = None
         if response.status_code == 200:
-            return self._numbers(read_json(response), endpoint.url)
+            return self._numbers(answer, endpoint.url)
         said = f"HTTP {response.status_code}: {_message(response)}"
         if response.status_code in (400, 413, 422):
             raise Unscorable(f"{endpoint.url}: {said}")
@@ -151,7 +154,7 @@ class Replicas:
         """
         await self._request("GET", endpoint, "/health", LIST_S)
         response = await self._request("GET", endpoint, "/v1/models", LIST_S)
-        answer = read_json(response)
+        answer = read_200(response)
         data = answer.get("data") if isinstance(answer, dict) else None
         names = [entry.get("id") for entry in data or [] if isinstance(entry, dict)]
         if response.status_code != 200 or not names:
@@ -167,12 +170,13 @@ class Replicas:
     async def _request(
         self, method: str, endpoint: Endpoint, path: str, limit_s: float, body: dict[str, Any] | None = None
     ) -> httpx.Response:
-        """Raises Away for every failure to get an answer, 5xx included."""
+        """Raises Away for every failure to get an answer, 5xx included, and for what passes."""
         response = await self._connections.request(method, endpoint, path, limit_s, json=body)
         if response.status_code == 500:
             raise _ServerError(f"HTTP 500: {_message(response)}")
-        if response.status_code > 500:
-            raise Away(f"HTTP {response.status_code}: {_message(response)}")
+        if response.status_code > 500 or response.status_code in NOT_NOW:
+            asked_s = retry_after(response.headers, time.time())
+            raise Away(f"HTTP {response.status_code}: {_message(response)}", asked_s)
         return response
 
     async def _wait_for(self, endpoint: Endpoint) -> str:

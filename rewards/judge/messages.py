@@ -13,14 +13,16 @@ from PIL import Image
 class Outcome(StrEnum):
     """How one question to the judge ended, the gravest first: what another call cannot mend before what it can.
 
-    FATAL: no later call can succeed (401, 403, 404, exhausted quota, a request the endpoint rejects); it stops the
-    run. REFUSED: the model declined. FILTERED: a content filter cut in. TRUNCATED: the token limit ended it.
-    MALFORMED: it does not say what was asked. RATE_LIMITED: 429 to the last attempt. TIMEOUT: no answer in time.
-    UNAVAILABLE: 5xx or a lost connection to the last attempt. OK: a complete answer, though perhaps one that cannot
-    be read; it alone may become a score.
+    FATAL: no later call can succeed (401, 403, 404, exhausted quota, a parameter the model does not have); it stops
+    the run. REJECTED: the endpoint does not take this very request (400, 413, 422 and other 4xx). REFUSED: the model
+    declined. FILTERED: a content filter cut in. TRUNCATED: the token limit ended it. MALFORMED: it does not say what
+    was asked. RATE_LIMITED: 429 to the last attempt. TIMEOUT: no answer in time. UNAVAILABLE: 5xx or a lost
+    connection to the last attempt. OK: a complete answer, though perhaps one that cannot be read; it alone may become
+    a score.
     """
 
     FATAL = "fatal"
+    REJECTED = "rejected"
     REFUSED = "refused"
     FILTERED = "filtered"
     TRUNCATED = "truncated"

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import email.utils
 import io
 import json
 import math
-import re
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +14,7 @@ from PIL import Image
 
 from rewards.judge.messages import JudgeReply, JudgeRequest, Outcome, TokenChoices
 from rewards.judge.settings import JudgeSettings
+from rewards.retry_after import retry_after
 
 if TYPE_CHECKING:
     import openai
@@ -28,9 +26,11 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 FILTER_CODES = {"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"}
 QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+SETTINGS_CODES = {"unsupported_parameter", "unsupported_value", "unknown_parameter", "model_not_found"}
+"""Of a 4xx that meets every request alike, since every request has the recipe's settings."""
+EVERY_REQUEST = (401, 402, 403, 404)
 GATEWAY_TIMEOUTS = (408, 504, 524)
 NOT_BILLED = (0, 0)
-UNIT_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 
 def sampling(settings: JudgeSettings, request: JudgeRequest) -> dict[str, Any]:
@@ -163,45 +163,26 @@ def read_error(error: Exception) -> Attempt:
 
 
 def _read_status(error: openai.APIStatusError) -> Attempt:
-    """4xx and 5xx, which are not billed; behind a gateway's time-out the model may have answered, though."""
+    """4xx and 5xx, which are not billed; behind a gateway's time-out the model may have answered, though.
+
+    A 4xx that is not known to meet every request alike is about this one: its text, its pictures, its size.
+    """
     status = error.status_code
     body = error.body if isinstance(error.body, Mapping) else {}
     inner = body.get("innererror")  # where Azure puts the telling code
     given = (error.code, error.type, inner.get("code") if isinstance(inner, Mapping) else None)
     codes = {code for code in given if isinstance(code, str)}
-    outcome = Outcome.FATAL
+    outcome = Outcome.REJECTED
     if status in (400, 403) and codes & FILTER_CODES:
         outcome = Outcome.FILTERED
-    elif status == 429 and not codes & QUOTA_CODES:
+    elif status < 500 and (status in EVERY_REQUEST or codes & (QUOTA_CODES | SETTINGS_CODES)):
+        outcome = Outcome.FATAL
+    elif status == 429:
         outcome = Outcome.RATE_LIMITED
     elif status in GATEWAY_TIMEOUTS:
         outcome = Outcome.TIMEOUT
-    elif status >= 500 or status == 409:
+    elif status >= 500 or status in (409, 425):
         outcome = Outcome.UNAVAILABLE
     reply = JudgeReply(outcome, detail=error.message + (f" ({error.code})" if error.code else ""))
     usage = None if outcome is Outcome.TIMEOUT else NOT_BILLED
     return Attempt(reply, usage, retry_after(error.response.headers, time.time()))
-
-
-def retry_after(headers: Mapping[str, str], now: float) -> float:
-    """Seconds the endpoint asks to wait, 0 if it does not say. now: seconds since the epoch.
-
-    `retry-after-ms`, then `Retry-After` in seconds or as a date, then the reset time of whichever
-    `x-ratelimit-remaining-*` is 0.
-    """
-    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with contextlib.suppress(ValueError):
-            value = float(headers.get(name, ""))
-            if math.isfinite(value) and value >= 0:
-                return value * unit_s
-    with contextlib.suppress(ValueError):
-        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-        return max(0.0, date.timestamp() - now)
-    spent = [what for what in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{what}") == "0"]
-    return max((_duration(headers.get(f"x-ratelimit-reset-{what}", "")) for what in spent), default=0.0)
-
-
-def _duration(text: str) -> float:
-    """Seconds of OpenAI's `6m0s`, `1.5s`, `20ms`."""
-    found = re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s)", text)
-    return sum(float(number) * UNIT_S[unit] for number, unit in found)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput, RewardSpec, reward_label
 from rewards.service.endpoints import Connections, Endpoint, Endpoints, url_problem, wait_until
-from rewards.service.faults import Away, error_of, read_json, read_output
+from rewards.service.faults import Away, read_answer, read_output
 from rewards.service.wire import (
     CODECS,
     MEDIA_TYPE,
@@ -115,7 +115,7 @@ class ServedReward:
                     except Away as error:
                         if not endpoint.fault:
                             logger.warning("reward %s: %s is away: %s", self.label, endpoint.url, error)
-                        self._endpoints.failed(endpoint, str(error))
+                        self._endpoints.failed(endpoint, str(error), error.retry_after_s)
             now = time.monotonic()
             away_since = now if away_since is None else away_since
             left = away_since + patience - now
@@ -132,10 +132,7 @@ class ServedReward:
             await self._verify(endpoint)
             self._endpoints.works(endpoint)
         response = await self._post(endpoint, body)
-        answer = read_json(response)
-        if response.status_code != 200:
-            raise error_of(answer, response.status_code, endpoint.url)
-        output, sha256 = read_output(answer, endpoint.url)
+        output, sha256 = read_output(read_answer(response, endpoint.url), endpoint.url)
         self._same_source(endpoint.url, sha256)
         return output
 
@@ -162,9 +159,7 @@ class ServedReward:
     async def _verify(self, endpoint: Endpoint) -> None:
         """Raises Away while the reward is not ready there, FatalRewardError when something else is served."""
         response = await self._get(endpoint, "/v1/rewards", ASK_S)
-        answer = read_json(response)
-        if response.status_code != 200:
-            raise error_of(answer, response.status_code, endpoint.url)
+        answer = read_answer(response, endpoint.url)
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, dict) or not all(isinstance(entry, dict) for entry in rewards.values()):
             raise FatalRewardError(f"{endpoint.url} is no reward service: its /v1/rewards lists none")

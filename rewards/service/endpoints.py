@@ -25,11 +25,13 @@ POLL_S = 1.0
 
 @dataclass
 class Endpoint:
-    """One service. `fault` is empty while it is up, else why it is not; it is not asked before `down_until`."""
+    """One service. `fault` is empty while it is up, else why it is not; it is not asked before `down_until`, which is
+    `rest_s` after it was last given back."""
 
     url: str
     in_flight: int = 0
     fault: str = ""
+    rest_s: float = 0.0
     down_until: float = 0.0
 
 
@@ -57,12 +59,12 @@ class Endpoints:
                 with self._lock:
                     endpoint.in_flight -= 1
                     if endpoint.fault:  # also when the borrower was cancelled before it found out
-                        endpoint.down_until = time.monotonic() + DOWN_S
+                        endpoint.down_until = time.monotonic() + max(DOWN_S, endpoint.rest_s)
 
-    def failed(self, endpoint: Endpoint, fault: str) -> None:
-        """Leave it alone until a second after it is given back."""
+    def failed(self, endpoint: Endpoint, fault: str, rest_s: float = 0.0) -> None:
+        """Leave it alone until `rest_s` after it is given back, and a second at least."""
         with self._lock:
-            endpoint.fault, endpoint.down_until = fault, math.inf
+            endpoint.fault, endpoint.rest_s, endpoint.down_until = fault, rest_s, math.inf
 
     def works(self, endpoint: Endpoint) -> None:
         """Give it calls again."""
@@ -140,7 +142,8 @@ async def wait_until(verify: Callable[[], Awaitable[None]], limit_s: float) -> E
         except Away as error:
             if time.monotonic() >= deadline:
                 return error
-        await asyncio.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
+            wait_s = max(POLL_S, error.retry_after_s)
+        await asyncio.sleep(min(wait_s, max(0.0, deadline - time.monotonic())))
 
 
 def url_problem(url: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import Any
 
 import httpx
 
 from rewards.base import FatalRewardError, RetryableRewardError, RewardContractError, RewardOutput
 from rewards.loading import describe_error
+from rewards.retry_after import retry_after
 from rewards.service.wire import Cause, WireError, decode_scores
 
 _STATUS = {
@@ -25,6 +27,8 @@ _STATUS = {
     Cause.TOO_LARGE: 413,
     Cause.MALFORMED: 422,
 }
+NOT_NOW = (408, 425, 429)
+"""4xx of a proxy or a gateway that say something of the moment, not of the request."""
 _PASSING = (Cause.UNAVAILABLE, Cause.INFRASTRUCTURE, Cause.TIMEOUT, Cause.EXCEPTION)
 
 
@@ -71,7 +75,14 @@ def fault_of(error: Exception, timeout_s: float) -> Fault:
 
 
 class Away(Exception):
-    """In the client: the service cannot take calls at present; says why. It may be back soon."""
+    """In the client: the service cannot take calls at present; says why. It may be back soon.
+
+    retry_after_s: seconds for which it asked to be left alone.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ServedRewardFailure(Exception):
@@ -86,6 +97,23 @@ def read_json(response: httpx.Response) -> Any:
         return None
 
 
+def read_200(response: httpx.Response) -> Any:
+    """The JSON of a 200, None for another status. Raises Away for a page, or half an answer, that a proxy in between
+    gave or cut."""
+    answer = read_json(response) if response.status_code == 200 else None
+    if answer is None and response.status_code == 200:
+        raise Away("HTTP 200 with a body that is no JSON, what no reward service does")
+    return answer
+
+
+def read_answer(response: httpx.Response, url: str) -> Any:
+    """The JSON of a 200. Raises as `read_200`, and for any other status what `error_of` makes of it."""
+    if response.status_code != 200:
+        asked_s = retry_after(response.headers, time.time())
+        raise error_of(read_json(response), response.status_code, url, asked_s)
+    return read_200(response)
+
+
 def read_output(answer: Any, url: str) -> tuple[RewardOutput, str | None]:
     """Scores with components, and the sha256 of the reward's file. Raises FatalRewardError for anything else."""
     try:
@@ -97,18 +125,21 @@ def read_output(answer: Any, url: str) -> tuple[RewardOutput, str | None]:
         raise FatalRewardError(f"{url} answered what no reward service does: {error}") from error
 
 
-def error_of(answer: Any, status: int, url: str) -> Exception:
-    """The error to raise for an answer without scores; those of a proxy in between have no cause in them."""
+def error_of(answer: Any, status: int, url: str, retry_after_s: float = 0.0) -> Exception:
+    """The error to raise for an answer without scores; those of a proxy in between have no cause in them.
+
+    retry_after_s: as the headers ask.
+    """
     error = answer.get("error") if isinstance(answer, dict) else None
     if not isinstance(error, dict):
-        if status >= 500:
-            return Away(f"HTTP {status}")
+        if status >= 500 or status in NOT_NOW:
+            return Away(f"HTTP {status}", retry_after_s)
         return FatalRewardError(
             f"{url} answered HTTP {status}, which no reward service does; is the URL right?"
         )
     cause, message = error.get("cause"), f"{url}: {error.get('message')}"
     if cause == Cause.UNAVAILABLE:
-        return Away(str(error.get("message")))
+        return Away(str(error.get("message")), retry_after_s)
     if cause == Cause.INFRASTRUCTURE:
         seconds = error.get("retry_after_s")
         return RetryableRewardError(message, seconds if isinstance(seconds, int | float) else 0.0)

@@ -14,11 +14,13 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
+from core.checkpoints import CHECKPOINTS, prune
+from core.run_lock import check_held
 from models.lora.attach import Adapter
 from rl.learner.stats import UpdateStats
 from rl.learner.worker import LearnerGroup
 from rl.loop.advantages import Advantages
-from rl.loop.checkpoint import prune_checkpoints, save_checkpoint
+from rl.loop.checkpoint import save_checkpoint
 from rl.loop.schedule import ScheduledPart
 from rl.loop.step import reward_metrics, update_metrics
 from rl.recipe.schema import RunConfig, StageConfig
@@ -101,6 +103,7 @@ class Observer:
         self, stage: StageConfig, part: ScheduledPart, outcome: StepOutcome, policy: Policy
     ) -> None:
         """What the step itself came to: metrics, every sample's reward, pictures of its best and worst group."""
+        check_held(self.run_dir)
         config, progress = self.config, self.state.stages[-1]
         metrics = self._metrics(outcome, policy)
         self._account(outcome, metrics)
@@ -165,7 +168,7 @@ class Observer:
                 border=state.stages[-1].steps == config.stages[state.stage].steps,
             )  # fmt: skip
         self._saved_step = state.step
-        prune_checkpoints(self.run_dir, config.checkpoint.keep_last)
+        prune(self.run_dir / CHECKPOINTS, state.step, keep=config.checkpoint.keep_last)
 
     def _metrics(self, outcome: StepOutcome, policy: Policy) -> dict[str, Any]:
         laps, seconds = outcome.laps, sum(outcome.laps.values())

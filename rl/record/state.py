@@ -32,5 +32,5 @@ class RunState:
     seconds: float = 0.0
     restarts: int = 0
     failed_prompts: int = 0
-    unseen: bool = False
     stages: list[StageProgress] = field(default_factory=list)
+    unseen: bool = False

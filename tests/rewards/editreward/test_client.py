@@ -214,7 +214,7 @@ def running(stub: Stub, port: int = 0) -> Iterator[str]:
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers.get("content-length", 0)))
             status, content = stub.answer(self.path)
-            payload = json.dumps(content).encode()
+            payload = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(payload)))
             self.end_headers()
@@ -254,6 +254,14 @@ def test_requests_of_a_replica_that_goes_away_go_to_another(folder: Path) -> Non
     with running(bad) as first, running(good) as second:
         output = score(stubbed(folder, first, second, "http://127.0.0.1:9"), edits(20))
     assert output.scores == [pytest.approx((5 * 5.5 * 6) ** (1 / 3) / 10)] * 20
+
+
+@pytest.mark.parametrize("play", [(408, {}), (425, {}), (429, {}), (200, b"<html>busy</html>")])
+def test_what_a_gateway_says_of_the_moment_is_waited_out(folder: Path, play: tuple[int, Any]) -> None:
+    stub = Stub(read_card(folder).served_name, [play])
+    with running(stub) as url:
+        assert score(stubbed(folder, url, unavailable_s=60.0), edits(1)).scores[0] is not None
+    assert stub.asked == 2
 
 
 def test_a_lone_replica_is_waited_for_until_it_is_back(folder: Path) -> None:
