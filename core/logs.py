@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 
 
 def start_logging() -> None:
@@ -14,6 +16,15 @@ def start_logging() -> None:
     # openai's client logs as httpx2, our own as httpx: a thousand judged pictures would be a thousand lines.
     for noisy in ("httpx", "httpx2", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    sys.excepthook = _report
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own report, but for Ctrl-C, which needs no traceback; the process ends by the signal all the same."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("Interrupted.\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def submitted_job() -> bool:

@@ -98,16 +98,19 @@ def _run(config: RunConfig, reward_sets: list[RewardSet], run_dir: Path, resume:
     state = read_state(checkpoint) if checkpoint else RunState()
 
     from core.cluster.actors import connect
+    from core.run_status import watch_run
     from rl.loop.cluster import start_cluster
     from rl.loop.controller import Controller
     from rl.recipe.placement import make_plan
 
-    connect()
-    cluster = start_cluster(config, make_plan(config), reward_sets)
-    try:
-        Controller(config, cluster, run_dir, state, checkpoint, fresh=resume is None).run()
-    finally:
-        cluster.workers.close()
+    with watch_run(run_dir, resume=True, stop_timeout_s=config.resources.stop_timeout_s) as watch:
+        connect()
+        cluster = start_cluster(config, make_plan(config), reward_sets)
+        try:
+            fresh = resume is None
+            Controller(config, cluster, run_dir, state, checkpoint, fresh=fresh, watch=watch).run()
+        finally:
+            cluster.workers.close()
 
 
 if __name__ == "__main__":

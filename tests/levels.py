@@ -31,6 +31,7 @@ _FILES = {
         core/test_ranks.py
         core/test_recipe_schemas.py
         core/test_run_lock.py
+        core/test_run_status.py
         core/test_servers.py
         models/generate/test_inputs.py
         models/lora/test_attach.py::test_compiles
@@ -136,6 +137,7 @@ _FILES = {
         rl/loop/test_judge_run.py::test_a_server_dead
         rl/loop/test_judge_run.py::test_an_outage
         rl/loop/test_run.py::test_killed
+        rl/loop/test_run.py::test_a_run_that_is_stopped
     """,
     "docs": """
         models/test_flops.py::test_sd35_medium_at_512_pixels

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.accept.evidence import ROOT
+from rl.record.summary import run_finished
 
 START_S, STOP_S = 600.0, 120.0
 
@@ -23,7 +24,7 @@ def one_thread() -> dict[str, str]:
 
 def train_once(recipe: str, folder: Path, *overrides: str, timeout_s: float) -> Path:
     """`python -m rl.train` into `folder`: what is left of it, nothing where it is finished. Returns the folder."""
-    if not (folder / "summary.json").is_file():
+    if not run_finished(folder):
         line = rl_line(recipe, folder, *overrides)
         resume = ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
         subprocess.run([*line, *resume], cwd=ROOT, env=one_thread(), check=True, timeout=timeout_s)

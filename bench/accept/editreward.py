@@ -19,6 +19,7 @@ from typing import Any
 from bench.accept.commands import judge_endpoint, one_thread, process, train_once
 from bench.accept.evidence import IMAGES, ROOT, Claim, Clock, above, claims_table, conclude, interval
 from core.statistics import Difference, Estimate, paired_bootstrap
+from rl.record.summary import run_finished
 from worlds.shapes.scenes.prompts import edit_lines, write_lines
 
 RUNS = ROOT / "runs" / "accept_editreward"
@@ -103,7 +104,7 @@ def train(view: str, clock: Clock) -> None:
 def drive(recipe: str, view: str, clock: Clock) -> Path:
     """Run PDTR's editing stage under a regressor served by vLLM; returns the run's folder."""
     folder = RUNS / recipe
-    if (folder / "summary.json").is_file():
+    if run_finished(folder):
         return folder
     model = run_folder(view) / "model"
     with clock.part(recipe), served(model) as url:

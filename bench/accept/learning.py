@@ -24,6 +24,7 @@ from core.recipe import to_yaml
 from core.statistics import Difference, paired_bootstrap
 from rl.loop.checkpoint import check_same_recipe
 from rl.recipe.schema import load_config
+from rl.record.summary import run_finished
 from worlds.shapes.scenes.prompts import edit_lines, t2i_lines
 
 SEEDS = (1, 2, 3)
@@ -120,7 +121,7 @@ def train(name: str, prompts: dict[str, Path], *changes: str) -> Path:
     for index, task in enumerate(TASKS):
         overrides.append(f"evaluation.tasks[{index}].prompts={prompts[task]}")
         overrides.append(f"evaluation.tasks[{index}].num_prompts={NUM_PROMPTS}")
-    if (folder / "summary.json").is_file():
+    if run_finished(folder):
         recipe = load_config(RECIPE, [f"output_dir={FOLDER}", f"name={name}", *overrides])
         check_same_recipe((folder / "config.yaml").read_text(), to_yaml(recipe))
     return train_once(str(RECIPE), folder, *overrides, timeout_s=3 * LIMIT_S)

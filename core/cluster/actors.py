@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,12 +28,14 @@ def connect(*, worker_logs: bool = True) -> bool:
     """
     if ray.is_initialized():
         return False
-    address = os.environ.get("RAY_ADDRESS")
+    address, handler = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
     if address:
         ray.init(address=address, log_to_driver=worker_logs)
     else:
         log.info("RAY_ADDRESS is not set: starting Ray on this machine alone")
         ray.init(address="local", include_dashboard=False, log_to_driver=worker_logs)
+    if callable(handler):  # Ray takes SIGTERM for itself; a command that has its own way to stop keeps it
+        signal.signal(signal.SIGTERM, handler)
     return True
 
 

@@ -30,6 +30,7 @@ class RankResources(Protocol):
     placement_timeout_s: float
     start_timeout_s: float
     call_timeout_s: float
+    stop_timeout_s: float
 
 
 class Ranks(Protocol):

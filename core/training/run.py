@@ -3,6 +3,7 @@
 run_dir/recipe.yaml                   the resolved recipe
 run_dir/metrics.jsonl, tensorboard/   see `core/scalars.py`
 run_dir/checkpoints/step_*            exact state, the newest few
+run_dir/status.json                   see `core/run_status.py`
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from core.files import atomic_write_json, atomic_write_text
 from core.progress import Progress
 from core.recipe import flat, to_yaml
 from core.run_lock import check_held
+from core.run_status import RunWatch, watch_run
 from core.scalars import ScalarLog
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class SupervisedRun(ABC):
         """`end`: the step at which this run stops. Raises RankLost for ranks that do not see the run's folder."""
         self.recipe, self.ranks, self.state = recipe, ranks, state
         self.end, self.log_every = end, log_every
+        self._saved_step = state.step
         self.folder: Path = recipe.run_dir
         seen = ranks.call("sees", str(self.folder))
         blind = [rank for rank, sees in enumerate(seen) if not sees]
@@ -83,21 +86,33 @@ class SupervisedRun(ABC):
     def due(self) -> Sequence[Due]:
         """What is done between steps, in this order."""
 
-    def run(self) -> Any:
-        """Train to the end of this run, where everything is due once more. Returns its state."""
+    @abstractmethod
+    def checkpoint(self) -> None:
+        """Save the exact state of this step."""
+
+    def run(self, watch: RunWatch) -> Any:
+        """Train to the end of this run, where everything is due once more. Returns its state.
+
+        Asked to stop, it ends with a checkpoint at the next step at which anything is due: records stay whole.
+        """
+        watch.at(self.state.step)
         actions = self.due()
         beats = [self.log_every, *(every for every, _ in actions if every)]
         with Progress().phase("train", total=max(0, self.end - self.state.step), unit="step") as bar:
             while (start := self.state.step) < self.end:
                 stop = min(self.end, *(next_multiple(start, beat) for beat in beats))
-                started = time.perf_counter()
-                figures = self.ranks.call("advance", stop)
-                check_held(self.folder)
-                self.state = replace(self.state, step=stop)
-                self.record(figures, time.perf_counter() - started)
-                for every, action in actions:
-                    if every and (stop % every == 0 or stop == self.end):
-                        action()
+                with watch.stop.protected():
+                    started = time.perf_counter()
+                    figures = self.ranks.call("advance", stop)
+                    check_held(self.folder)
+                    self.state = replace(self.state, step=stop)
+                    self.record(figures, time.perf_counter() - started)
+                    for every, action in actions:
+                        if every and (stop % every == 0 or stop == self.end):
+                            action()
+                    watch.at(stop)
+                    if watch.stopping and self._saved_step < stop:
+                        self.checkpoint()
                 bar.advance(stop - start)
         self.finish()
         self.scalars.close()
@@ -123,6 +138,7 @@ class SupervisedRun(ABC):
     def save(self, *, keep: int, more: Callable[[Path], None] | None = None) -> None:
         """The exact state of this step; see `find_checkpoint`."""
         self.publish(CHECKPOINTS, "save", keep=keep, more=more)
+        self._saved_step = self.state.step
 
 
 def find_checkpoint(
@@ -162,11 +178,12 @@ def train_on_ranks(
         folders = [recipe.run_dir / CHECKPOINTS, recipe.run_dir / BEST]
         set_aside(recipe.run_dir, [path for folder in folders for path in later_steps(folder, step)])
     atomic_write_text(recipe.run_dir / RECIPE, to_yaml(recipe))
-    ranks = start_ranks(make_rank, count, resources)
-    try:
-        if checkpoint is not None:
-            ranks.call("load", str(checkpoint), step)
-            log.info("continuing from %s", checkpoint)
-        return make_run(ranks).run()
-    finally:
-        ranks.close()
+    with watch_run(recipe.run_dir, resume=True, stop_timeout_s=resources.stop_timeout_s) as watch:
+        ranks = start_ranks(make_rank, count, resources)
+        try:
+            if checkpoint is not None:
+                ranks.call("load", str(checkpoint), step)
+                log.info("continuing from %s", checkpoint)
+            return make_run(ranks).run(watch)
+        finally:
+            ranks.close()

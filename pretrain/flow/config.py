@@ -158,6 +158,8 @@ class ResourcesSection:
     """Longest wait of a rank for the others, in seconds."""
     call_timeout_s: Positive = 7200.0
     """Longest wait for a rank's answer, in seconds."""
+    stop_timeout_s: Positive = 600.0
+    """Longest that a run asked to stop (Ctrl-C, SIGTERM) takes to save, in seconds; then it leaves without."""
 
 
 @dataclass

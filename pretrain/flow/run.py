@@ -33,6 +33,7 @@ FREE = (
     "data.workers", "data.prefetch", "data.wait_s", "data.index_workers", "data.cache.device", "data.cache.batch_size",
     "resources.device", "resources.card", "resources.rank_cpus", "resources.threads", "resources.placement_timeout_s",
     "resources.start_timeout_s", "resources.collective_timeout_s", "resources.call_timeout_s",
+    "resources.stop_timeout_s",
 )  # fmt: skip
 
 
@@ -52,8 +53,11 @@ class FlowRun(SupervisedRun):
         recipe = self.recipe
         return [
             (recipe.samples.every, self._draw),
-            (recipe.save_every, lambda: self.save(keep=recipe.keep_checkpoints)),
+            (recipe.save_every, self.checkpoint),
         ]
+
+    def checkpoint(self) -> None:
+        self.save(keep=self.recipe.keep_checkpoints)
 
     def record(self, figures: list[list[StepFigures]], seconds: float) -> None:
         for window, steps in zip(self._window, figures, strict=True):

@@ -19,6 +19,7 @@ from core.failures import ClusterError
 from core.logs import start_logging
 from core.recipe import ConfigError
 from core.run_lock import RunTaken, hold_run
+from core.run_status import watch_run
 from rewards.base import RewardError
 from rewards.benchmarks.registry import BENCHMARKS, Benchmark, Request
 from rl.evaluate.plan import Sampling, scoring_sha256
@@ -67,7 +68,8 @@ def evaluate(job: EvaluationJob) -> int:
     images.recover(plan.batches)
     scores = ScoreStore(plan.output, scoring_sha256(plan, job.scorers)) if job.scorers else None
     try:
-        _complete(job, images, scores)
+        with watch_run(plan.output, resume=False, stop_timeout_s=plan.resources.stop_timeout_s):
+            _complete(job, images, scores)
     except Exception as error:  # a worker re-raises whatever it met; 1 would say that the table is written
         log.error(
             "stopped: %s", error, exc_info=not isinstance(error, RewardError | ClusterError | NothingScored)

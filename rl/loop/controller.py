@@ -18,6 +18,7 @@ from pathlib import Path
 
 from core.failures import ObjectsLost
 from core.progress import Progress
+from core.run_status import RunWatch
 from rl.learner.batching import TrainBatch
 from rl.learner.stats import UpdateStats
 from rl.loop.cluster import Cluster, training_spec
@@ -52,8 +53,10 @@ class Controller:
         resumed: Path | None,
         *,
         fresh: bool,
+        watch: RunWatch,
     ):
         self.config, self.state, self.run_dir, self.resumed = config, state, run_dir, resumed
+        self.watch, self.protected = watch, watch.stop.protected
         self.workers, self.learner = cluster.workers, cluster.learner
         self.spec = training_spec(config)
         self.rollout = Collector(self.workers.dispatcher, Progress())
@@ -62,7 +65,17 @@ class Controller:
         self._losses = 0
 
     def run(self) -> None:
+        """All remaining stages. An early end keeps what was done: a stop saves, an error leaves trace and summary."""
+        try:
+            self._run_stages()
+        except BaseException as error:
+            with self.protected():
+                self.observer.close_early(save=isinstance(error, KeyboardInterrupt))
+            raise
+
+    def _run_stages(self) -> None:
         """All remaining stages, with evaluation of every task before, between and after them."""
+        self.watch.at(self.state.step)
         self.learner.check_sees(self.run_dir)
         self._encode_negative()
         if self.resumed:
@@ -95,16 +108,21 @@ class Controller:
             batch, advantages = make_batch(results, config)  # complete groups, advantages
             if not self._fetched(batch, number):
                 continue  # the same step again, with the same samples
-            self._guard(part, results)
-            rate = stage_learning_rate(config.learner, step, stage.steps)
-            stats = self._update(batch, rate, number)  # clipped objective, LoRA only
-            clock.lap("update")
-            if stats:
-                with self.observer.journal.timed("publish", number):
-                    self._publish(self.state.version + 1, updated=True)  # returns only when verified
-            clock.lap("publish")
-            outcome = StepOutcome(results, advantages, batch.num_samples, stats, rate, clock.laps)
-            self.observer.close_step(stage, part, outcome, self.policy)  # metrics, gallery, checkpoint
+            with (
+                self.protected()
+            ):  # learner and records go on together; until here a stop costs samples alone
+                self._guard(part, results)
+                rate = stage_learning_rate(config.learner, step, stage.steps)
+                stats = self._update(batch, rate, number)  # clipped objective, LoRA only
+                clock.lap("update")
+                if stats:
+                    with self.observer.journal.timed("publish", number):
+                        self._publish(self.state.version + 1, updated=True)  # returns only when verified
+                clock.lap("publish")
+                outcome = StepOutcome(results, advantages, batch.num_samples, stats, rate, clock.laps)
+                self.observer.record_step(stage, part, outcome, self.policy)
+                self.watch.at(number, stage.name)
+            self.observer.close_step(stage, self.policy, self.protected)  # evaluation, gallery, checkpoint
 
     @property
     def policy(self) -> Policy:

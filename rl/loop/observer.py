@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,10 @@ class Observer:
             run_dir,
             config,
             resume_step=None if fresh else state.step if resumed else -1,
-            redo_evaluation=at_border,
+            redo_evaluation=at_border or state.unseen,
         )
         self.results = RunResults(config, self.evaluator, run_dir)
-        self._worker_events = (0, 0)
+        self._worker_events, self._saved_step = (0, 0), state.step
 
     def begin_run(self, policy: Policy) -> None:
         """Evaluate before the first stage; a resumed run reads what the first one measured."""
@@ -87,6 +88,8 @@ class Observer:
             finished = [f"after_{stage.name}" for stage in self.config.stages[: self.state.stage]]
             for moment in ["before", *scales, *finished]:
                 self.results.add(moment, self.evaluator.read(moment))
+            if self.state.unseen:
+                self._look(self.config.stages[self.state.stage], policy)
             return
         self._evaluate("before", policy)
         for moment, scale in scales.items():
@@ -96,10 +99,10 @@ class Observer:
             self.results.add(moment, scores)
             self.state.seconds += time.monotonic() - began
 
-    def close_step(
+    def record_step(
         self, stage: StageConfig, part: ScheduledPart, outcome: StepOutcome, policy: Policy
     ) -> None:
-        """Metrics, pictures, evaluation. The checkpoint comes last, so that what it promises is on disk."""
+        """What the step itself came to: metrics, every sample's reward, pictures of its best and worst group."""
         check_held(self.run_dir)
         config, progress = self.config, self.state.stages[-1]
         metrics = self._metrics(outcome, policy)
@@ -110,30 +113,62 @@ class Observer:
         self.journal.groups(records)
         task = part.part.task if stage.parts else None
         self.journal.log(metrics, step, stage.name, progress.steps, part=task)
-        ends = progress.steps == stage.steps
-        if config.evaluation.every and progress.steps % config.evaluation.every == 0 and not ends:
-            self._evaluate(f"step_{step:06d}", policy, tasks=stage_tasks(stage))
         if config.gallery.prompts and progress.steps % config.gallery.every == 0:
             self._group_pictures(outcome.results, records)
-            if not ends:
-                self._gallery(stage, policy)
-        if ends or progress.steps % config.checkpoint.every == 0:
-            with self.journal.timed("checkpoint", step):
-                save_checkpoint(
-                    self.run_dir, self.state, self.journal.config_yaml, self.learner,
-                    lambda folder: self.results.write_adapter(self._shipped_adapter(), folder), border=ends,
-                )  # fmt: skip
-            prune(self.run_dir / CHECKPOINTS, step, keep=config.checkpoint.keep_last)
+        self.state.unseen = True
+
+    def close_step(
+        self, stage: StageConfig, policy: Policy, protected: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Evaluation and pictures of the new policy. The checkpoint comes last, so that what it promises is on disk.
+
+        protected: a block that is not interrupted; what is not in it may be, and a resumed run makes it again.
+        """
+        self._look(stage, policy)
+        steps = self.state.stages[-1].steps
+        if steps == stage.steps or steps % self.config.checkpoint.every == 0:
+            with protected():
+                self._save()
 
     def close_stage(self, index: int, policy: Policy) -> None:
         """Evaluate what the stage ships, on all tasks."""
         self._evaluate(f"after_{self.config.stages[index].name}", policy)
         self.journal.alarms(self.results.cross_task_alarms(index))
 
+    def close_early(self, *, save: bool) -> None:
+        """Before the last step: a checkpoint of the steps since the last one if `save`, trace and summary so far."""
+        try:
+            if save and self.state.step > self._saved_step:
+                self._save()
+            self.journal.finish(self.results.summary(self.state, finished=False))
+        except Exception as error:  # what ended the run is what has to be told
+            log.error("not everything was kept at the run's early end: %s", error)
+
     def close_run(self) -> None:
         """The shipped adapter, the merged transformer and the summary."""
         self.results.write_final(self._shipped_adapter())
         self.journal.finish(self.results.summary(self.state))
+
+    def _look(self, stage: StageConfig, policy: Policy) -> None:
+        """The evaluation and the gallery that are due after a step; at a stage's end `close_stage` sees to them."""
+        config, steps = self.config, self.state.stages[-1].steps
+        if steps < stage.steps:
+            if config.evaluation.every and steps % config.evaluation.every == 0:
+                self._evaluate(f"step_{self.state.step:06d}", policy, tasks=stage_tasks(stage))
+            if config.gallery.prompts and steps % config.gallery.every == 0:
+                self._gallery(stage, policy)
+        self.state.unseen = False
+
+    def _save(self) -> None:
+        config, state = self.config, self.state
+        with self.journal.timed("checkpoint", state.step):
+            save_checkpoint(
+                self.run_dir, state, self.journal.config_yaml, self.learner,
+                lambda folder: self.results.write_adapter(self._shipped_adapter(), folder),
+                border=state.stages[-1].steps == config.stages[state.stage].steps,
+            )  # fmt: skip
+        self._saved_step = state.step
+        prune(self.run_dir / CHECKPOINTS, state.step, keep=config.checkpoint.keep_last)
 
     def _metrics(self, outcome: StepOutcome, policy: Policy) -> dict[str, Any]:
         laps, seconds = outcome.laps, sum(outcome.laps.values())

@@ -280,6 +280,8 @@ class ResourcesConfig:
     """Longest wait for a process to be ready, in seconds."""
     call_timeout_s: Positive = 1800.0
     """Longest wait for the answer of a process, in seconds; a group's score may take longer where its rewards may."""
+    stop_timeout_s: Positive = 120.0
+    """Longest that a run asked to stop (Ctrl-C, SIGTERM) takes to save, in seconds; then it leaves without."""
     max_restarts: AtLeast0 = 3
     """Times that a worker is started again after it died."""
     min_rollout_workers: Count = 1

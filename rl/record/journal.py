@@ -124,11 +124,12 @@ class Journal:
             atomic_write_text(path, "\n".join(merged) + "\n")
 
     def finish(self, summary: RunSummary) -> None:
-        """Write the trace and the summary, and print the table."""
+        """Write the trace and the summary, and print the table where the run is finished."""
         atomic_write_json(self.run_dir / "trace.json", chrome_trace(read_spans(self.run_dir / SPANS_FILE)))
         write_summary(summary, self.run_dir)
         self.metrics.close()
-        print_summary(summary)
+        if summary.finished:
+            print_summary(summary)
 
     def _append(self, name: str, records: Sequence[Span] | Sequence[GroupRecord]) -> None:
         append_records(self.run_dir / name, (asdict(record) for record in records))

@@ -85,21 +85,27 @@ class RunResults:
                 lines += reward_hacking(part.label, labels, before, scores[part.task])
         return lines
 
-    def summary(self, state: RunState) -> RunSummary:
-        """The summary; also draws the before-and-after sheets."""
+    def summary(self, state: RunState, *, finished: bool = True) -> RunSummary:
+        """The summary, so far as evaluations are there; also draws the before-and-after sheets."""
+        evaluated = [
+            i for i, p in enumerate(state.stages) if {"before", f"after_{p.name}"} <= self.moments.keys()
+        ]
         stages = tuple(
             StageSummary(
                 progress.name,
                 self.config.stages[i].task,
                 progress.steps,
                 progress.seconds,
-                self.stage_changes(i) | self.independent_changes(i - 1, i),
+                self.stage_changes(i) | self.independent_changes(i - 1, i) if i in evaluated else {},
                 progress.reward_mean,
                 progress.missing / progress.samples if progress.samples else 0.0,
             )
             for i, progress in enumerate(state.stages)
         )
-        end = len(stages) - 1
+        total: dict[str, Difference] = {}
+        if evaluated:
+            total = _changes(self._scores(-1), self._scores(evaluated[-1]))
+            total |= self.independent_changes(-1, evaluated[-1])
         self._sheets()
         return RunSummary(
             name=self.config.name,
@@ -108,9 +114,10 @@ class RunResults:
             seconds=state.seconds,
             version=__version__,
             commit=_commit(),
-            total=_changes(self._scores(-1), self._scores(end)) | self.independent_changes(-1, end),
+            total=total,
             base_guidance=self._guidance(),
             restarts=state.restarts,
+            finished=finished,
         )
 
     def write_adapter(self, adapter: Adapter, folder: Path) -> None:

@@ -21,7 +21,8 @@ class StageProgress:
 class RunState:
     """Stage `stage` (index) has `stages[stage].steps` finished steps; `step` counts over all stages.
 
-    All sampling is a pure function of seed, stage and step, so no random-number state is kept.
+    All sampling is a pure function of seed, stage and step, so no random-number state is kept. `unseen`: evaluation and
+    pictures of the last step are still to be made, since the run was stopped before.
     """
 
     stage: int = 0
@@ -32,3 +33,4 @@ class RunState:
     restarts: int = 0
     failed_prompts: int = 0
     stages: list[StageProgress] = field(default_factory=list)
+    unseen: bool = False

@@ -1,5 +1,6 @@
 """What a run came to: `summary.json` for programs, one table for people."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ class RunSummary:
 
     `total` maps task to the change from before the first stage to after the last. `base_guidance` maps task
     to the base's figures by guidance scale, which tells distilled guidance from a better policy. `version` is
-    that of the package, `commit` None outside a git checkout.
+    that of the package, `commit` None outside a git checkout. `finished` False: what the run came to until it stopped.
     """
 
     name: str
@@ -63,6 +64,13 @@ class RunSummary:
     total: Mapping[str, Difference] = field(default_factory=dict)
     base_guidance: Mapping[str, tuple[GuidancePoint, ...]] = field(default_factory=dict)
     restarts: int = 0
+    finished: bool = True
+
+
+def run_finished(folder: str | Path) -> bool:
+    """Whether a run folder holds the summary of a whole run: one that was stopped or failed has its summary so far."""
+    path = Path(folder) / SUMMARY_FILE
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("finished", True)
 
 
 def summary_document(summary: RunSummary) -> dict[str, Any]:

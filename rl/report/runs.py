@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from core.run_status import STATUS_FILE
 from rewards.base import RewardSpec, reward_label
 from rl.record.metrics import METRICS_FILE
 from rl.record.summary import SUMMARY_FILE
@@ -27,7 +28,8 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. `label` tells it from the other runs of the page; `notes` grow while it is read."""
+    """A run folder. `label` tells it from the other runs of the page; `summary` is that of a finished run, `status`
+    what the run last said of itself; `notes` grow while it is read."""
 
     path: Path
     label: str
@@ -35,6 +37,7 @@ class Run:
     stages: tuple[PlannedStage, ...]
     metrics: list[Record]
     summary: Record | None
+    status: Record
     alarms: list[str]
     notes: Notes = field(default_factory=list)
 
@@ -62,14 +65,15 @@ def read_run(path: Path, label: str) -> Run:
         )
     notes: Notes = []
     config = _read_config(path / "config.yaml", notes)
-    alarms = path / "alarms.txt"
+    alarms, summary = path / "alarms.txt", read_object(path / SUMMARY_FILE, notes)
     return Run(
         path=path,
         label=label,
         config=config,
         stages=tuple(_stages(config)),
         metrics=read_lines(path / METRICS_FILE, notes),
-        summary=read_object(path / SUMMARY_FILE, notes),
+        summary=summary if summary is None or summary.get("finished", True) else None,
+        status=read_object(path / STATUS_FILE, notes) or {},
         alarms=alarms.read_text(encoding="utf-8", errors="replace").splitlines() if alarms.is_file() else [],
         notes=notes,
     )
@@ -86,10 +90,15 @@ def run_labels(paths: list[Path]) -> list[str]:
 
 
 def run_state(run: Run) -> str:
-    """One line: finished, or how far it came."""
+    """One line: finished, or how far it came, how it ended and how it goes on."""
     planned = sum(stage.steps for stage in run.stages)
     steps = f"{run.last_step} of {planned} steps" if planned else f"{run.last_step} steps"
-    return f"finished, {steps}" if run.summary is not None else f"not finished, {steps}"
+    if run.summary is not None:
+        return f"finished, {steps}"
+    state, cause, command = (run.status.get(key) for key in ("state", "cause", "resume_command"))
+    if state not in ("stopped", "failed"):
+        return f"not finished, {steps}"
+    return f"not finished, {steps}; {state} ({cause}), continue with: {command}"
 
 
 def reward_name(reward: Any) -> str:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from core.files import atomic_write_json
 from core.spans import SPANS_FILE, chrome_trace
+from rl.record.summary import run_finished
 from rl.report.reading import read_lines
 from rl.report.runs import run_labels
 from rl.report.timeline import parse_spans
@@ -34,7 +35,7 @@ def _place(folder: Path, label: str, page: Path) -> str | None:
     own = folder.resolve() == page.resolve().parent
     name = TRACE if own else f"{page.stem}_{re.sub(r'[^A-Za-z0-9.-]+', '_', label)}_{TRACE}"
     target, made = page.parent / name, folder / TRACE
-    finished = (folder / "summary.json").is_file() and made.is_file()
+    finished = run_finished(folder) and made.is_file()
     if not finished:
         notes: list[str] = []
         spans = parse_spans(read_lines(folder / SPANS_FILE, notes), notes)

@@ -18,7 +18,9 @@ anything. The table is written after every run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -31,12 +33,16 @@ from core.logs import start_logging
 from core.recipe import ConfigError
 from core.recipe_help import add_help_config
 from core.run_lock import hold_run
+from core.run_status import STOP_TIMEOUT_S, watch_run
+from rl.record.summary import run_finished
 from rl.sweep.config import SweepConfig, SweepFile, load_sweep, row_recipe, run_name
 from rl.sweep.table import collect_rows, table_document, table_markdown
 
 log = logging.getLogger("rl.sweep")
 _STARTING = threading.Lock()
 """Runs start one after the other: a start is mostly imports, and several at once are slower than Ray allows."""
+_STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+_UNDER_WAY: list[subprocess.Popen[bytes]] = []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,14 +136,16 @@ def run_all(grid: SweepConfig, plans: dict[str, Path]) -> list[str]:
     failed = []
     with ThreadPoolExecutor(grid.parallel) as pool:
         started = {pool.submit(run, grid, name, recipe): name for name, recipe in plans.items()}
-        try:
-            for done in as_completed(started):
-                if not done.result():
-                    failed.append(started[done])
-                write_table(grid)
-        except BaseException:  # Ctrl-C ends the runs under way too; the others are not begun
-            pool.shutdown(cancel_futures=True)
-            raise
+        with watch_run(grid.folder, resume=False, heard=_forward) as watch:
+            try:
+                for number, done in enumerate(as_completed(started), start=1):
+                    if not done.result():
+                        failed.append(started[done])
+                    write_table(grid)
+                    watch.at(number)
+            except BaseException:  # runs under way have heard the signal and save; the others are not begun
+                pool.shutdown(cancel_futures=True)
+                raise
     return sorted(failed)
 
 
@@ -148,16 +156,17 @@ def run(grid: SweepConfig, name: str, recipe: Path) -> bool:
     machine that may not do.
     """
     folder = grid.folder / name
-    if (folder / "summary.json").is_file():
+    if run_finished(folder):
         log.info("%s: finished before", name)
         return True
-    if train(grid, name, recipe):
-        return True
-    return not (folder / "metrics.jsonl").is_file() and train(grid, name, recipe)
+    code = train(grid, name, recipe)
+    if code and code not in _STOPPED and not (folder / "metrics.jsonl").is_file():
+        code = train(grid, name, recipe)
+    return code == 0
 
 
-def train(grid: SweepConfig, name: str, recipe: Path) -> bool:
-    """One process of `rl.train`; True when the run is finished."""
+def train(grid: SweepConfig, name: str, recipe: Path) -> int:
+    """One process of `rl.train`; its exit code."""
     folder = grid.folder / name
     command = [sys.executable, "-m", "rl.train", str(recipe)]
     command += ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
@@ -165,16 +174,30 @@ def train(grid: SweepConfig, name: str, recipe: Path) -> bool:
     began, deadline = time.time(), time.monotonic() + grid.timeout_s
     with open(f"{folder}.log", "ab") as output:
         with _STARTING:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            # In a group of its own: the terminal's Ctrl-C reaches the grid alone, which passes on each signal once.
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, process_group=0)
+            _UNDER_WAY.append(process)
             while process.poll() is None and time.monotonic() < deadline and not _records(folder, began):
                 time.sleep(0.2)
         try:
-            return process.wait(max(0.0, deadline - time.monotonic())) == 0
+            return process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
+            log.error("%s: not finished within timeout_s=%g; stopped", name, grid.timeout_s)
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+            return 1
+        finally:
             process.kill()
             process.wait()
-            log.error("%s: not finished within timeout_s=%g; stopped", name, grid.timeout_s)
-            return False
+            _UNDER_WAY.remove(process)
+
+
+def _forward(number: int) -> None:
+    """Let the runs under way save too, or with the second signal leave."""
+    for process in _UNDER_WAY:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
 
 
 def _records(folder: Path, began: float) -> bool:

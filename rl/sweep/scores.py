@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from core.statistics import Estimate, seeds_bootstrap
 from rewards.base import RewardSpec, reward_label
+from rl.record.summary import run_finished
 from rl.sweep.config import SweepConfig, SweepRow
 
 
@@ -35,7 +36,7 @@ class GridScores:
     def __init__(self, grid: SweepConfig) -> None:
         self.grid = grid
         self._finished = {
-            row.name: [s for s in grid.seeds if (grid.run_folder(row, s) / "summary.json").is_file()]
+            row.name: [s for s in grid.seeds if run_finished(grid.run_folder(row, s))]
             for row in (*grid.trained, *grid.rows)
             if not row.untrained
         }

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ from core.checkpoints import (
 )
 from core.recipe import ConfigError
 from core.run_lock import LOCK, RunTaken
+from core.run_status import watch_run
 
 
 def fill(folder):
@@ -120,7 +122,8 @@ def test_a_supervised_run_sets_aside_what_lies_behind_its_checkpoint(tmp_path, m
     monkeypatch.setattr(training, "start_ranks", no_ranks)
     back = tmp_path / CHECKPOINTS / "step_0000002"
     with pytest.raises(NoRanks):
-        training.train_on_ranks(Recipe(tmp_path), None, 1, None, None, checkpoint=back, step=2)
+        limits = SimpleNamespace(stop_timeout_s=60.0)
+        training.train_on_ranks(Recipe(tmp_path), None, 1, limits, None, checkpoint=back, step=2)
     for kind in (CHECKPOINTS, BEST):
         assert list(step_folders(tmp_path / kind).values()) == [2]
         assert list(step_folders(tmp_path / "abandoned" / "1" / kind).values()) == [4]
@@ -142,13 +145,20 @@ class Run(training.SupervisedRun):
     def due(self):
         return []
 
+    def checkpoint(self):
+        self.save(keep=1)
+
 
 def test_a_supervised_run_that_was_taken_over_records_no_further_step(tmp_path):
     run = Run(Recipe(tmp_path), OneRank(), training.RunState(), end=4, log_every=2, fresh=True)
     (tmp_path / LOCK).write_text('{"pid": 4, "host": "node7"}')
-    with pytest.raises(RunTaken, match="taken over by process 4 on node7"):
-        run.run()
+    with (
+        pytest.raises(RunTaken, match="taken over by process 4 on node7"),
+        watch_run(tmp_path, resume=True) as watch,
+    ):
+        run.run(watch)
     assert run.recorded == 0
+    assert not (tmp_path / "status.json").exists(), "what the run is at is for its new holder to say"
 
 
 def test_an_earlier_run_is_not_written_over(tmp_path):

@@ -133,7 +133,7 @@ def test_a_run_that_was_taken_over_records_no_further_step(tmp_path):
     observer.run_dir = tmp_path
     (tmp_path / LOCK).write_text('{"pid": 4, "host": "node7"}')
     with pytest.raises(RunTaken, match="taken over by process 4 on node7"):
-        observer.close_step(None, None, None, None)
+        observer.record_step(None, None, None, None)
 
 
 def test_resuming_from_a_folder_that_is_not_there(recipe, capsys):

@@ -24,6 +24,7 @@ from core.files import file_sha256
 from core.logs import submitted_job
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError
+from core.run_status import watch_run
 from rewards.editreward.data.generate_config import (
     BASE,
     GenerateSection,
@@ -124,11 +125,12 @@ def generate(header: Header, section: GenerateSection, prompts: list[Prompt]) ->
         missing = [shard for shard in shards if not shard_path(folder, shard).is_file()]
         log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
         if missing:
-            studio = Studio(section, adapters)
-            try:
-                Generation(header, section, prompts, record, studio, folder).run(missing)
-            finally:
-                studio.close()
+            with watch_run(folder, resume=False):
+                studio = Studio(section, adapters)
+                try:
+                    Generation(header, section, prompts, record, studio, folder).run(missing)
+                finally:
+                    studio.close()
         _report(folder, len(shards))
 
 

@@ -24,6 +24,7 @@ import recipes
 from core.command_line import add_recipe_arguments
 from core.files import atomic_write_json
 from core.recipe import ConfigError
+from core.run_status import watch_run
 from rewards.editreward.config import Header
 from rewards.editreward.data.generate_config import load_section, section_recipe
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
@@ -120,7 +121,8 @@ def label(
         }
         same_as_before(folder / RECORD, made_with)
         if open_jobs:
-            asyncio.run(Labelling(header, section, settings, template).run(open_jobs, edits))
+            with watch_run(folder, resume=False):
+                asyncio.run(Labelling(header, section, settings, template).run(open_jobs, edits))
         _report(folder, jobs)
 
 

@@ -72,8 +72,10 @@ class TrainingRun(SupervisedRun):
 
     def due(self) -> list[Due]:
         train = self.recipe.train
-        save = lambda: self.save(keep=train.keep_checkpoints, more=self._write_constants)  # noqa: E731
-        return [(train.evaluate_every, self._validate), (train.save_every, save)]
+        return [(train.evaluate_every, self._validate), (train.save_every, self.checkpoint)]
+
+    def checkpoint(self) -> None:
+        self.save(keep=self.recipe.train.keep_checkpoints, more=self._write_constants)
 
     def record(self, figures: list[list[StepFigures]], seconds: float) -> None:
         """One record a step: means over ranks."""

@@ -20,7 +20,9 @@ from models.components import load_transformer
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
 from rl.loop.checkpoint import find_checkpoint
+from rl.loop.controller import Controller
 from rl.recipe.schema import load_config
+from rl.record.summary import run_finished
 from rl.train import train
 from tests.fakes.tiny_run import tiny_recipe
 
@@ -213,6 +215,50 @@ def test_killed_workers_change_nothing(straight, tmp_path):
     assert final_hash(tmp_path) == final_hash(folder)
     second = [r for r in records(tmp_path) if "loss/total" in r][1]
     assert second["workers/redispatched_chunks"] >= 2  # a chunk and a score
+
+
+def status(folder):
+    return json.loads((folder / "runs" / "tiny" / "status.json").read_text())
+
+
+def interrupt_after_the_first_step(metrics):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (metrics.exists() and '"loss/total"' in metrics.read_text()):
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_that_is_stopped_and_then_fails_ends_like_the_straight_one(straight, tmp_path, monkeypatch):
+    folder, recipe = straight
+    out = tmp_path / "runs" / "tiny"
+    overrides = f"output_dir={tmp_path / 'runs'}", "checkpoint.every=100"
+    thread = threading.Thread(
+        target=interrupt_after_the_first_step, args=(out / "metrics.jsonl",), daemon=True
+    )
+    thread.start()
+    with pytest.raises(SystemExit) as left:
+        run(recipe, *overrides)
+    assert left.value.code == 130
+    assert status(tmp_path)["state"] == "stopped" and status(tmp_path)["step"] == 1
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000001"]
+
+    def fail(*_):
+        raise RuntimeError("the rewards are worthless")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Controller, "_guard", fail)
+        with pytest.raises(RuntimeError, match="worthless"):
+            run(recipe, *overrides, resume="auto")
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("failed", 1)
+    assert status(tmp_path)["cause"] == "RuntimeError: the rewards are worthless"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["stages"][0]["steps"] == 1 and not run_finished(out)
+    assert json.loads((out / "trace.json").read_text())["traceEvents"]
+    run(recipe, *overrides, resume="auto")
+    assert status(tmp_path)["state"] == "finished" and run_finished(out)
+    assert final_hash(tmp_path) == final_hash(folder)
+    assert learned(tmp_path) == learned(folder)
+    assert groups(tmp_path) == groups(folder)
 
 
 def test_an_earlier_run_is_not_overwritten(straight):

@@ -155,6 +155,17 @@ def _weaker():
     return LearnerConfig(kl_beta=0.5)
 
 
+def test_a_run_that_stopped_says_why_and_how_it_goes_on(tmp_path):
+    out = write_run(tmp_path, finish=False)
+    (out / "summary.json").write_text('{"finished": false}')
+    command = "python -m rl.train a.yaml --resume auto"
+    status = {"state": "stopped", "cause": "SIGTERM", "resume_command": command}
+    (out / "status.json").write_text(json.dumps(status))
+    run = only_run(out)
+    assert run["state"] == f"not finished, 6 of 6 steps; stopped (SIGTERM), continue with: {command}"
+    assert not run["finished"]
+
+
 def test_a_run_in_progress_says_so_and_shows_what_there_is(tmp_path):
     out = write_run(tmp_path, finish=False)
     with open(out / "metrics.jsonl", "a") as file:

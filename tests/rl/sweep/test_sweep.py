@@ -1,6 +1,11 @@
 """An ablation grid: the recipes of its rows, runs that are kept, and a table against hand-made evaluations."""
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,7 @@ from core.run_lock import hold_run
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
 from rl.recipe.schema import load_config
-from rl.sweep.__main__ import main, write_recipes
+from rl.sweep.__main__ import main, run_all, write_recipes
 from rl.sweep.config import load_sweep
 from rl.sweep.scores import GridScores
 from rl.sweep.table import collect_rows, table_markdown
@@ -254,3 +259,31 @@ def test_a_run_that_fails_or_takes_too_long_is_named_and_stops_no_other(folder, 
     assert main([str(path), "--only", "T2I only", BOTH, "--parallel", "2"]) == 1
     error = capsys.readouterr().err
     assert "run t2i-only-seed0 failed" in error and "run edit-and-t2i-seed0 failed" in error
+
+
+SAVES_ON_SIGTERM = """#!/bin/sh
+trap 'touch {folder}/saved; exit 143' TERM
+touch {folder}/started
+while :; do sleep 0.05; done
+"""
+
+
+def test_a_signal_reaches_the_run_under_way_and_no_other_begins(folder, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(SAVES_ON_SIGTERM.format(folder=tmp_path))
+    program.chmod(0o755)
+    grid = load_sweep(grid_file(folder, output_dir=str(tmp_path)), [])
+    plans = write_recipes(grid)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def interrupt():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(SystemExit) as left:
+        run_all(grid, plans)
+    assert left.value.code == 128 + signal.SIGTERM and (tmp_path / "saved").exists()
+    assert len(list(grid.folder.glob("*.log"))) == 1
+    assert json.loads((grid.folder / "status.json").read_text())["state"] == "stopped"

@@ -20,6 +20,7 @@ from core.checkpoints import CHECKPOINTS, find_step, later_steps, set_aside
 from core.files import atomic_write_json
 from core.recipe import ConfigError
 from core.records import append_records, keep_up_to
+from core.run_status import RunWatch, watch_run
 from core.training.ema import MovingAverage
 from core.training.optimization import build_optimizers, trained_parameters
 from core.training.schedule import lr_factor
@@ -141,6 +142,13 @@ class TrainingLoop:
     def run(self) -> None:
         """Train to the last step of this run, then export the averaged weights to `output_dir/model`."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        with watch_run(self.folder, resume=True) as watch:
+            with watch.stop.protected():
+                self._train(watch)
+            self.export(self.folder / "model")
+
+    def _train(self, watch: RunWatch) -> None:
+        """The steps that are left. A run that is asked to stop ends with a checkpoint where its log has a line."""
         recipe, started = self.recipe, time.perf_counter()
         end = recipe.stop_step or recipe.steps
         bar = tqdm(total=end, initial=self.step, desc=recipe.stage, mininterval=2)
@@ -162,12 +170,15 @@ class TrainingLoop:
                 started = time.perf_counter()
             if recipe.sample_every and (self.step % recipe.sample_every == 0 or last):
                 self._write_samples()
-            if self.step % recipe.save_every == 0 or last:
+            stops = watch.stopping and self.step % recipe.log_every == 0 and not last
+            if self.step % recipe.save_every == 0 or last or stops:
                 self.save()
+                watch.at(self.step, recipe.stage)
+            if stops:
+                return
         bar.close()
         if self.end_rule is not None and not reached:
             log.warning("step %d is the last of this run, and its targets were not reached", self.step)
-        self.export(self.folder / "model")
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights in the released layout, and what was measured of them."""

@@ -1,6 +1,8 @@
 """A run of N steps equals k steps, a resume, and the rest: bit for bit, in every stage."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,24 @@ def test_resumed_equals_straight(stage, parts, tmp_path):
     assert files
     for path in files:
         assert (tmp_path / "cut" / path).read_bytes() == (tmp_path / "straight" / path).read_bytes()
+
+
+def test_a_run_that_is_asked_to_stop_saves_where_its_log_has_a_line(parts, tmp_path):
+    loop = new_loop("vae", [*overrides_of("vae", parts, tmp_path), "save_every=100"])
+    loss = loop.stage.loss
+
+    def interrupted(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(step)
+
+    loop.stage.loss = interrupted
+    with pytest.raises(SystemExit) as left:
+        loop.run()
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "stopped"
+    assert not (tmp_path / "model").exists()
 
 
 @dataclass
