@@ -78,7 +78,13 @@ class SignalBench:
         self.schedule = StageSchedule(self.stage, config)
         self.engine = RolloutEngine(replica_spec(config.model, config.resources))
         if adapter is not None:
-            state, _ = read_adapter(adapter)
+            state, settings = read_adapter(adapter)
+            lora = config.model.lora
+            if (settings.rank, settings.alpha) != (lora.rank, lora.alpha):
+                raise SystemExit(
+                    f"--adapter {adapter}: rank {settings.rank}, alpha {settings.alpha:g}; the recipe's model.lora has "
+                    f"rank {lora.rank}, alpha {lora.alpha:g}"
+                )
             self.engine.load_adapter(Adapter(0, hash_state(state), state))
         self.encoder = Encoder(encoder_spec(config.model, config.resources, config.rollout.negative_prompt))
         self.negative = self.encoder.encode_text(config.rollout.negative_prompt)

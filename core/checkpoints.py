@@ -1,53 +1,108 @@
-"""Checkpoints of a supervised training run: `run_dir/checkpoints/step_NNNNNNN`, each complete or absent."""
+"""Checkpoints of any training run: `run_dir/checkpoints/step_NNNNNNN`, each complete or absent.
+
+They sort by number. Where a run continues from an older one, later ones go to `run_dir/abandoned/N/`: they belong to
+steps that will be done again, and `--resume auto` must not come back to them.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from core.files import publish_folder, verify_folder
+from core.files import new_folder, verify_folder
 from core.recipe import ConfigError
 
 log = logging.getLogger(__name__)
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, BEST, ABANDONED = "checkpoints", "best", "abandoned"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be used; says which and why."""
+
+
+def step_folders(folder: Path) -> dict[Path, int]:
+    """The folders `step_N` or `step-N` with their numbers, fewest steps first."""
+    named = ((path, re.fullmatch(r"step[-_](\d+)", path.name)) for path in folder.glob("step*"))
+    found = {path: int(match[1]) for path, match in named if match and path.is_dir()}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def publish_step(folder: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
     """Let `fill` write a folder, publish it as `folder/step_<n>`; only then the oldest but `keep` go."""
     final = folder / f"step_{step:07d}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    publish_folder(temporary, final)
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
+    with new_folder(final) as temporary:
+        fill(temporary)
+    prune(folder, step, keep=keep)
     return final
+
+
+def prune(folder: Path, step: int, *, keep: int) -> None:
+    """Delete all but the last `keep` of those up to `step`, which was just written and so stays whatever else is."""
+    for old in [path for path, number in step_folders(folder).items() if number <= step][:-keep]:
+        shutil.rmtree(old)
 
 
 def find_step(run_dir: Path, resume: str | None, check: Callable[[Path], None]) -> Path | None:
     """The checkpoint to continue from; None to start afresh. `check` raises for one that another recipe wrote.
 
-    Raises ConfigError for a run that exists and was not asked to continue, and for a folder that is damaged (with
-    `auto` an older sound one is taken instead, since it continues to the same result).
+    Raises ConfigError for a run that exists and was not asked to continue, and CheckpointError as
+    `resume_folder` does.
     """
     if resume is None:
         if (run_dir / "metrics.jsonl").exists():
             raise ConfigError([f"{run_dir} holds an earlier run; add --resume auto, or set another name="])
         return None
-    newest_first = sorted((run_dir / CHECKPOINTS).glob("step_*"), reverse=True)
-    for candidate in newest_first if resume == "auto" else [Path(resume)]:
+    found = resume_folder(run_dir, resume, step_folders(run_dir / CHECKPOINTS))
+    if found is not None:
+        check(found)
+    return found
+
+
+def resume_folder(run_dir: Path, resume: str, known: Mapping[Path, int]) -> Path | None:
+    """The named folder, which must be sound, or with `auto` the sound one of `known` (path: steps) with most steps.
+
+    None where there is none at all. Raises CheckpointError for a named one that is damaged, and where all are: to start
+    afresh would write over what they may still be saved from.
+    """
+    if resume != "auto":
+        if problems := verify_folder(resume):
+            raise CheckpointError(problems)
+        return Path(resume)
+    damage = []
+    for candidate in sorted(known, key=lambda path: known[path], reverse=True):
         problems = verify_folder(candidate)
         if not problems:
-            check(candidate)
             return candidate
-        if resume != "auto":
-            raise ConfigError(problems)
         log.warning("passing over a damaged checkpoint: %s", problems[0])
+        damage.append(f"{problems[0]}{f' (and {len(problems) - 1} more)' if problems[1:] else ''}")
+    if damage:
+        remedy = "restore one of them, or move them away to start from step 0, or set another name="
+        raise CheckpointError([f"no checkpoint of {run_dir} can be used; {remedy}", *damage])
+    log.info("no checkpoint in %s: starting at step 0", run_dir / CHECKPOINTS)
     return None
+
+
+def later_steps(folder: Path, step: int) -> list[Path]:
+    """The folders `step_N` of more than `step` steps."""
+    return [path for path, number in step_folders(folder).items() if number > step]
+
+
+def set_aside(run_dir: Path, later: Sequence[Path]) -> None:
+    """Move what belongs to steps that will be done again to `run_dir/abandoned/N/`, the last one first."""
+    if not later:
+        return
+    home = next(home for number in count(1) if not (home := run_dir / ABANDONED / f"{number}").exists())
+    for path in reversed(later):
+        target = home / path.relative_to(run_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, target)
+        log.warning("%s is of steps that will be done again; it was moved to %s", path, target)
 
 
 def check_same_keys(

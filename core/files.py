@@ -6,6 +6,7 @@ under a temporary name, gets a manifest of sha256 sums as its last file, and is 
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
+log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
 """Name of the marker file inside a published folder; it holds the manifest as JSON."""
+_FOREIGN = (".nfs", ".DS_Store")
+_FOUND_BY_PATTERN = (".pt", ".pth", ".bin", ".safetensors")
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
@@ -68,14 +72,23 @@ def file_sha256(path: str | Path) -> str:
 def folder_manifest(folder: str | Path) -> dict[str, str]:
     """Relative POSIX path -> sha256 of every file below `folder`, sorted by path, without the marker itself.
 
-    Folders without files leave no trace in a manifest. Raises NotADirectoryError when `folder` is not a
-    folder.
+    What file systems leave behind (`.nfs*`, `.DS_Store`) is none of it, nor are folders without files. Raises
+    NotADirectoryError when `folder` is not a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder, so it has no manifest")
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: file_sha256(folder / name) for name in files if name != COMPLETE}
+    return {
+        name: file_sha256(folder / name)
+        for name in _files(folder)
+        if not Path(name).name.startswith(_FOREIGN)
+    }
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative POSIX paths of every file below `folder` but the marker, sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != COMPLETE)
 
 
 @contextmanager
@@ -113,7 +126,11 @@ def publish_folder(tmp: str | Path, final: str | Path) -> dict[str, str]:
 
 
 def verify_folder(path: str | Path) -> list[str]:
-    """Whatever differs between a published folder and its manifest, one message each; empty when sound."""
+    """Whatever differs between a published folder and its manifest, one message each; empty when sound.
+
+    A file beside the manifest is a remark in the log, unless it looks like weights: readers such as DeepSpeed and vLLM
+    find those by pattern, so one too many would be read.
+    """
     path = Path(path)
     if not path.is_dir():
         return [f"{path}: no such folder"]
@@ -125,15 +142,26 @@ def verify_folder(path: str | Path) -> list[str]:
         return [f"{path / COMPLETE}: not a JSON manifest ({error})"]
     if not isinstance(expected, dict):
         return [f"{path / COMPLETE}: not a JSON manifest (it holds a {type(expected).__name__})"]
-    found = folder_manifest(path)
-    problems = [f"{path / name}: missing" for name in expected.keys() - found.keys()]
-    problems += [f"{path / name}: not in the manifest" for name in found.keys() - expected.keys()]
+    problems = [p for name, sha256 in expected.items() for p in _differs(path / name, sha256)]
+    surplus = [name for name in _files(path) if name not in expected]
     problems += [
-        f"{path / name}: changed, its sha256 is {found[name]} and not {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if expected[name] != found[name]
+        f"{path / name}: not in the manifest" for name in surplus if name.endswith(_FOUND_BY_PATTERN)
     ]
+    remarks = [name for name in surplus if not name.endswith(_FOUND_BY_PATTERN)]
+    if remarks:
+        log.warning("%s: left out of account, not being in its manifest: %s", path, ", ".join(remarks))
     return sorted(problems)
+
+
+def _differs(path: Path, sha256: str) -> list[str]:
+    """What is wrong with a file that a manifest names."""
+    if not path.is_file():
+        return [f"{path}: missing"]
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        return [f"{path}: cannot be read ({error.strerror})"]
+    return [] if found == sha256 else [f"{path}: changed, its sha256 is {found} and not {sha256}"]
 
 
 def _sync(path: Path) -> None:

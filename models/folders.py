@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from core.files import folder_manifest
+from core.text import parse_json, read_text
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -29,7 +30,13 @@ def check_model_folder(folder: str | Path, parts: Collection[str] = PARTS) -> li
     if not folder.is_dir():
         return [f"{folder}: no such model folder; download or build the model there, or correct the path"]
     known = dict.fromkeys((*PARTS, *METAQUERY_PARTS))
-    return [problem for name in known if name in parts for problem in _check_part(folder / name)]
+    problems = [problem for name in known if name in parts for problem in _check_part(folder / name)]
+    if problems and (folder / "adapter" / "adapter_config.json").is_file():
+        trained = folder / "adapter"
+        return [f"{folder} is a run's folder: give the model that it trained, and {trained} as its adapter"]
+    if problems and folder.name in known and (folder.parent / "vae").is_dir():
+        return [f"{folder} is one part of a model: give the model's folder, {folder.parent}"]
+    return problems
 
 
 def is_metaquery_folder(folder: str | Path) -> bool:
@@ -87,7 +94,7 @@ def _check_json(path: Path) -> list[str]:
     if not path.is_file():
         return [f"{path}: missing config file"]
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        parse_json(read_text(path))
     except (OSError, ValueError) as error:
         return [f"{path}: not readable as JSON ({error})"]
     return []
@@ -101,7 +108,7 @@ def check_weights(part: Path) -> list[str]:
     problems = []
     for index in indexes:
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(parse_json(read_text(index))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{index}: not a readable weight index ({error!r})")
             continue

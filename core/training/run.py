@@ -16,11 +16,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from core.checkpoints import CHECKPOINTS, check_same_keys, find_step, next_multiple, publish_step
+from core.checkpoints import (
+    BEST,
+    CHECKPOINTS,
+    check_same_keys,
+    find_step,
+    later_steps,
+    next_multiple,
+    publish_step,
+    set_aside,
+)
 from core.cluster.ranks import MakeRank, RankLost, RankResources, Ranks, start_ranks
 from core.files import atomic_write_json, atomic_write_text
 from core.progress import Progress
 from core.recipe import flat, to_yaml
+from core.run_lock import check_held
 from core.scalars import ScalarLog
 
 log = logging.getLogger(__name__)
@@ -82,6 +92,7 @@ class SupervisedRun(ABC):
                 stop = min(self.end, *(next_multiple(start, beat) for beat in beats))
                 started = time.perf_counter()
                 figures = self.ranks.call("advance", stop)
+                check_held(self.folder)
                 self.state = replace(self.state, step=stop)
                 self.record(figures, time.perf_counter() - started)
                 for every, action in actions:
@@ -143,7 +154,13 @@ def train_on_ranks(
     checkpoint: Path | None,
     step: int,
 ) -> Any:
-    """Write the recipe, start the ranks, bring them to the checkpoint, train to the end; returns the run's state."""
+    """Write the recipe, start the ranks, bring them to the checkpoint, train to the end; returns the run's state.
+
+    What an earlier course of the run saved behind the checkpoint is set aside first.
+    """
+    if checkpoint is not None:
+        folders = [recipe.run_dir / CHECKPOINTS, recipe.run_dir / BEST]
+        set_aside(recipe.run_dir, [path for folder in folders for path in later_steps(folder, step)])
     atomic_write_text(recipe.run_dir / RECIPE, to_yaml(recipe))
     ranks = start_ranks(make_rank, count, resources)
     try:

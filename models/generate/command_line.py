@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.cluster.pool import PoolSpec
+from core.failures import ClusterError
 from core.logs import start_logging
 from models.generate.task_lines import Refused
 
@@ -93,7 +94,7 @@ def run_command(problems: list[str], work: Callable[[], int], *, refused: str, s
     except Refused as error:
         sys.stderr.write(f"{refused}:\n{error}\n")
         return 2
-    except (RuntimeError, OSError) as error:
-        log.debug("stopped", exc_info=True)
+    except Exception as error:  # 1 would say that only some is missing
+        log.error("stopped: %s", error, exc_info=not isinstance(error, ClusterError | OSError))
         sys.stderr.write(f"Stopped: {error}\n{stays} stay; run the same command again to go on.\n")
         return 3

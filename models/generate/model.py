@@ -203,13 +203,11 @@ def _adapter_sha256(spec: ModelSpec) -> str | None:
     """Over tensors and settings alike: the same tensors with another alpha draw something else."""
     if spec.adapter is None:
         return None
-    from safetensors import SafetensorError
-
     from models.lora.load import load_adapter
 
     try:
         settings, adapter = load_adapter(spec.model, spec.adapter, "float32")
-    except (ValueError, OSError, KeyError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         raise Refused([f"--adapter {spec.adapter}: {error}"]) from error
     decides = [adapter.sha256, settings.rank, settings.alpha, sorted(settings.targets)]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

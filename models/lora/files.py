@@ -1,6 +1,7 @@
 """Adapters as files: a PEFT folder, a diffusers LoRA file beside it, the merged transformer."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 
 from core.files import atomic_write_bytes
 from models.components import save_component
@@ -59,32 +61,78 @@ def read_adapter(folder: str | Path) -> tuple[State, LoraSettings]:
     """Read a PEFT folder, ours or another's, back into a state and its settings.
 
     Raises:
-        FileNotFoundError: the folder lacks a file.
-        ValueError: not a plain LoRA of linear layers, or tensors that disagree with the configured rank.
+        FileNotFoundError: the folder lacks a file; names the adapter's own folder where it is near.
+        ValueError: a file that cannot be read, not a plain LoRA of linear layers, tensors that disagree with the
+            configured rank, or an adapter whose update is not a number or changes nothing.
     """
     folder = Path(folder)
     for path in (folder / PEFT_CONFIG, folder / PEFT_WEIGHTS):
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing; an adapter is a PEFT folder with {PEFT_CONFIG}")
-    config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
-    targets = config.get("target_modules")
-    odd = sorted(key for key in _PLAIN if config.get(key))
-    if config.get("peft_type") != "LORA" or odd or not isinstance(targets, list):
-        raise ValueError(
-            f"{folder / PEFT_CONFIG}: only a plain LoRA with a list of target_modules can be read "
-            f"(peft_type {config.get('peft_type')!r}, set: {odd}, target_modules {targets!r})"
-        )
-    tensors = safetensors.torch.load_file(folder / PEFT_WEIGHTS)
+            raise FileNotFoundError(f"{path}: missing; {_where(folder)}")
+    try:
+        config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load_file(folder / PEFT_WEIGHTS)
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{folder}: its {PEFT_CONFIG} or {PEFT_WEIGHTS} is damaged: {error}") from error
+    settings = _settings(folder / PEFT_CONFIG, config)
     state = {name.removeprefix(PEFT_PREFIX): tensors[name] for name in sorted(tensors)}
-    rank = int(config["r"])
     for name, tensor in state.items():
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise ValueError(f"{folder / PEFT_WEIGHTS}: tensor {name} is not lora_A.weight or lora_B.weight")
-        if tensor.shape[0 if ".lora_A." in name else 1] != rank:
+        if tensor.ndim != 2 or tensor.shape[0 if ".lora_A." in name else 1] != settings.rank:
             raise ValueError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)}, but adapter_config says r = {rank}"
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, but adapter_config says r = {settings.rank}"
             )
-    return state, LoraSettings(rank=rank, alpha=float(config["lora_alpha"]), targets=tuple(sorted(targets)))
+    _check_values(folder / PEFT_WEIGHTS, state)
+    return state, settings
+
+
+def _where(folder: Path) -> str:
+    """Where the adapter is that was meant: a run's, those of its checkpoints, or the folder above a file."""
+    for pattern in ("adapter", "checkpoints/*/adapter", "*/adapter"):
+        found = sorted(str(path.parent) for path in folder.glob(f"{pattern}/{PEFT_CONFIG}"))
+        if found:
+            return f"the adapter is in {' or '.join(found[-3:])}"
+    if (folder.parent / PEFT_CONFIG).is_file():
+        return f"the adapter is in {folder.parent}"
+    return f"an adapter is a PEFT folder with {PEFT_CONFIG}"
+
+
+def _settings(path: Path, config: object) -> LoraSettings:
+    """What an adapter_config.json says. Raises ValueError for what `attach_lora` would not make."""
+    values = config if isinstance(config, dict) else {}
+    targets, rank, alpha = (values.get(key) for key in ("target_modules", "r", "lora_alpha"))
+    odd = sorted(key for key in _PLAIN if values.get(key))
+    if values.get("peft_type") != "LORA" or odd or not isinstance(targets, list):
+        raise ValueError(
+            f"{path}: only a plain LoRA with a list of target_modules can be read "
+            f"(peft_type {values.get('peft_type')!r}, set: {odd}, target_modules {targets!r})"
+        )
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{path}: r is {rank!r}, and must be a whole number from 1")
+    if not isinstance(alpha, int | float) or alpha is True or not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(
+            f"{path}: lora_alpha is {alpha!r}, and must be a finite number other than 0: with it the adapter would "
+            "change nothing or draw noise"
+        )
+    return LoraSettings(rank=rank, alpha=float(alpha), targets=tuple(sorted(targets)))
+
+
+def _check_values(path: Path, state: State) -> None:
+    """Raise ValueError for tensors that are no weights, and for an adapter that adds exactly nothing."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{path}: {name} is of type {tensor.dtype}; a quantised adapter cannot be read, save it in float"
+            )
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity; the training that wrote it diverged")
+    still = {name.rsplit(".", 2)[0] for name, tensor in state.items() if not tensor.any()}
+    if still >= {name.rsplit(".", 2)[0] for name in state}:
+        raise ValueError(
+            f"{path}: lora_B (or lora_A) is 0 in every layer, so the adapter changes nothing; leave the adapter out "
+            "to use the base, or give one that was trained"
+        )
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ def load_adapter(folder: Path, adapter: Path | None, dtype: str) -> tuple[LoraSe
     """A PEFT folder in the dtype of the replicas, whose live hash is compared with its own; or none.
 
     Without an adapter the base is evaluated: through an adapter of rank 1 that is zero, and so adds exactly 0.
-    Raises ValueError for an adapter that does not fit the model's transformer, FileNotFoundError for a part of it.
+    Raises ValueError for an adapter that cannot be used or does not fit the model's transformer, FileNotFoundError for
+    a part of it.
     """
     import torch
 

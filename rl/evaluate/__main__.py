@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 import recipes
+from core.failures import ClusterError
 from core.logs import start_logging
 from core.recipe import ConfigError
+from core.run_lock import RunTaken, hold_run
 from rewards.base import RewardError
 from rewards.benchmarks.registry import BENCHMARKS, Benchmark, Request
 from rl.evaluate.plan import Sampling, scoring_sha256
@@ -48,32 +49,29 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         sys.stdout.write("\n".join([*describe(job), "Ready to run."]) + "\n")
         return 0
-    output = job.plan.output
-    output.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(output / ".lock", timeout=0):
+        with hold_run(job.plan.output):
             return evaluate(job)
-    except Timeout:
-        sys.stderr.write(
-            f"This evaluation cannot run:\n- another one works in {output}; wait, or choose another --output\n"
-        )
+    except RunTaken as error:
+        sys.stderr.write(f"This evaluation cannot run:\n{error}\n")
         return 2
 
 
 def evaluate(job: EvaluationJob) -> int:
     """Run what is left to do, and write the results; the exit code."""
     from rl.evaluate.report import TABLE, write_results
-    from rl.evaluate.run import scored_items
+    from rl.evaluate.run import NothingScored, scored_items
     from rl.evaluate.scores import ScoreStore
 
     plan, images = job.plan, job.image_store()
-    write_record(job)
     images.recover(plan.batches)
     scores = ScoreStore(plan.output, scoring_sha256(plan, job.scorers)) if job.scorers else None
     try:
         _complete(job, images, scores)
-    except (RewardError, RuntimeError) as error:
-        log.error("stopped: %s", error)
+    except Exception as error:  # a worker re-raises whatever it met; 1 would say that the table is written
+        log.error(
+            "stopped: %s", error, exc_info=not isinstance(error, RewardError | ClusterError | NothingScored)
+        )
         sys.stderr.write(f"Stopped: {error}\nWhat is done is kept; run the same command again to go on.\n")
         return 3
     if scores is None:
@@ -112,7 +110,9 @@ def _complete(job: EvaluationJob, images: Any, scores: Any) -> None:
         if generate:
             limit = plan.resources.call_timeout_s
             policy = publish(job.adapter, workers.dispatcher, previous=None, timeout_s=limit)
-        EvaluationRun(plan, images, scores, workers, policy, Progress()).run()
+        # The folder is this evaluation's from the first result on: one that never came so far binds nothing.
+        keep_record = partial(write_record, job)
+        EvaluationRun(plan, images, scores, workers, policy, Progress(), keep_record).run()
     finally:
         workers.close()
         if started_here:

@@ -76,8 +76,9 @@ def prepare(
         raise ConfigError(problems)
     scored = request.scored
     reward_sets = [_reward_set(plan, number, part) for number, part in enumerate(plan.parts) if scored]
-    for reward_set in reward_sets:
-        problems += [problem for problem in check_rewards(reward_set) if problem not in problems]
+    for reward_set, part in zip(reward_sets, plan.parts, strict=False):
+        prompts = [item.prompt for item in part.items]
+        problems += [p for p in check_rewards(reward_set, prompts=prompts) if p not in problems]
     if problems:
         raise ConfigError(problems)
     settings = adapter = model_hash = vlm_hash = None
@@ -219,7 +220,7 @@ def _model_problems(
         return problems
     try:
         load_adapter(folder, adapter, "float32")
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError) as error:
         problems.append(f"--adapter {adapter}: {error}")
     found = geometry(folder)
     for size in sorted(sizes):

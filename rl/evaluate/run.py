@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,10 @@ class UnscoredPicture:
 
 
 class EvaluationRun:
-    """One pass over a plan. policy: None when nothing is generated. scores: None when nothing is scored."""
+    """One pass over a plan. policy: None when nothing is generated. scores: None when nothing is scored.
+
+    keep_record: called before a result is kept; says in the output folder what its results are made from.
+    """
 
     def __init__(
         self,
@@ -63,14 +66,10 @@ class EvaluationRun:
         workers: Workers,
         policy: Policy | None,
         progress: Progress,
+        keep_record: Callable[[], None],
     ):
-        self.plan, self.images, self.scores, self.policy, self.progress = (
-            plan,
-            images,
-            scores,
-            policy,
-            progress,
-        )
+        self.plan, self.images, self.scores, self.policy = plan, images, scores, policy
+        self.progress, self.keep_record = progress, keep_record
         self.dispatcher = workers.dispatcher
         self.collector = Collector(workers.dispatcher, workers.encoder, progress)
         self.failures: Counter[str] = Counter()
@@ -151,8 +150,11 @@ class EvaluationRun:
         if done.failure is not None:
             log.error("batch %d is missing, since it could not be generated: %s", batch.index, done.failure)
             self.failures["generation"] += size
-        elif not self._commit(batch, done.refs[2]):
-            return
+        else:
+            assert self.policy is not None
+            self.policy.check(done.result)
+            if not self._commit(batch, done.refs[2]):
+                return
         self._scoring.append(batch)
 
     def _keep_scores(self, done: Done, bar: Bar) -> None:
@@ -165,6 +167,7 @@ class EvaluationRun:
             return
         found = [self._image_score(one, row, done.result.components) for row, one in enumerate(pictures)]
         assert self.scores is not None
+        self.keep_record()
         self.scores.add(number, found, done.result.failures)
         self.failures.update(done.result.failures)
         self._answered_batches += 1
@@ -186,6 +189,7 @@ class EvaluationRun:
             self._lost.add(batch.index)
             self._generate(batch)
             return False
+        self.keep_record()
         self.images.commit(batch, np.asarray(images))
         return True
 

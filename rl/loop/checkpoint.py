@@ -11,28 +11,23 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from core.files import atomic_write_json, atomic_write_text, new_folder, verify_folder
+from core.checkpoints import CHECKPOINTS, resume_folder, set_aside, step_folders
+from core.files import atomic_write_json, atomic_write_text, new_folder
 from core.recipe import ConfigError
 from rewards.loading import free_params
 from rl.record.state import RunState, StageProgress
 
 log = logging.getLogger(__name__)
-FOLDER = "checkpoints"
 
 # Keys that may differ between the run that wrote a checkpoint and the one that continues it: who does the work
 # and how often it is looked at, never what is computed.
 _FREE_KEYS = ("output_dir", "resources.", "rollout.workers", "checkpoint.", "gallery.")
 _REWARD_KEY = re.compile(r"((?:stages\.\d+(?:\.parts\.\d+)?|evaluation\.tasks\.\d+)\.rewards\.\d+\.)(.+)")
 _FREE_REWARD_KEYS = ("timeout_s", "attempts", "max_missing_share", "constant_steps", "service")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; says which and why."""
 
 
 def save_checkpoint(
@@ -43,7 +38,7 @@ def save_checkpoint(
     `learner` is the `LearnerGroup`; `adapter_folder(path)` writes the shipped adapter.
     """
     name = f"stage_{state.stage}_end" if border else f"step_{state.step:06d}"
-    final = run_dir / FOLDER / name
+    final = run_dir / CHECKPOINTS / name
     with new_folder(final) as folder:
         (folder / "learner").mkdir()
         learner.save(folder / "learner")
@@ -54,32 +49,28 @@ def save_checkpoint(
     return final
 
 
-def prune_checkpoints(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` step checkpoints; those at stage borders stay."""
-    steps = sorted((run_dir / FOLDER).glob("step_*"))
-    for folder in steps[: max(0, len(steps) - keep_last)]:
-        shutil.rmtree(folder)
-
-
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """The folder to resume from: an explicit one, or for `auto` the one with the most steps (None: start afresh).
+    """The folder to resume from: an explicit one, or for `auto` the sound one with the most steps (None: start afresh).
 
-    Raises CheckpointError for an explicit folder that is incomplete or changed. With `auto`, a damaged one is
-    passed over with a warning, since an older sound one continues to the same result.
+    Raises CheckpointError as `core.checkpoints.resume_folder` does.
     """
-    if resume != "auto":
-        problems = verify_folder(resume)
-        if problems:
-            raise CheckpointError("\n".join(problems))
-        return Path(resume)
-    found = []
-    for folder in (run_dir / FOLDER).glob("[!.]*"):
-        problems = verify_folder(folder)
-        if problems:
-            log.warning("passing over a damaged checkpoint: %s", problems[0])
-            continue
-        found.append((read_state(folder).step, folder.name, folder))
-    return max(found)[2] if found else None
+    return resume_folder(run_dir, resume, _checkpoints(run_dir))
+
+
+def set_later_aside(run_dir: Path, step: int) -> None:
+    """Move the checkpoints of more than `step` steps out of the way of a run that continues there."""
+    set_aside(run_dir, [path for path, steps in _checkpoints(run_dir).items() if steps > step])
+
+
+def _checkpoints(run_dir: Path) -> dict[Path, int]:
+    """Those of steps and stage borders with their steps, fewest first; 0 for a border that cannot say."""
+    found = step_folders(run_dir / CHECKPOINTS)
+    for border in (run_dir / CHECKPOINTS).glob("stage_*_end"):
+        try:
+            found[border] = read_state(border).step
+        except (OSError, ValueError, KeyError, TypeError):
+            found[border] = 0
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def read_state(folder: Path) -> RunState:

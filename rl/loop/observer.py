@@ -13,11 +13,13 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
+from core.checkpoints import CHECKPOINTS, prune
+from core.run_lock import check_held
 from models.lora.attach import Adapter
 from rl.learner.stats import UpdateStats
 from rl.learner.worker import LearnerGroup
 from rl.loop.advantages import Advantages
-from rl.loop.checkpoint import prune_checkpoints, save_checkpoint
+from rl.loop.checkpoint import save_checkpoint
 from rl.loop.schedule import ScheduledPart
 from rl.loop.step import reward_metrics, update_metrics
 from rl.recipe.schema import RunConfig, StageConfig
@@ -98,6 +100,7 @@ class Observer:
         self, stage: StageConfig, part: ScheduledPart, outcome: StepOutcome, policy: Policy
     ) -> None:
         """Metrics, pictures, evaluation. The checkpoint comes last, so that what it promises is on disk."""
+        check_held(self.run_dir)
         config, progress = self.config, self.state.stages[-1]
         metrics = self._metrics(outcome, policy)
         self._account(outcome, metrics)
@@ -120,7 +123,7 @@ class Observer:
                     self.run_dir, self.state, self.journal.config_yaml, self.learner,
                     lambda folder: self.results.write_adapter(self._shipped_adapter(), folder), border=ends,
                 )  # fmt: skip
-            prune_checkpoints(self.run_dir, config.checkpoint.keep_last)
+            prune(self.run_dir / CHECKPOINTS, step, keep=config.checkpoint.keep_last)
 
     def close_stage(self, index: int, policy: Policy) -> None:
         """Evaluate what the stage ships, on all tasks."""

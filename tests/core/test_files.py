@@ -113,11 +113,30 @@ def test_verification_names_every_difference(tmp_path: Path) -> None:
     publish_folder(make_folder(tmp_path / "filling"), final)
     (final / "state.json").write_text("{ }")
     (final / "adapter" / "weights.bin").unlink()
-    (final / "surplus").write_text("")
+    (final / "surplus.pt").write_text("")
     missing, changed, surplus = verify_folder(final)
     assert missing == f"{final}/adapter/weights.bin: missing"
     assert changed.startswith(f"{final}/state.json: changed")
-    assert surplus == f"{final}/surplus: not in the manifest"
+    assert surplus == f"{final}/surplus.pt: not in the manifest"
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs0000000000000001", "adapter/notes.txt"])
+def test_a_file_beside_the_manifest_is_a_remark(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    final = tmp_path / "final"
+    publish_folder(make_folder(tmp_path / "filling"), final)
+    (final / name).write_text("")
+    assert verify_folder(final) == []
+    assert f"not being in its manifest: {name}" in caplog.text
+
+
+def test_what_a_file_system_leaves_behind_gets_into_no_manifest(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "filling")
+    (folder / ".nfs0000000000000001").write_text("")
+    publish_folder(folder, tmp_path / "final")
+    (tmp_path / "final" / ".nfs0000000000000001").unlink()
+    assert verify_folder(tmp_path / "final") == []
 
 
 @pytest.mark.parametrize("marker", ["", "[1]", '{"state.json"'])

@@ -14,6 +14,12 @@ def test_every_test_has_one_level(request: pytest.FixtureRequest) -> None:
     assert {nodeid: found for nodeid, found in levels.items() if len(found) != 1} == {}
 
 
+def test_groups_stay_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist groups tests by the end of their ids."""
+    grouped = bool(request.config.getoption("loadgroup", False))
+    assert {"@" in item.nodeid for item in request.session.items} == {grouped}
+
+
 @pytest.mark.parametrize("entry", TABLE)
 def test_the_table_names_what_is_there(entry: str) -> None:
     file, _, name = entry.partition("::")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 import torch
@@ -13,9 +12,8 @@ from core.cluster.actors import PlacedActors, connect, wait_ready
 from core.cluster.dispatch import Dispatcher
 from core.cluster.placement import ActorPlan, ResourcePlan, bundle_of, uniform_plan
 from core.recipe import ConfigError
-from models.components import torch_dtype
 from models.lora.attach import Adapter, LoraSettings, State, hash_state
-from models.lora.files import read_adapter
+from models.lora.load import load_adapter
 from models.lora.targets import DEFAULT_TARGETS
 from rewards.editreward.data.generate_config import BASE, GenerateSection
 from rollout.encoder import EncoderSpec, EncodeWorker
@@ -47,18 +45,18 @@ def load_adapters(section: GenerateSection) -> LoadedAdapters:
     """Read every adapter once, in the workers' type: a hash has to be of what they then hold.
 
     The base beside adapters is one more adapter of zeros, since a worker goes from one to the next in place.
-    Raises ConfigError for an unreadable adapter, and for adapters of unlike rank, alpha or targets.
+    Raises ConfigError for an adapter that is unreadable or not this model's, and for adapters of unlike rank, alpha or
+    targets.
     """
     read: dict[str, tuple[State, LoraSettings]] = {}
     problems: list[str] = []
     for name in dict.fromkeys(section.adapters):
         if name != BASE:
             try:
-                state, settings = read_adapter(Path(recipes.resolve(name)))
-                cast = {key: tensor.to(torch_dtype(section.dtype)) for key, tensor in state.items()}
-                read[name] = (cast, settings)
+                found = load_adapter(recipes.resolve(section.model), recipes.resolve(name), section.dtype)
+                read[name] = (found[1].tensors, found[0])
             except (OSError, ValueError) as error:
-                problems.append(f"generate.adapters: {error}")
+                problems.append(f"generate.adapters {name}: {error}")
     if problems:
         raise ConfigError(problems)
     if not read:

@@ -8,34 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from core.files import atomic_write_json
 from core.recipe import ConfigError
+from core.run_lock import hold_run
 
 RECORD = "generation.json"
-LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Keep other runs out, and clear away what a killed one left half-written. Raises ConfigError."""
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ConfigError([f"{folder}: another run writes there now"]) from error
-    try:
+    with hold_run(folder):
         for left in folder.glob(".*.tmp"):
             left.unlink()
         yield
-    finally:
-        lock.release()
 
 
 def same_as_before(path: Path, record: dict[str, Any]) -> None:
-    """Keep `record` at `path`, or compare it with the one there. Raises ConfigError with every difference."""
-    if not path.is_file():
+    """Keep `record` at `path`, or compare it with the one there. Raises ConfigError with every difference.
+
+    A record beside which nothing was written yet is of a run that never started, and replaced.
+    """
+    started = any(other != path and not other.name.startswith(".") for other in path.parent.iterdir())
+    if not (started and path.is_file()):
         atomic_write_json(path, record)
         return
     before = json.loads(path.read_text(encoding="utf-8"))

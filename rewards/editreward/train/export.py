@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import recipes
+from core.checkpoints import BEST, step_folders
 from core.command_line import add_recipe_arguments
 from core.files import atomic_write_json, atomic_write_text, publish_folder, verify_folder
 from rewards.editreward.config import Recipe
@@ -52,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def newest_best(run_dir: Path) -> Path:
     """The best weights of a run. Raises FileNotFoundError before the first validation."""
-    found = sorted((run_dir / "best").glob("step_*"))
+    found = list(step_folders(run_dir / BEST))
     if not found:
-        raise FileNotFoundError(f"{run_dir / 'best'} is empty: no validation of this run has scored yet")
+        raise FileNotFoundError(f"{run_dir / BEST} is empty: no validation of this run has scored yet")
     return found[-1]
 
 

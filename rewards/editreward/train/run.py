@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from core.agreement import agreement
+from core.checkpoints import BEST, step_folders
 from core.cluster.ranks import Ranks
 from core.files import atomic_write_json
 from core.training.run import Due, RunState, SupervisedRun
@@ -29,7 +30,6 @@ from rewards.editreward.settings import FILE, EditRewardSettings
 from rewards.editreward.train.rank import StepFigures
 
 log = logging.getLogger(__name__)
-BEST = "best"
 
 # Keys that may differ between a run and its continuation: they leave what is learned alone.
 FREE = (
@@ -67,6 +67,8 @@ class TrainingRun(SupervisedRun):
             recipe, ranks, state, end=train.stop_step or train.steps, log_every=train.log_every, fresh=fresh
         )
         self.settings, self.validation = settings, validation
+        if state.best_step not in step_folders(self.folder / BEST).values():
+            self.state = replace(state, best_score=None)  # a later best took its place, and was set aside
 
     def due(self) -> list[Due]:
         train = self.recipe.train

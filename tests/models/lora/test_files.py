@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from models.components import load_transformer
+from models.folders import check_model_folder
 from models.kontext import KontextTransformer
 from models.lora.attach import (
     DEFAULT_TARGETS,
@@ -162,3 +163,64 @@ def test_folders_that_mean_something_else_are_refused(tmp_path: Path, trained: t
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 16}))
     with pytest.raises(ValueError, match="adapter_config says r = 16"):
         read_adapter(tmp_path)
+
+
+def test_an_adapter_that_would_draw_the_bases_pictures_is_refused(tmp_path: Path, trained: tuple) -> None:
+    """Each of these once loaded, and models.generate drew the base without a word."""
+    state = trained[1]
+
+    def refusal(change: dict[str, object], tensors: dict[str, torch.Tensor]) -> str:
+        save_adapter(tensors, tmp_path, **SETTINGS)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=r"adapter_(config|model)") as caught:
+            read_adapter(tmp_path)
+        return str(caught.value)
+
+    for alpha in (float("nan"), 0, float("inf"), None, "64", True):
+        assert f"lora_alpha is {alpha!r}, and must be a finite number other than 0" in refusal(
+            {"lora_alpha": alpha}, state
+        )
+    assert "r is 32.0, and must be a whole number" in refusal({"r": 32.0}, state)
+    first = next(iter(state))
+    whole = {name: tensor.to(torch.int8) for name, tensor in state.items()}
+    assert f"{first} is of type torch.int8; a quantised adapter cannot be read" in refusal({}, whole)
+    broken = state | {first: torch.full_like(state[first], torch.nan)}
+    assert f"{first} holds NaN or infinity" in refusal({}, broken)
+    for part in ("lora_A", "lora_B"):
+        still = {name: tensor * (part not in name) for name, tensor in state.items()}
+        assert "the adapter changes nothing; leave the adapter out to use the base" in refusal({}, still)
+    one = {name: tensor * (name.startswith(first.rsplit(".", 2)[0])) for name, tensor in state.items()}
+    save_adapter(one, tmp_path, **SETTINGS)
+    assert hash_state(read_adapter(tmp_path)[0]) == hash_state(one), "one layer that moves is enough"
+
+
+def test_damaged_files_are_refused_by_their_folder(tmp_path: Path, trained: tuple) -> None:
+    save_adapter(trained[1], tmp_path, **SETTINGS)
+    whole = (tmp_path / "adapter_model.safetensors").read_bytes()
+    for name, data in (
+        ("adapter_model.safetensors", whole[: len(whole) // 2]), ("adapter_config.json", b"{"),
+        ("adapter_config.json", b"[" * 100_000), ("adapter_config.json", b"\xff"), ("adapter_config.json", b"[]"),
+    ):  # fmt: skip
+        save_adapter(trained[1], tmp_path, **SETTINGS)
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match="adapter_config.json"):
+            read_adapter(tmp_path)
+
+
+def test_a_refusal_says_where_the_adapter_is(tmp_path: Path, trained: tuple) -> None:
+    run = tmp_path / "run"
+    for step in (20, 40):
+        save_adapter(trained[1], run / "checkpoints" / f"step_{step:06d}" / "adapter", **SETTINGS)
+    adapter, checkpoint = run / "adapter", run / "checkpoints" / "step_000040"
+    with pytest.raises(FileNotFoundError, match=f"step_000020/adapter or {checkpoint / 'adapter'}"):
+        read_adapter(run)
+    save_adapter(trained[1], adapter, **SETTINGS)
+    for given in (run, tmp_path, adapter / "diffusers", adapter / "adapter_model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=f"missing; the adapter is in {adapter}$"):
+            read_adapter(given)
+    with pytest.raises(FileNotFoundError, match=f"missing; the adapter is in {checkpoint / 'adapter'}$"):
+        read_adapter(checkpoint)
+    assert check_model_folder(run) == [
+        f"{run} is a run's folder: give the model that it trained, and {adapter} as its adapter"
+    ]

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from core.recipe import ConfigError
+from core.run_lock import RunTaken, hold_run
 from core.training.run import read_state
 from rewards.editreward.__main__ import main
 from rewards.editreward.settings import FILE
 from rewards.editreward.train.command import train
+from rewards.editreward.train.export import newest_best
 from rewards.editreward.train.rank import TRAINABLE_FILE
-from rewards.editreward.train.run import TrainState
+from rewards.editreward.train.run import TrainingRun, TrainState
 from rewards.editreward.validate import load_recipe
 from tests.rewards.editreward.editreward_data import make_base, make_recipe, make_samples, write_shards
 
@@ -80,6 +82,33 @@ def test_it_learns_its_training_edits_by_heart(overfitted, capsys):
     assert len(losses) == 150 and losses[-1] < 0.05 < losses[0]
     state = read_state(last_checkpoint(overfitted), TrainState)
     assert (state.step, state.best_step) == (150, 150)
+
+
+class FakeRanks:
+    """All see the run's folder."""
+
+    def call(self, method, *arguments):
+        return [True]
+
+
+@pytest.mark.parametrize(("folder", "score"), [("step_0000002", 0.5), ("step_0000008", None)])
+def test_a_best_whose_weights_are_gone_is_none(tmp_path, base, shards, folder, score):
+    recipe = make_recipe(tmp_path, base, shards)
+    (recipe.run_dir / "best" / folder).mkdir(parents=True)
+    state = TrainState(4, best_step=2, best_score=0.5)
+    assert TrainingRun(recipe, None, FakeRanks(), [], state, fresh=False).state.best_score == score
+
+
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path, base, shards):
+    recipe = make_recipe(tmp_path, base, shards)
+    with hold_run(recipe.run_dir), pytest.raises(RunTaken, match="another run writes there now"):
+        train(recipe, resume="auto")
+
+
+def test_the_best_of_a_run_is_its_newest_by_number(tmp_path):
+    for name in ("step_9999999", "step_10000000"):
+        (tmp_path / "best" / name).mkdir(parents=True)
+    assert newest_best(tmp_path).name == "step_10000000"
 
 
 def test_an_evaluation_is_compared_with_another_by_its_predictions(overfitted, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core.failures import ClusterError
 from models.lora.attach import adapter_state, attach_lora
 from models.lora.files import save_adapter
 from rl.evaluate.__main__ import main
@@ -211,3 +212,21 @@ def test_the_help_names_every_benchmark(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert all(name in out for name in ("geneval", "dpg", "gedit", "imgedit", "shapes", "custom"))
+
+
+def test_an_evaluation_that_never_started_tells_why_and_leaves_its_folder_free(
+    folder, tmp_path, monkeypatch, caplog
+):
+    """Ray is there and no worker starts: once for a reason that says all, once for one that nobody foresaw."""
+    monkeypatch.setattr("core.cluster.actors.connect", lambda: False)
+    words = custom(folder, "--model", str(folder / "model"), "--output", str(tmp_path))
+    for error, traced in ((ClusterError("0 of 1 GPU"), False), (KeyError("surprise"), True)):
+
+        def start(*_, error=error):
+            raise error
+
+        monkeypatch.setattr("rl.evaluate.cluster.start_cluster", start)
+        caplog.clear()
+        assert main(words) == 3
+        assert str(error) in caplog.text and ("Traceback" in caplog.text) == traced
+    assert main([*words, "--seed", "5", "--dry-run"]) == 0, "with other settings in the same folder"

@@ -4,16 +4,15 @@ import logging
 
 import pytest
 
+from core.checkpoints import CHECKPOINTS, CheckpointError, prune
 from core.recipe import ConfigError, to_yaml
 from rewards.recipe import RewardConfig, ServiceConfig, StagePartConfig
 from rl.loop.checkpoint import (
-    FOLDER,
-    CheckpointError,
     check_same_recipe,
     find_checkpoint,
-    prune_checkpoints,
     read_state,
     save_checkpoint,
+    set_later_aside,
 )
 from rl.recipe.schema import RunConfig, StageConfig
 from rl.record.state import RunState, StageProgress
@@ -54,7 +53,7 @@ def save(run_dir, step, *, border=False, stage=0, learner=None):
 
 def test_a_checkpoint_holds_all_its_parts(tmp_path):
     folder = save(tmp_path, 7)
-    assert folder == tmp_path / FOLDER / "step_000007"
+    assert folder == tmp_path / CHECKPOINTS / "step_000007"
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     assert files == [
         "COMPLETE", "adapter/adapter_model.safetensors", "config.yaml", "learner/engine.pt", "state.json",
@@ -77,12 +76,12 @@ def test_a_kill_while_writing_leaves_the_older_checkpoint(tmp_path):
     older = save(tmp_path, 1)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2, learner=KilledLearner("torn"))
-    assert not (tmp_path / FOLDER / "step_000002").exists()
+    assert not (tmp_path / CHECKPOINTS / "step_000002").exists()
     assert find_checkpoint(tmp_path, "auto") == older
     again = save(tmp_path, 2)
     assert (again / "learner" / "engine.pt").read_text() == "weights"
     assert find_checkpoint(tmp_path, "auto") == again
-    assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == ["step_000001", "step_000002"]
+    assert sorted(p.name for p in (tmp_path / CHECKPOINTS).iterdir()) == ["step_000001", "step_000002"]
 
 
 def test_saving_a_step_again_replaces_it_whole(tmp_path):
@@ -103,7 +102,7 @@ def test_auto_takes_the_most_steps_whatever_the_names_say(tmp_path):
 
 def test_without_checkpoints_auto_starts_afresh(tmp_path):
     assert find_checkpoint(tmp_path, "auto") is None
-    (tmp_path / FOLDER).mkdir()
+    (tmp_path / CHECKPOINTS).mkdir()
     assert find_checkpoint(tmp_path, "auto") is None
 
 
@@ -137,12 +136,39 @@ def test_pruning_keeps_the_newest_and_the_borders(tmp_path):
         save(tmp_path, step)
     save(tmp_path, 4, border=True)
     save(tmp_path, 10, stage=1)
-    prune_checkpoints(tmp_path, 2)
-    assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == [
+    prune(tmp_path / CHECKPOINTS, 10, keep=2)
+    assert sorted(p.name for p in (tmp_path / CHECKPOINTS).iterdir()) == [
         "stage_0_end",
         "step_000003",
         "step_000010",
     ]
+
+
+def test_damage_of_every_checkpoint_is_no_fresh_start(tmp_path):
+    for folder in (save(tmp_path, 1), save(tmp_path, 2, border=True)):
+        (folder / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="restore one of them") as caught:
+        find_checkpoint(tmp_path, "auto")
+    assert "step_000001/state.json" in str(caught.value) and "stage_0_end/state.json" in str(caught.value)
+
+
+def test_a_stray_file_is_no_damage(tmp_path):
+    newest = save(tmp_path, 2)
+    (newest / ".DS_Store").write_text("")
+    (newest.parent / "notes.txt").write_text("")
+    assert find_checkpoint(tmp_path, "auto") == newest
+
+
+def test_going_back_sets_later_ones_aside_whatever_their_kind(tmp_path):
+    back = save(tmp_path, 1)
+    save(tmp_path, 2)
+    save(tmp_path, 3, border=True)
+    save(tmp_path, 1_000_000, stage=1)
+    assert find_checkpoint(tmp_path, "auto").name == "step_1000000"
+    set_later_aside(tmp_path, read_state(back).step)
+    assert find_checkpoint(tmp_path, "auto") == back
+    aside = sorted(path.name for path in (tmp_path / "abandoned" / "1" / CHECKPOINTS).iterdir())
+    assert aside == ["stage_0_end", "step_000002", "step_1000000"]
 
 
 # ---- the recipe of the checkpoint and the present one -----------------------------------------------------------

@@ -14,11 +14,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from core.checkpoints import CheckpointError
 from core.recipe import ConfigError
 from models.components import load_transformer
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
-from rl.loop.checkpoint import CheckpointError, find_checkpoint
+from rl.loop.checkpoint import find_checkpoint
 from rl.recipe.schema import load_config
 from rl.train import train
 from tests.fakes.tiny_run import tiny_recipe

@@ -53,6 +53,13 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"rollout__prompts_per_rollout": 5}, "prompts_per_rollout=5 does not divide .*updates_per_rollout=2",
     ),
     "branch in bfloat16": ({"rollout__branch": True}, "rollout.branch=true .*set learner.old_log_prob=replay"),
+    "chunks of another size in bfloat16": (
+        {"rollout__chunk_size": 4}, "chunk_size=4 with learner.micro_batch_size=8 .*round differently",
+    ),
+    "gate at the clip range": (
+        {"learner__log_prob_tolerance": 1e-4}, "log_prob_tolerance=0.0001 is not below learner.clip_range=0.0001",
+    ),
+    "clip range below the gate": ({"learner__clip_range": 5e-6}, "log_prob_tolerance=1e-05 is not below"),
     "negative window": ({"rollout__window_size": 2, "rollout__window_first": -1}, "window_first=-1 must be at least 0"),
     "negative window size": ({"rollout__window_size": -2}, "window_size=-2 must be at least 0"),
     "window beyond T": (

@@ -1,13 +1,13 @@
 """Checkpoints of a training run of the shapes world: whole or absent, see `core/files.py`."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from core.files import COMPLETE, atomic_write_json, publish_folder
+from core.checkpoints import prune
+from core.files import COMPLETE, atomic_write_json, new_folder
 
 
 def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any], recipe: dict, *, keep: int) -> None:
@@ -16,20 +16,10 @@ def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any], recipe
     `state` holds tensors, numbers, strings, lists and dicts only: it is read back with `weights_only=True`.
     An older checkpoint goes only when the new one is complete.
     """
-    final = Path(folder) / f"step-{step:06d}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    torch.save(state, temporary / "state.pt")
-    atomic_write_json(temporary / "recipe.json", recipe)
-    publish_folder(temporary, final)
-    for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-
-
-def complete_checkpoints(folder: str | Path) -> list[Path]:
-    """Finished checkpoints in `folder`, oldest first."""
-    return sorted(path.parent for path in Path(folder).glob(f"step-*/{COMPLETE}"))
+    with new_folder(Path(folder) / f"step-{step:06d}") as final:
+        torch.save(state, final / "state.pt")
+        atomic_write_json(final / "recipe.json", recipe)
+    prune(Path(folder), step, keep=keep)
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict]:

@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from core.checkpoints import CHECKPOINTS, find_step, later_steps, set_aside
 from core.files import atomic_write_json
 from core.recipe import ConfigError
 from core.records import append_records, keep_up_to
 from core.training.ema import MovingAverage
 from core.training.optimization import build_optimizers, trained_parameters
 from core.training.schedule import lr_factor
-from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from worlds.shapes.training.checkpoint import load_checkpoint, save_checkpoint
 from worlds.shapes.training.config import Recipe
 
 log = logging.getLogger(__name__)
@@ -106,25 +107,18 @@ class TrainingLoop:
         self.average = MovingAverage(self._trained(), decay=recipe.optimization.ema_decay, ramp=True)
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
 
-    def resume(self, path: str) -> None:
+    def resume(self, path: str | None) -> None:
         """Continue from a checkpoint folder, or with `auto` from the newest one if there is any.
 
         Raises:
-            ConfigError: the checkpoint was made by a recipe that would give other numbers.
+            ConfigError: the checkpoint was made by a recipe that would give other numbers, none can be used, or (None)
+                `output_dir` holds a run that is not to be continued.
         """
-        if path == "auto":
-            found = complete_checkpoints(self.folder / "checkpoints")
-            if not found:
-                log.info("no checkpoint in %s: starting at step 0", self.folder / "checkpoints")
-                return
-            path = str(found[-1])
-        state, made_by = load_checkpoint(path)
-        now = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
-        changed = sorted(k for k in {*made_by, *now} - _FREE_KEYS if made_by.get(k) != now.get(k))
-        if changed:
-            raise ConfigError(
-                [f"{path} was made with other values of {', '.join(changed)}: restore them to resume"]
-            )
+        found = find_step(self.folder, path, self._check_recipe)
+        if found is None:
+            return
+        state, _ = load_checkpoint(found)
+        set_aside(self.folder, later_steps(self.folder / CHECKPOINTS, state["step"]))
         for module, weights in zip(self.stage.modules, state["modules"], strict=True):
             module.load_state_dict(weights)
         for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
@@ -133,7 +127,16 @@ class TrainingLoop:
         self.average.load(stored, state["average_updates"])
         self.step = state["step"]
         keep_up_to(self.folder / "metrics.jsonl", self.step)
-        log.info("resumed %s at step %d", path, self.step)
+        log.info("resumed %s at step %d", found, self.step)
+
+    def _check_recipe(self, folder: Path) -> None:
+        made_by = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        changed = sorted(k for k in {*made_by, *now} - _FREE_KEYS if made_by.get(k) != now.get(k))
+        if changed:
+            raise ConfigError(
+                [f"{folder} was made with other values of {', '.join(changed)}: restore them to resume"]
+            )
 
     def run(self) -> None:
         """Train to the last step of this run, then export the averaged weights to `output_dir/model`."""
@@ -182,7 +185,7 @@ class TrainingLoop:
         }
         made_by = dataclasses.asdict(self.recipe)
         save_checkpoint(
-            self.folder / "checkpoints", self.step, state, made_by, keep=self.recipe.keep_checkpoints
+            self.folder / CHECKPOINTS, self.step, state, made_by, keep=self.recipe.keep_checkpoints
         )
 
     def _train_step(self) -> dict[str, float]:

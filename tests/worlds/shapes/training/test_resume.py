@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.checkpoints import resume_folder, step_folders
 from core.recipe import ConfigError
-from worlds.shapes.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from core.run_lock import hold_run
+from worlds.shapes.training.checkpoint import load_checkpoint, save_checkpoint
 from worlds.shapes.training.config import load_recipe
 from worlds.shapes.training.evaluate import Base, heldout_questions, score
 from worlds.shapes.training.kontext import ScoreTargets, edit_share
@@ -190,11 +192,42 @@ def test_a_resume_under_another_recipe_is_refused(parts, tmp_path):
 def test_a_cut_off_checkpoint_is_passed_over(tmp_path):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"step": step}, {}, keep=2)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    assert [path.name for path in step_folders(tmp_path)] == ["step-000002", "step-000003"]
     (tmp_path / "step-000003" / "COMPLETE").unlink()
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000002"]
+    assert resume_folder(tmp_path, "auto", step_folders(tmp_path)) == tmp_path / "step-000002"
     with pytest.raises(FileNotFoundError, match="not a complete checkpoint"):
         load_checkpoint(tmp_path / "step-000003")
+
+
+def test_an_earlier_run_is_not_written_over(parts, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert main([str(SHAPES / "vae.yaml"), *overrides_of("vae", parts, tmp_path)]) == 2
+    assert "holds an earlier run; add --resume auto" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_writes_is_left_alone(parts, tmp_path, capsys):
+    with hold_run(tmp_path):
+        assert (
+            main([str(SHAPES / "vae.yaml"), *overrides_of("vae", parts, tmp_path), "--resume", "auto"]) == 2
+        )
+    assert "another run writes there now" in capsys.readouterr().err
+
+
+def test_going_back_sets_later_checkpoints_aside(parts, tmp_path):
+    loop = new_loop("vae", overrides_of("vae", parts, tmp_path))
+    for loop.step in (2, 4):
+        loop.save()
+    loop.resume(str(tmp_path / "checkpoints/step-000002"))
+    assert [path.name for path in step_folders(tmp_path / "checkpoints")] == ["step-000002"]
+    assert (tmp_path / "abandoned/1/checkpoints/step-000004/state.pt").is_file()
+
+
+def test_damage_of_every_checkpoint_is_no_fresh_start(parts, tmp_path):
+    loop = new_loop("vae", overrides_of("vae", parts, tmp_path))
+    loop.save()
+    (tmp_path / "checkpoints/step-000000/state.pt").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match=r"no checkpoint of .* can be used.*\n.*state.pt: changed"):
+        loop.resume("auto")
 
 
 def test_the_command_names_what_is_wrong(tmp_path, capsys):
