@@ -14,7 +14,7 @@ from PIL import Image
 
 from rewards.base import RESERVED
 from rewards.judge.messages import Asker, JudgeReply, JudgeRequest, Outcome
-from rewards.judge.parsing import MalformedAnswer, is_refusal
+from rewards.judge.parsing import MalformedAnswer, is_refusal, without_thoughts
 from rewards.judge.template_files import Template
 
 TASKS = ("edit", "t2i")
@@ -193,6 +193,7 @@ async def _ask(asker: Asker, question: Question, max_asks: int) -> Answer:
 
 def _read(question: Question, reply: JudgeReply) -> Answer:
     """A truncated answer with token log-probs is read like a whole one: only its first token counts."""
+    reply = without_thoughts(reply)
     if not reply.readable:
         return Answer(reply.outcome, detail=f"{question.template.name}: {reply.detail}")
     try:

@@ -321,6 +321,23 @@ def test_a_judge_that_takes_one_picture_is_ready_for_text_to_image(client, caplo
     assert "can judge text-to-image only" in caplog.text
 
 
+def test_a_judge_of_edits_must_take_two_pictures(client, monkeypatch):
+    async def ask(self, request):
+        self.requests.append(request)
+        pictures = [part for part in request.parts if not isinstance(part, str)]
+        return failed("malformed") if len(pictures) > 1 else good(8)
+
+    monkeypatch.setattr(Client, "ask", ask)
+    (problem,) = asyncio.run(Judge(**PARAMS).readiness("edit"))
+    assert "a trial question ended malformed" in problem
+    asked = len(client.made[-1].requests)
+    assert asyncio.run(Judge(**PARAMS).readiness("t2i")) == []
+    assert (asked, len(client.made[-1].requests)) == (
+        3,
+        2,
+    )  # the malformed one twice; one task's questions alone
+
+
 def test_replay_is_ready_without_asking(client):
     judge = Judge(**PARAMS, mode="replay", cache="answers.sqlite")
     assert probe(judge) == [] and len(client.made) == 1
