@@ -17,6 +17,8 @@ from typing import Any
 ON_MISSING = ("mask", "drop_group", "stop")
 LONGEST_QUEUE_S = 600.0
 DEFAULT_TIMEOUT_S = 60.0
+RESERVED = "<|"
+"""What control tokens of chat models begin with; text with it could end a turn or stand for a picture."""
 
 
 @dataclass(frozen=True)

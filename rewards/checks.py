@@ -53,7 +53,9 @@ async def try_reward(loaded: LoadedReward, rewards: RewardSet, *, probe: bool) -
             return []
         problems = list(loaded.owner.check()) if hasattr(loaded.owner, "check") else []
         if probe and not problems and hasattr(loaded.owner, "readiness"):
-            found = await asyncio.to_thread(loaded.owner.readiness)  # it may load a model for minutes
+            readiness = loaded.owner.readiness
+            task = {"task": rewards.task} if "task" in inspect.signature(readiness).parameters else {}
+            found = await asyncio.to_thread(readiness, **task)  # it may load a model for minutes
             problems = list(await found if inspect.isawaitable(found) else found)
         least_s = getattr(loaded.owner, "least_timeout_s", 0.0)
         if loaded.spec.timeout_s < least_s:

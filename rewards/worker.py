@@ -6,11 +6,13 @@ and each blocking reward takes one group after the other.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -18,7 +20,7 @@ from PIL import Image
 
 from core.failures import DataFailure
 from core.prompts import Prompt, load_reference
-from rewards.base import RewardLoadError, RewardSet, RewardSpec
+from rewards.base import RewardLoadError, RewardSet, RewardSpec, reward_label
 from rewards.calling import RewardBatch
 from rewards.checks import try_reward
 from rewards.loading import LoadedReward, RewardSource, load_reward, set_problems
@@ -37,11 +39,15 @@ class RewardWorkerInfo:
 
 class RewardScorer:
     """The actor's methods as a plain class. `reward_sets` are all sets of the run, since a restarted actor is
-    rebuilt from its constructor alone; a reward that several sets share with equal settings is loaded once.
+    rebuilt from its constructor alone. Rewards of one name with equal params and service are one model, whatever
+    their weights and labels.
     """
 
-    def __init__(self, reward_sets: Sequence[RewardSet], *, threads: int = 1) -> None:
-        """Load every reward. Raises RewardLoadError for a bad set or the first bad reward."""
+    def __init__(self, reward_sets: Sequence[RewardSet], *, threads: int = 1, workers: int = 1) -> None:
+        """Load every reward. `workers`: how many of these actors share what a reward may ask of an endpoint.
+
+        Raises RewardLoadError for a bad set or the first bad reward.
+        """
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for numeric libraries that load from here on
         self._sets = {reward_set.name: reward_set for reward_set in reward_sets}
         loaded: list[LoadedReward] = []
@@ -51,6 +57,10 @@ class RewardScorer:
             if problems:
                 raise RewardLoadError(f"reward set {reward_set.name!r}: " + "; ".join(problems))
             self._rewards[reward_set.name] = [_load_once(spec, loaded) for spec in reward_set.rewards]
+        for reward in loaded:
+            if hasattr(reward.owner, "share_rates"):
+                reward.owner.share_rates(workers)
+        self._ready: set[tuple[int, str]] = set()  # of owners, with the task: a probe may cost money
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
 
@@ -63,16 +73,20 @@ class RewardScorer:
         return RewardWorkerInfo(f"{os.uname().nodename}:{os.getpid()}", sources)
 
     async def ready(self) -> RewardWorkerInfo:
-        """Answers once every reward has passed its dry call or readiness probe in this process.
+        """Answers once every reward has passed its dry call or, once for each task, its readiness probe here.
 
         Raises RewardLoadError with all problems.
         """
-        problems = [
-            problem
-            for name, rewards in self._rewards.items()
-            for loaded in rewards
-            for problem in await try_reward(loaded, self._sets[name], probe=True)
-        ]
+        problems: list[str] = []
+        for name, rewards in self._rewards.items():
+            for loaded in rewards:
+                probe = id(loaded.owner), self._sets[name].task
+                if probe in self._ready:
+                    continue
+                found = await try_reward(loaded, self._sets[name], probe=True)
+                problems += found
+                if hasattr(loaded.owner, "readiness") and not found:
+                    self._ready.add(probe)
         if problems:
             raise RewardLoadError("\n".join(problems))
         return await self.ping()
@@ -102,8 +116,17 @@ def _load_once(spec: RewardSpec, loaded: list[LoadedReward]) -> LoadedReward:
     for reward in loaded:
         if reward.spec == spec:
             return reward
-    loaded.append(load_reward(spec))
+    same = next((reward for reward in loaded if _identity(reward.spec) == _identity(spec)), None)
+    loaded.append(
+        load_reward(spec) if same is None else dataclasses.replace(same, spec=spec, label=reward_label(spec))
+    )
     return loaded[-1]
+
+
+def _identity(spec: RewardSpec) -> tuple[Any, ...]:
+    """What a reward is. A service is asked by the label, and told the time limit."""
+    asked = None if spec.service is None else (spec.service, spec.timeout_s, reward_label(spec))
+    return spec.name, spec.params, asked
 
 
 def _images(chunk: np.ndarray) -> list[Image.Image]:

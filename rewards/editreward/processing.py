@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from rewards.base import RESERVED
 from rewards.editreward.settings import EditRewardSettings, SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RESERVED = "<|"
 
 
 class InputError(ValueError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from rewards.judge.settings import JudgeSettings
 from rewards.judge.store import Store, StoreError
 from rewards.judge.wire import sampling
 
-KEPT_IN_MEMORY = 512
+KEPT_IN_MEMORY = 4096
 _CHOICES = TypeAdapter(tuple[TokenChoices, ...])
 
 
@@ -84,21 +85,24 @@ def image_sha256(image: Image.Image) -> str:
 
 
 class MemoryAnswers:
-    """The last few hundred answers, so that a group that is scored again is not paid again."""
+    """The last answers, a few batches of every reward, so that a group that is scored again is not paid again."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, JudgeReply] = OrderedDict()
+        self._lock = threading.Lock()  # the client looks up and stores in threads
 
     def get(self, asked: Fingerprint) -> JudgeReply | None:
-        reply = self._kept.get(asked.key)
-        if reply is not None:
-            self._kept.move_to_end(asked.key)
-        return reply
+        with self._lock:
+            reply = self._kept.get(asked.key)
+            if reply is not None:
+                self._kept.move_to_end(asked.key)
+            return reply
 
     def put(self, asked: Fingerprint, reply: JudgeReply) -> None:
-        self._kept[asked.key] = reply
-        while len(self._kept) > KEPT_IN_MEMORY:
-            self._kept.popitem(last=False)
+        with self._lock:
+            self._kept[asked.key] = reply
+            while len(self._kept) > KEPT_IN_MEMORY:
+                self._kept.popitem(last=False)
 
     def check(self) -> None: ...
 

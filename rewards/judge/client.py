@@ -17,7 +17,7 @@ from core.logs import submitted_job
 from rewards.judge.asking import InFlight, MissingKeyError, Sender, read_key
 from rewards.judge.budget import NANO, Budget, price_of
 from rewards.judge.cache import FileAnswers, Fingerprint, MemoryAnswers, as_cached, identify
-from rewards.judge.limits import Clock, RateWindow
+from rewards.judge.limits import Clock, RateWindow, shared_window
 from rewards.judge.messages import Asker, JudgeReply, JudgeRequest, Outcome
 from rewards.judge.settings import JudgeSettings
 from rewards.judge.store import StoreBusyError, StoreError
@@ -47,7 +47,13 @@ class JudgeClient:
             self._budget = Budget(
                 settings.ledger_path, max_nano_usd=money, max_tokens=settings.max_total_tokens
             )
-        self._window = RateWindow(settings.requests_per_minute, settings.tokens_per_minute, self._clock)
+        rates = settings.requests_per_minute, settings.tokens_per_minute
+        if clock is None and not self._wrong:
+            self._window = shared_window(
+                (settings.base_urls, settings.model, settings.api_key_env, *rates), *rates
+            )
+        else:
+            self._window = RateWindow(*rates, self._clock)
         self._sender: Sender | None = None  # of one event loop
 
     def problems(self) -> list[str]:
@@ -64,6 +70,10 @@ class JudgeClient:
             except (MissingKeyError, StoreError) as error:
                 problems.append(str(error))
         return problems
+
+    def share_rates(self, clients: int) -> None:
+        """Keep to the n-th part of the limits per minute, and to 1 at least."""
+        self._window.share(clients)
 
     async def ask(self, request: JudgeRequest) -> JudgeReply:
         """Ends within `settings.longest_ask_s`."""

@@ -168,16 +168,22 @@ class JudgeReward:
             problems.append(str(error))
         return problems
 
-    async def readiness(self) -> list[str]:
+    def share_rates(self, clients: int) -> None:
+        """Ask at this part of the limits per minute: so many processes of the run ask the same endpoint."""
+        self._client.share_rates(clients)
+
+    async def readiness(self, task: str | None = None) -> list[str]:
         """Put the questions once about small drawn pictures. Costs that; nothing in replay mode.
 
-        An endpoint that takes one picture but not two is ready, with a warning, where text-to-image will do.
+        task: what will be judged. Where it is not said, an endpoint that takes one picture but not two is ready for
+        text-to-image, with a warning.
         """
         if self.settings.mode == "replay":
             return []
         client = JudgeClient(self.settings)  # closing it leaves what is being scored alone
         try:
-            trials = [await self._judge(client, _probe(task), self.typical_metadata) for task in self.tasks]
+            tasks = [task] if task in self.tasks else self.tasks
+            trials = [await self._judge(client, _probe(task), self.typical_metadata) for task in tasks]
         finally:
             await client.close()
         *others, needed = trials

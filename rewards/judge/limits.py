@@ -1,4 +1,4 @@
-"""Limits of one client: requests in flight, requests and tokens per minute, and the pause an endpoint asks for.
+"""Limits on asking: requests in flight, requests and tokens per minute, and the pause an endpoint asks for.
 
 A request takes its slot in flight first and then waits for the minute's allowance, first come first served,
 so that it is sent the moment it is counted: no 60 s hold more than the allowance. Tokens are counted by an upper
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -46,9 +47,16 @@ class RateWindow:
     """
 
     def __init__(self, requests: int | None, tokens: int | None, clock: Clock) -> None:
-        self._requests, self._tokens, self._clock = requests, tokens, clock
+        self._rates = self._requests, self._tokens = requests, tokens
+        self._clock = clock
         self._sent: deque[Sent] = deque()
         self._pause_until = 0.0
+
+    def share(self, windows: int) -> None:
+        """Allow the n-th part of the rates from now on, and 1 at least: so many windows stand for one endpoint."""
+        self._requests, self._tokens = (
+            None if rate is None else max(1, rate // windows) for rate in self._rates
+        )
 
     def delay(self, tokens: int) -> float:
         """Seconds until a request of so many tokens may be sent, as things stand; 0 for now."""
@@ -75,6 +83,17 @@ class RateWindow:
     def pause(self, seconds: float) -> None:
         """Send nothing for so long."""
         self._pause_until = max(self._pause_until, self._clock.now() + seconds)
+
+
+_SHARED: weakref.WeakValueDictionary[Hashable, RateWindow] = weakref.WeakValueDictionary()
+
+
+def shared_window(key: Hashable, requests: int | None, tokens: int | None) -> RateWindow:
+    """The window of all clients of this process that say the same of the same endpoint."""
+    window = _SHARED.get(key)
+    if window is None:
+        window = _SHARED[key] = RateWindow(requests, tokens, Clock())
+    return window
 
 
 class Throttle:

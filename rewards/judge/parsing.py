@@ -6,10 +6,13 @@ can be read in two ways. An answer that is not taken raises MalformedAnswer; no 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
+
+from rewards.judge.messages import JudgeReply
 
 LONGEST_ANSWER = 20_000
 """Characters. A judge that writes more has lost the thread, and the search below stays fast."""
@@ -85,6 +88,23 @@ def grades_schema(names: Sequence[str], *, high: int) -> dict[str, Any]:
         "required": ["reasoning", *names],
         "additionalProperties": False,
     }
+
+
+def without_thoughts(reply: JudgeReply) -> JudgeReply:
+    """The answer proper of a model that thinks aloud first: what follows `</think>`. Many chat templates open the
+    thoughts themselves, so that `<think>` is not in the reply. Thoughts without an end are no answer, and one that
+    begins with its JSON is left alone.
+    """
+    text, choices, said = reply.text.strip(), reply.choices, ""
+    if not text.startswith("{"):
+        _, ended, answer = text.rpartition("</think>")
+        text = answer if ended or not text.startswith("<think>") else ""
+    for number, choice in enumerate(choices):
+        thoughts = said.count("</think>")
+        said += choice.token
+        if said.count("</think>") > thoughts:
+            reply = dataclasses.replace(reply, choices=choices[number + 1 :])
+    return dataclasses.replace(reply, text=text)
 
 
 def is_refusal(text: str) -> bool:

@@ -12,8 +12,9 @@ from typing import Protocol
 
 from PIL import Image
 
+from rewards.base import RESERVED
 from rewards.judge.messages import Asker, JudgeReply, JudgeRequest, Outcome
-from rewards.judge.parsing import MalformedAnswer, is_refusal
+from rewards.judge.parsing import MalformedAnswer, is_refusal, without_thoughts
 from rewards.judge.template_files import Template
 
 TASKS = ("edit", "t2i")
@@ -155,7 +156,13 @@ async def judge_questions(
     verdict: Callable[[Sequence[Answer]], Verdict],
     max_asks: int,
 ) -> Judgement:
-    """Put all questions at once, each up to `max_asks` times while its answer is malformed."""
+    """Put all questions at once, each up to `max_asks` times while its answer is malformed.
+
+    A sample whose instruction could be taken for control tokens is not asked about: it is rejected.
+    """
+    if any(RESERVED in question.sample.instruction for question in questions):
+        detail = f"the instruction holds {RESERVED!r}, with which control tokens of chat models begin"
+        return Judgement(Outcome.REJECTED, detail=detail, outcomes=frozenset({Outcome.REJECTED}))
     answers = await asyncio.gather(*(_ask(asker, question, max_asks) for question in questions))
     replies = [reply for answer in answers for reply in answer.replies]
     gravest = min(answers, key=lambda answer: list(Outcome).index(answer.outcome))
@@ -186,6 +193,7 @@ async def _ask(asker: Asker, question: Question, max_asks: int) -> Answer:
 
 def _read(question: Question, reply: JudgeReply) -> Answer:
     """A truncated answer with token log-probs is read like a whole one: only its first token counts."""
+    reply = without_thoughts(reply)
     if not reply.readable:
         return Answer(reply.outcome, detail=f"{question.template.name}: {reply.detail}")
     try:

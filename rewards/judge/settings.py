@@ -18,7 +18,8 @@ NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How to reach the judge and what it may cost. Limits hold for one client, that is for one reward worker.
+    """How to reach the judge and what it may cost. `concurrency` is that of one reward worker; the limits per minute
+    hold for all reward workers of a run together, each of which keeps to its part of them.
 
     model: name of the model at the endpoint; it identifies the judge in the cache, so give other weights
         another name.
@@ -27,7 +28,7 @@ class JudgeSettings:
     api_key_env: name of the environment variable that holds the key; None or "" where none is needed.
     mode: `live` asks and, with `cache`, keeps good answers; `record` also keeps what refusals and failures
         came to; `replay` answers from the cache alone, without network or key.
-    cache: SQLite file of answers, shared by all workers; None keeps a few hundred in memory.
+    cache: SQLite file of answers, shared by all workers; None keeps a few thousand in memory.
     ledger: SQLite file of what was spent, shared by all that spend from one budget; default
         `<cache>.ledger`.
     concurrency: requests in flight. requests_per_minute, tokens_per_minute: None for no limit of ours.

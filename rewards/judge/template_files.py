@@ -2,8 +2,9 @@
 
 A template file has the sections `[system]` (may be left out), `[user]` and `[again]`, each header on a line of
 its own. `{instruction}`, `{source}` and `{result}` in `[user]` stand for the text and the pictures; other
-braces are plain text. `[again]` is added to the end when an answer could not be read. A changed template is a
-new file with the next version number, since scores of different wordings do not compare.
+braces are plain text. Lines of `-----` around `{instruction}` are sent with 16 hex digits of the request's own, so that
+no instruction closes them. `[again]` is added to the end when an answer could not be read. A changed template is a new
+file with the next version number, since scores of different wordings do not compare.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ VERSION = "v1"
 
 _HEADER = re.compile(r"^\[(system|user|again)\][ \t]*$", re.MULTILINE)
 _PLACE = re.compile(r"\{(instruction|source|result)\}")
+_FENCED = re.compile(r"^-----\n\{instruction\}\n-----$", re.MULTILINE)
 
 
 class TemplateError(ValueError):
@@ -53,11 +55,17 @@ class Template:
     def parts(
         self, *, instruction: str, source: Image.Image | None, result: Image.Image, again: bool
     ) -> tuple[str | Image.Image, ...]:
-        """The user turn in order. Nothing inside the instruction is taken for a placeholder."""
+        """The user turn in order. Nothing inside the instruction is taken for a placeholder or for the fence around it:
+        the fence is a hash over the instruction, which no text can hold of itself; and it is the same for the same
+        question, so that answers are found in the cache."""
+        fence = (
+            f"-----{hashlib.sha256(f'{self.sha256} {instruction}'.encode(errors='replace')).hexdigest()[:16]}"
+        )
+        user = _FENCED.sub(f"{fence}\n{{instruction}}\n{fence}", self.user)
         pictures = {"source": source, "result": result}
         parts: list[str | Image.Image] = []
         text = ""
-        for index, piece in enumerate(_PLACE.split(self.user)):  # text and place names alternate
+        for index, piece in enumerate(_PLACE.split(user)):  # text and place names alternate
             picture = pictures.get(piece) if index % 2 else None
             if picture is not None:
                 parts += [text.strip(), picture]

@@ -89,7 +89,8 @@ def start_workers(
     restarts = resources.max_restarts
     sampling = placed.start("rollout", RolloutWorker, lambda kind, _: kind.remote(replica), restarts=restarts)
     rewards = placed.start(
-        "reward", RewardWorker, lambda kind, _: kind.remote(reward_sets, threads=resources.threads),
+        "reward", RewardWorker,
+        lambda kind, _: kind.remote(reward_sets, threads=resources.threads, workers=resources.reward_workers),
         restarts=restarts, max_concurrency=resources.reward_concurrency,
     )  # fmt: skip
     encoders = placed.start("encode", EncodeWorker, lambda kind, _: kind.remote(encoder), restarts=restarts)

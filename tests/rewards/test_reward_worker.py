@@ -84,6 +84,45 @@ def test_a_reward_that_sets_share_is_loaded_once(scorer):
     assert rewards["stage"][0] is rewards["level"][0]
 
 
+PAID = """
+    made, probed, shared = [], [], []
+
+    class Paid:
+        def __init__(self, model="a"):
+            made.append(model)
+        async def readiness(self, task):
+            probed.append(task)
+            return []
+        def share_rates(self, clients):
+            shared.append(clients)
+        def score(self, *, images, prompts, references, metadata):
+            return [1.0] * len(images)
+"""
+
+
+def test_one_reward_with_two_weights_is_one_model_probed_once_for_each_task(reward_file, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    name = f"{reward_file(PAID)}:Paid"
+    paid = RewardSpec(name, weight=0.5, timeout_s=5.0)
+    listed = RewardSpec(name, weight=1.0, label="listed", on_missing="stop")
+    other = RewardSpec(name, params={"model": "b"}, label="other")
+    sets = [
+        RewardSet("stage", "t2i", [paid, other]),
+        RewardSet("held out", "t2i", [listed]),
+        RewardSet("edits", "edit", [listed]),
+    ]
+    scorer = RewardScorer(sets, workers=3)
+    state = scorer._rewards["stage"][0].function.__globals__
+    assert state["made"] == ["a", "b"] and set(state["shared"]) == {3}
+    asyncio.run(scorer.ready())
+    asyncio.run(scorer.ready())
+    assert sorted(state["probed"]) == ["edit", "t2i", "t2i"]
+    (mine,), (first, _) = scorer._rewards["held out"], scorer._rewards["stage"]
+    assert (mine.label, mine.spec, mine.owner) == ("listed", listed, first.owner)
+    group = asyncio.run(scorer.score(0, "held out", [Prompt(0, "t2i", "grey")] * 2, images(1, 2)))
+    assert group.components == {"listed": [1.0, 1.0]}
+
+
 def test_without_references_a_text_to_image_group_is_scored(scorer):
     prompts = [Prompt(0, "t2i", "grey")] * 2
     group = asyncio.run(scorer("t2i").score(0, "level", prompts, images(1, 2)))

@@ -4,11 +4,13 @@ import dataclasses
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import rewards.judge.cache as cache_module
 from rewards.judge.cache import KEPT_IN_MEMORY, FileAnswers, MemoryAnswers, identify
 from rewards.judge.client import JudgeClient
 from rewards.judge.messages import JudgeReply, Outcome, TokenChoices
@@ -181,6 +183,27 @@ def test_without_a_file_the_last_answers_are_kept_in_memory() -> None:
         kept.get(questions[0])
     assert kept.get(questions[1]) is None, "the one used longest ago went"
     assert kept.get(questions[0]) == JudgeReply(Outcome.OK, "0")
+
+
+def test_answers_in_memory_bear_many_threads(monkeypatch) -> None:
+    monkeypatch.setattr(cache_module, "KEPT_IN_MEMORY", 2)
+    kept, base = MemoryAnswers(), identify(BASE, question())
+    questions = [dataclasses.replace(base, key=str(number)) for number in range(4)]
+
+    def work(first: int) -> None:
+        for number in range(20_000):
+            one = questions[(first + number) % 4]
+            kept.put(one, JudgeReply(Outcome.OK, one.key))
+            found = kept.get(one)
+            assert found is None or found.text == one.key
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 WRITE = """

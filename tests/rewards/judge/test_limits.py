@@ -1,13 +1,16 @@
 """Limits against a brute-force count over every window of 60 seconds, on a clock that the test turns."""
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rewards.judge.client import JudgeClient
 from rewards.judge.limits import QueueTimeout, RateWindow, Sent, Throttle
+from rewards.judge.settings import JudgeSettings
 from tests.fakes.judge_questions import TurnedClock
 
 LONG = 1e9
@@ -16,6 +19,21 @@ LONG = 1e9
 def throttle(time: TurnedClock, *, concurrency=4, requests=None, tokens=None) -> tuple[Throttle, RateWindow]:
     window = RateWindow(requests, tokens, time.clock)
     return Throttle(concurrency, window, time.clock), window
+
+
+def test_clients_of_one_endpoint_share_a_window_and_workers_its_rates():
+    settings = JudgeSettings("m", "http://127.0.0.1:9/v1", None, requests_per_minute=10)
+    one, same = JudgeClient(settings), JudgeClient(dataclasses.replace(settings, concurrency=2))
+    other = JudgeClient(dataclasses.replace(settings, model="n"))
+    assert one._window is same._window is not other._window
+    one.share_rates(4)
+    one.share_rates(4)  # by every reward that has it
+    for _ in range(2):
+        assert same._window.delay(1) == 0
+        one._window.take(1)
+    assert same._window.delay(1) > 0 and other._window.delay(1) == 0
+    one.share_rates(100)
+    assert 0 < same._window.delay(1) <= 60, "each keeps one request a minute"
 
 
 async def enter(gate: Throttle, limit_s: float) -> None:

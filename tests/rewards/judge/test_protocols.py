@@ -85,6 +85,31 @@ def test_viescore_is_the_root_of_two_least_grades(task, sc, pq, score):
     assert script.most_open == 2  # both questions at once
 
 
+THOUGHTS = 'Perhaps {"success": 1, "preservation": 1, "naturalness": 1, "cleanness": 1}?'
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", ""])
+def test_an_answer_is_what_follows_the_thoughts(opened):
+    plain = viescore("edit", (8, 5), (9, 7))
+    aloud = {name: ok(f"{opened}{THOUGHTS}\n</think>\n\n{reply.text}") for name, reply in plain.items()}
+    judged = run("viescore", Script(aloud))
+    assert judged.score == run("viescore", Script(plain)).score and judged.asks == 2
+    unended = {name: ok(f"<think>{THOUGHTS} I cannot say") for name in plain}
+    assert run("viescore", Script(unended), max_asks=1).outcome is Outcome.MALFORMED
+
+
+def test_thoughts_in_an_answer_are_no_thoughts_before_it():
+    said = '{"reasoning": "the sign reads </think>", "naturalness": 9, "cleanness": 7}'
+    script = Script(viescore("edit", (8, 5), (9, 7)) | {"viescore_pq": ok(said)})
+    assert run("viescore", script).parts["pq"] == 7
+
+
+def test_a_digit_is_read_behind_the_thoughts():
+    tokens = [token(text, [(text, 1.0)]) for text in ("<think>", "1", "</th", "ink>\n\n", "8")]
+    reply = ok("<think>1</think>\n\n8", choices=tuple(tokens))
+    assert run("expected_score", Script({"expected_score_edit": reply})).score == pytest.approx(8 / 9)
+
+
 def test_viescore_requests():
     script = Script(viescore("edit", (8, 8), (8, 8)))
     run("viescore", script)

@@ -54,7 +54,7 @@ EDIT = {"instruction", "success", "preservation"}
 CAPTION = {"content", "details"}
 
 _ASKED = re.compile(r"^([a-z]+)(?: -|:) (?:how|whether) ", re.MULTILINE)
-_BETWEEN_LINES = re.compile(r"^-----\n(.*?)\n-----$", re.MULTILINE | re.DOTALL)
+_BETWEEN_LINES = re.compile(r"^(-----[0-9a-f]*)\n(.*?)\n\1$", re.MULTILINE | re.DOTALL)
 
 
 class BadQuestion(ValueError):
@@ -89,7 +89,7 @@ def read_question(body: Mapping[str, Any]) -> Question:
     text = "\n".join(texts)
     asked = _BETWEEN_LINES.search(text)
     digest = hashlib.sha256(repr((body.get("seed"), texts, files)).encode()).digest()
-    return Question(_grades(body, text), asked[1].strip() if asked else "", images, text, digest)
+    return Question(_grades(body, text), asked[2].strip() if asked else "", images, text, digest)
 
 
 def _open(file: bytes) -> Image.Image:
