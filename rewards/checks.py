@@ -55,6 +55,12 @@ async def try_reward(loaded: LoadedReward, rewards: RewardSet, *, probe: bool) -
         if probe and not problems and hasattr(loaded.owner, "readiness"):
             found = await asyncio.to_thread(loaded.owner.readiness)  # it may load a model for minutes
             problems = list(await found if inspect.isawaitable(found) else found)
+        least_s = getattr(loaded.owner, "least_timeout_s", 0.0)
+        if loaded.spec.timeout_s < least_s:
+            problems.append(
+                f"timeout_s {loaded.spec.timeout_s:g} ends a call before its own params let it fail, which may take "
+                f"{least_s:g} s; raise timeout_s, or leave it out for the reward's own"
+            )
         return [f"reward {loaded.label!r}: {problem}" for problem in problems]
     except RewardError as error:
         return [str(error)]

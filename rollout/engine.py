@@ -78,7 +78,10 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """The small part of an answer, which the controller reads; tensors stay in the object store."""
+    """The small part of an answer, which the controller reads; tensors stay in the object store.
+
+    policy_sha256: of the live adapter weights that drew the samples, "" where none was ever loaded.
+    """
 
     group_id: int
     first: int
@@ -173,10 +176,10 @@ class RolloutEngine:
         if not torch.isfinite(trajectory.final_latents).all():
             raise DataFailure(f"group {request.group_id}: the sampled latents are not finite")
         images = decode_latents(self.vae, trajectory.final_latents).numpy()
+        # Of the weights themselves, after they drew: what was loaded once need not be what they are now.
+        live = hash_state(adapter_state(self.transformer, ROLLOUT_ADAPTER)) if self.sha256 else ""
         seconds = time.time() - started
-        info = SampleInfo(
-            request.group_id, request.first, self.version, self.sha256, seconds, started, self.worker
-        )
+        info = SampleInfo(request.group_id, request.first, self.version, live, seconds, started, self.worker)
         return info, trajectory, images
 
     @torch.no_grad()

@@ -34,6 +34,15 @@ class Policy:
     sha256: str
     adapter: tuple[Any, ...]
 
+    def check(self, info: SampleInfo) -> None:
+        """Raise RuntimeError where samples were not drawn with this policy's weights."""
+        if info.policy_sha256 != self.sha256:
+            raise RuntimeError(
+                f"{info.worker} sampled with adapter {info.policy_sha256[:12]}, asked for was {self.sha256[:12]} "
+                f"(version {self.version}): its weights changed after they were loaded, so do not trust its node; what "
+                "was saved before is sound"
+            )
+
 
 class Replica:
     """The actor's methods, as a plain class so that a learner can hold one in-process."""

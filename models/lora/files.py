@@ -110,7 +110,7 @@ def _settings(path: Path, config: object) -> LoraSettings:
         )
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{path}: r is {rank!r}, and must be a whole number from 1")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha == 0:
+    if not isinstance(alpha, int | float) or alpha is True or not math.isfinite(alpha) or alpha == 0:
         raise ValueError(
             f"{path}: lora_alpha is {alpha!r}, and must be a finite number other than 0: with it the adapter would "
             "change nothing or draw noise"

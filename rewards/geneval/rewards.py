@@ -29,6 +29,8 @@ class GenEval:
     of `DetectorSettings`. Raises ValueError for malformed metadata, FatalRewardError when a model cannot load.
     """
 
+    default_timeout_s = 300.0
+
     def __init__(
         self,
         *,

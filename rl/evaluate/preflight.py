@@ -150,7 +150,10 @@ def _value_problems(
         (o.workers >= 1, f"--workers {o.workers}: must be 1 or more"),
         (o.gallery >= 0, f"--gallery {o.gallery}: must be 0 or more"),
         (request.num_prompts is None or request.num_prompts >= 1, "--num-prompts: must be 1 or more"),
-        (request.timeout_s > 0, f"--reward-timeout-s {request.timeout_s:g}: must be above 0"),
+        (
+            request.timeout_s is None or request.timeout_s > 0,
+            f"--reward-timeout-s {request.timeout_s}: must be above 0",
+        ),
     ]
     return [message for fine, message in checks if not fine] + _path_problems(options, request)
 

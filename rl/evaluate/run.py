@@ -150,8 +150,11 @@ class EvaluationRun:
         if done.failure is not None:
             log.error("batch %d is missing, since it could not be generated: %s", batch.index, done.failure)
             self.failures["generation"] += size
-        elif not self._commit(batch, done.refs[2]):
-            return
+        else:
+            assert self.policy is not None
+            self.policy.check(done.result)
+            if not self._commit(batch, done.refs[2]):
+                return
         self._scoring.append(batch)
 
     def _keep_scores(self, done: Done, bar: Bar) -> None:

@@ -2,7 +2,9 @@
 
 A ratio of 1 at the first step proves nothing (LoRA's B is 0, so any copy of the policy agrees), and with
 `old_log_prob: replay` the ratio is 1 whatever the replicas hold. Comparing the replicas' own log-probabilities with
-the learner's replay, at the first update of every rollout and in both modes, catches a stale or broken copy.
+the learner's replay, at the first update of every rollout and in both modes, catches a stale or broken copy. Where
+arithmetic differs by more than a stale copy does (`LearnerConfig.log_prob_bound`), the hash of the live weights that
+comes with every chunk still does.
 """
 
 from __future__ import annotations
@@ -11,8 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-_DEFAULT_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 class LogProbMismatch(RuntimeError):
@@ -30,8 +30,8 @@ class LogProbGaps:
 class LogProbGate:
     """Collects |rollout log-prob - replay log-prob| per timestep and stops above `tolerance` (per-step mean)."""
 
-    def __init__(self, tolerance: float | None, dtype: str, num_steps: int):
-        self.tolerance = _DEFAULT_TOLERANCE[dtype] if tolerance is None else tolerance
+    def __init__(self, tolerance: float, num_steps: int):
+        self.tolerance = tolerance
         self._sum = torch.zeros(num_steps, dtype=torch.float64)
         self._count = torch.zeros(num_steps, dtype=torch.float64)
         self._largest = torch.zeros(1, dtype=torch.float64)

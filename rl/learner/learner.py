@@ -182,7 +182,7 @@ class Learner:
         return stats
 
     def _gate(self) -> LogProbGate:
-        return LogProbGate(self.config.log_prob_tolerance, self.replica.dtype, self.sampling.num_steps)
+        return LogProbGate(self.config.log_prob_bound(self.replica.dtype), self.sampling.num_steps)
 
     def accumulate(
         self, samples: Sequence[TrainSample], count: int, old: Tensor | None, gate: LogProbGate | None

@@ -164,12 +164,23 @@ class LearnerConfig:
     old_log_prob: Literal["rollout", "replay"] = "rollout"
     """Whose log-probabilities the ratio divides by: the rollout's, or the learner's own before its first update."""
     log_prob_tolerance: Positive | None = None
-    """Largest gap between the rollout's and the learner's replayed ones; null: 1e-5 for float32, 2e-2 for bfloat16."""
+    """Bound of the mean gap between the rollout's and the learner's; null: 1e-5, with `replay` in bfloat16 1e-3."""
     train_steps: AtLeast0 = 0
     """Stochastic steps that are trained on, drawn per group; 0: all of them."""
     drop_last_steps: AtLeast0 = 1
     """Last steps that are not trained, whose log-probability is at the mercy of rounding."""
     ema: EmaConfig = field(default_factory=EmaConfig)
+
+    def log_prob_bound(self, dtype: str) -> float:
+        """The gate's bound, in nat an element on average over a step.
+
+        A replica one update old is 8e-5 away (6.5e-4 at most). Equal shapes and eager kernels leave 0 in bfloat16 and
+        1e-6 in float32; a compiled model, or batches of another size, up to 3e-4, which only `replay` puts up with: the
+        hash of the weights alone tells then that a replica is stale.
+        """
+        if self.log_prob_tolerance is not None:
+            return self.log_prob_tolerance
+        return 1e-3 if dtype == "bfloat16" and self.old_log_prob == "replay" else 1e-5
 
 
 @dataclass
@@ -266,7 +277,7 @@ class ResourcesConfig:
     start_timeout_s: Positive = 900.0
     """Longest wait for a process to be ready, in seconds."""
     call_timeout_s: Positive = 1800.0
-    """Longest wait for the answer of a process, in seconds."""
+    """Longest wait for the answer of a process, in seconds; a group's score may take longer where its rewards may."""
     max_restarts: AtLeast0 = 3
     """Times that a worker is started again after it died."""
     min_rollout_workers: Count = 1

@@ -21,7 +21,7 @@ def find_problems(config: RunConfig) -> list[str]:
 
 def broken_rules(config: RunConfig) -> list[str]:
     """What keys break together. Bears values that are out of range."""
-    rules = (_batches, _sampling, _objective, _stages, _evaluation, _services, _resources)
+    rules = (_batches, _sampling, _objective, _log_probs, _stages, _evaluation, _services, _resources)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -67,12 +67,6 @@ def _objective(config: RunConfig) -> Iterator[str]:
             f"rollout.variant='cps' with learner.kl_beta={learner.kl_beta:g}: the KL penalty is that of the SDE and "
             "does not apply to CPS; set learner.kl_beta=0"
         )
-    if r.branch and config.model.dtype == "bfloat16" and learner.old_log_prob == "rollout":
-        yield (
-            "rollout.branch=true with learner.old_log_prob='rollout' in bfloat16: the learner replays a group's shared "
-            "step in batches of another size, whose rounding would be told as a change of policy; set "
-            "learner.old_log_prob=replay"
-        )
     if r.window_size and r.window_last - r.window_size > 0 and learner.drop_last_steps:
         overlap = r.window_last - (r.num_steps - learner.drop_last_steps)
         if overlap > 0:
@@ -91,6 +85,34 @@ def _objective(config: RunConfig) -> Iterator[str]:
         yield (
             f"learner.final_learning_rate={final:g}: must be above 0 and at most learner.learning_rate="
             f"{learner.learning_rate:g}; null keeps the rate constant"
+        )
+
+
+def _log_probs(config: RunConfig) -> Iterator[str]:
+    """What would make rounding, or a stale replica, look like a change of policy."""
+    r, learner, dtype = config.rollout, config.learner, config.model.dtype
+    if learner.old_log_prob != "rollout":
+        return
+    bound = learner.log_prob_bound(dtype)
+    if bound >= learner.clip_range:
+        yield (
+            f"learner.log_prob_tolerance={bound:g} is not below learner.clip_range={learner.clip_range:g}, so a gap "
+            "that the gate lets pass would be clipped as a change of policy; lower the first, or set "
+            "learner.old_log_prob=replay"
+        )
+    if dtype != "bfloat16":
+        return
+    if r.chunk_size != learner.micro_batch_size:
+        yield (
+            f"rollout.chunk_size={r.chunk_size} with learner.micro_batch_size={learner.micro_batch_size} and "
+            "learner.old_log_prob='rollout' in bfloat16: batches of another size round differently, which would be "
+            "told as a change of policy; make them equal, or set learner.old_log_prob=replay"
+        )
+    if r.branch:
+        yield (
+            "rollout.branch=true with learner.old_log_prob='rollout' in bfloat16: the learner replays a group's shared "
+            "step in batches of another size, whose rounding would be told as a change of policy; set "
+            "learner.old_log_prob=replay"
         )
 
 
@@ -178,14 +200,13 @@ def _services(config: RunConfig) -> Iterator[str]:
         if reward.service is None:
             continue
         label = reward_label(RewardSpec(reward.name, label=reward.label))
-        for key in ("start_timeout_s", "call_timeout_s"):
-            waits, limit = reward.timeout_s + reward.service.unavailable_s, getattr(config.resources, key)
-            if waits >= limit:
-                yield (
-                    f"reward {label!r} of {where}: timeout_s + service.unavailable_s = {waits:g} s reach "
-                    f"resources.{key}={limit:g}, so a service that is away would be told as a reward worker that "
-                    f"hangs; raise resources.{key} or lower service.unavailable_s"
-                )
+        waits, limit = reward.service.unavailable_s + 60, config.resources.start_timeout_s
+        if waits >= limit:
+            yield (
+                f"reward {label!r} of {where}: service.unavailable_s and a minute = {waits:g} s reach "
+                f"resources.start_timeout_s={limit:g}, so a service that is away would be told as a reward worker that "
+                f"hangs; raise resources.start_timeout_s or lower service.unavailable_s"
+            )
         first, other = known.setdefault(label, (where, reward))
         if (reward.name, reward.params) != (other.name, other.params):
             yield (

@@ -159,10 +159,7 @@ class Collector:
         return replace(entry.result, chunks=tuple(sorted(entry.chunks, key=lambda chunk: chunk.first)))
 
     def _note_sample(self, info: SampleInfo, policy: Policy, step: int) -> None:
-        if info.policy_sha256 != policy.sha256:
-            raise RuntimeError(
-                f"{info.worker} sampled with adapter {info.policy_sha256[:12]}, asked for was {policy.sha256[:12]}"
-            )
+        policy.check(info)
         self.spans.append(Span("rollout", info.worker, info.started, info.started + info.seconds, step))
 
 

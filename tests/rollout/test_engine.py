@@ -8,6 +8,7 @@ from models.lora.attach import Adapter, adapter_parameters, adapter_state, attac
 from models.pipeline import KontextPipeline
 from rollout.engine import ROLLOUT_ADAPTER, ReplicaSpec, RolloutEngine, SampleRequest, attach_rollout_adapter
 from rollout.sampler import Conditioning, SamplingSpec
+from rollout.worker import Policy
 from tests.fakes.tiny_models import make_tiny_transformer
 
 SPEC = SamplingSpec(num_steps=3, noise_level=0.7, guidance_scale=1.0)
@@ -68,6 +69,18 @@ def test_samples_carry_the_policy_they_came_from(engine):
     assert images.dtype == "uint8"
     assert trajectory.steps == (0, 1)
     assert trajectory.log_probs.shape == (2, 2)
+
+
+def test_samples_tell_when_the_weights_changed_after_they_were_loaded(engine):
+    """A hash kept from the publish would go on naming the policy that is no longer there."""
+    loaded = adapter(engine, 4, scale=0.3)
+    engine.load_adapter(loaded)
+    policy, request = Policy(4, loaded.sha256, ()), SampleRequest(7, 0, (10,), (0, 1))
+    policy.check(engine.sample(request, SPEC, None, [text(1)])[0])
+    first = next(iter(adapter_parameters(engine.transformer, ROLLOUT_ADAPTER).values()))
+    first.data[0, 0] += 1e-3
+    with pytest.raises(RuntimeError, match=r"sampled with adapter .* \(version 4\): its weights changed"):
+        policy.check(engine.sample(request, SPEC, None, [text(1)])[0])
 
 
 def test_a_request_gives_the_same_bits_on_another_replica(engine, replica_spec):

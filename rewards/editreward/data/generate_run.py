@@ -129,12 +129,7 @@ class Generation:
         assert isinstance(job, Job)
         shard = self._open[job.shard]
         if done.failure is None:
-            info = done.result
-            wanted = self._studio.policies[job.settings.adapter]
-            if info.policy_sha256 != wanted.sha256:
-                raise RuntimeError(
-                    f"{info.worker} sampled with adapter {info.policy_sha256[:12]}, asked was {wanted.sha256[:12]}"
-                )
+            self._studio.policies[job.settings.adapter].check(done.result)
             images = ray.get(done.refs[2], timeout=FETCH_S)
             for edit, image in zip(job.edits, images, strict=True):
                 shard.images[edit.key] = np.asarray(image)

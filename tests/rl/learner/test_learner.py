@@ -273,7 +273,7 @@ def test_the_base_is_never_touched(folder):
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_bfloat16_publishes_what_it_trains(folder, zero_stage):
     spec = replica_spec(folder, dtype="bfloat16")
-    config = learner_config(zero_stage=zero_stage, updates_per_rollout=2)
+    config = learner_config(zero_stage=zero_stage, updates_per_rollout=2, micro_batch_size=4)
     learner = Learner(LearnerSpec(spec, config, sampling_spec(3.0), 0, False, True, 120.0))
     learner.negative = conditioning("negative")
     engine = RolloutEngine(spec)
@@ -281,6 +281,11 @@ def test_bfloat16_publishes_what_it_trains(folder, zero_stage):
         receipt = publish(learner, engine, version=first)
         assert receipt.sha256 == hash_state(learner.adapter())
         assert {t.dtype for t in learner.adapter().values()} == {torch.bfloat16}
-        stats = learner.update(updates(rollout(engine, guidance=3.0, first=first), num_updates=2))
+        groups = rollout(engine, guidance=3.0, first=first)
+        stats = learner.update(updates(groups, num_updates=2, micro=4))
         assert stats[0].gaps.largest <= 2e-2 and stats[1].ratio_max != 1.0
+        assert stats[0].gaps.largest <= 1e-6, "batches of one size agree"
     assert receipt.probe_shift > 0
+    stale = updates(rollout(engine, guidance=3.0, first=4), num_updates=2, micro=4)
+    with pytest.raises(LogProbMismatch, match="log_prob_tolerance=1e-05"):
+        learner.update(stale)

@@ -53,6 +53,13 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"rollout__prompts_per_rollout": 5}, "prompts_per_rollout=5 does not divide .*updates_per_rollout=2",
     ),
     "branch in bfloat16": ({"rollout__branch": True}, "rollout.branch=true .*set learner.old_log_prob=replay"),
+    "chunks of another size in bfloat16": (
+        {"rollout__chunk_size": 4}, "chunk_size=4 with learner.micro_batch_size=8 .*round differently",
+    ),
+    "gate at the clip range": (
+        {"learner__log_prob_tolerance": 1e-4}, "log_prob_tolerance=0.0001 is not below learner.clip_range=0.0001",
+    ),
+    "clip range below the gate": ({"learner__clip_range": 5e-6}, "log_prob_tolerance=1e-05 is not below"),
     "negative window": ({"rollout__window_size": 2, "rollout__window_first": -1}, "window_first=-1 must be at least 0"),
     "negative window size": ({"rollout__window_size": -2}, "window_size=-2 must be at least 0"),
     "window beyond T": (
@@ -154,10 +161,6 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "service waited for longer than a start": (
         {"stages__0__rewards": served("judge", unavailable_s=850.0)},
         "reward 'judge' of stage 'edit': .* = 910 s reach resources.start_timeout_s=900",
-    ),
-    "service waited for longer than a call": (
-        {"evaluation__tasks__0__rewards": served("judge", timeout_s=1700.0)},
-        "reward 'judge' of evaluation of edit: .* = 1820 s reach resources.call_timeout_s=1800",
     ),
     "zero 3 in process": (
         {"resources__placement": "inprocess", "learner__zero_stage": 3}, "weights are spread over the others",
