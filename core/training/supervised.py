@@ -9,6 +9,7 @@ and average, and a resumed run repeats the other one to the bit.
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ from core.cluster.process_group import join_process_group
 from core.training.ema import ShardedAverage
 from core.training.optimization import trained_parameters
 from core.training.schedule import Schedule, lr_factor
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 3
+"""Steps whose gradient is not finite that a training takes without stopping."""
 
 ENGINE = "engine"
 
@@ -65,7 +71,7 @@ class SupervisedRank(ABC):
     def __init__(self, settings: TrainerSettings, rank: int):
         torch.set_num_threads(settings.threads)
         self.settings, self.rank, self.device = settings, rank, settings.device
-        self.step = 0
+        self.step = self.skipped = 0
         self.batches: Iterator[Any] | None = None
         self.average: ShardedAverage | None = None
 
@@ -174,11 +180,23 @@ class SupervisedRank(ABC):
             self.engine.backward(loss / settings.micro_batches)
             parts.append(part)
         self.engine.step()
-        if self.average is not None:
+        if not self.engine.was_step_applied():  # DeepSpeed leaves out a gradient that is not finite
+            self._note_skipped()
+        elif self.average is not None:
             self.average.step(self.average.live())
         self.step += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         return self.figures(parts, norm, settings.optimization.lr * factor)
+
+    def _note_skipped(self) -> None:
+        """Raises FloatingPointError, on all ranks alike, when it happens more often than by accident."""
+        self.skipped += 1
+        logger.error("step %d: skipped, its gradient is not finite (%d so far)", self.step, self.skipped)
+        if self.skipped > MOST_SKIPPED:
+            raise FloatingPointError(
+                f"step {self.step}: {self.skipped} steps were skipped because their gradients were not finite; lower "
+                "the learning rate and go on from an earlier checkpoint"
+            )
 
 
 def engine_config(settings: TrainerSettings) -> dict[str, Any]:

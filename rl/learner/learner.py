@@ -176,9 +176,11 @@ class Learner:
                 self._rehearse(self.rehearsal, samples[0].group, accumulated)
             gaps = gate.check() if gate else None
             self.engine.step()
-            if self.ema is not None and self.ema.due():
+            skipped = not self.engine.was_step_applied()  # DeepSpeed leaves out a gradient that is not finite
+            if not skipped and self.ema is not None and self.ema.due():
                 self.ema.update(self.adapter())
-            stats.append(accumulated.result(self.engine.get_global_grad_norm(), gaps))
+            norm = self.engine.get_global_grad_norm()
+            stats.append(accumulated.result(norm, gaps, skipped=skipped))
         return stats
 
     def _gate(self) -> LogProbGate:

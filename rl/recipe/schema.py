@@ -145,6 +145,8 @@ class LearnerConfig:
     """AdamW's term against division by zero."""
     max_grad_norm: Positive = 1.0
     """Norm that gradients are clipped to."""
+    max_skipped_updates: AtLeast0 = 3
+    """Updates of the whole run that may be skipped, for a gradient that is not finite, before it stops."""
     clip_range: Positive = 1e-4
     """Epsilon: the importance ratio is clipped to 1 -/+ this (not in the paper)."""
     kl_beta: NonNegative = 0.04

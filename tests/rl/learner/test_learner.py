@@ -1,5 +1,6 @@
 """The learner in one process: gradients against autograd, the gate, the KL reference, the clip, the stages."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,20 @@ def test_a_compiled_learner_replays_on_the_graph_that_it_trains_on(folder):
     assert first is None and second is not None and not second.requires_grad
     assert modes and all(modes)
     assert torch.equal(second, eager)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_an_update_whose_gradient_is_not_finite_changes_nothing_and_is_told(folder, zero_stage):
+    learner = make_learner(folder, zero_stage=zero_stage, ema=EmaConfig(enabled=True, every=1))
+    engine = RolloutEngine(replica_spec(folder))
+    publish(learner, engine)
+    (samples, count), *_ = updates(rollout(engine))
+    before, average = hash_state(learner.adapter()), hash_state(learner.shipped_adapter())
+    (skipped,) = learner.update([([replace(samples[0], advantage=float("nan")), *samples[1:]], count)])
+    assert skipped.skipped and not math.isfinite(skipped.grad_norm)
+    assert (hash_state(learner.adapter()), hash_state(learner.shipped_adapter())) == (before, average)
+    (applied,) = learner.update([(samples, count)])
+    assert not applied.skipped and hash_state(learner.adapter()) != before
 
 
 @pytest.mark.parametrize("kl_reference", ["stage_start", "base"])
