@@ -126,7 +126,7 @@ class RolloutEngine:
             if spec.compile:
                 compile_blocks(transformer)
         self.transformer = transformer.eval()
-        self.vae = load_vae(spec.model_path, dtype=dtype, device=spec.device)
+        self.vae = load_vae(spec.model_path, device=spec.device)
         self.scheduler = load_scheduler(spec.model_path)
         self.version, self.sha256 = -1, ""
 

@@ -1,11 +1,14 @@
 """A replica samples what it was asked for under the adapter it was given, and proves which one that is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from core.failures import DataFailure
 from models.lora.attach import Adapter, adapter_parameters, adapter_state, attach_lora, hash_state
 from models.pipeline import KontextPipeline
+from rollout.encoder import Encoder, EncoderSpec
 from rollout.engine import ROLLOUT_ADAPTER, ReplicaSpec, RolloutEngine, SampleRequest, attach_rollout_adapter
 from rollout.sampler import Conditioning, SamplingSpec
 from rollout.worker import Policy
@@ -57,6 +60,14 @@ def test_an_adapter_whose_b_is_zero_moves_nothing(engine):
     receipt = engine.load_adapter(Adapter(3, hash_state(tensors), tensors))
     assert receipt.sha256 == hash_state(tensors)
     assert receipt.probe_shift == 0.0
+
+
+def test_the_vae_is_in_float32_whatever_the_transformer_is_in(replica_spec, model_folder):
+    """As in the pipelines: in bfloat16 a picture that was trained on is not the one that the model then ships."""
+    replica = RolloutEngine(replace(replica_spec, dtype="bfloat16"))
+    encoder = Encoder(EncoderSpec(str(model_folder), "bfloat16", "cpu", 32, 32, 16, 0, 1))
+    assert replica.transformer.dtype == torch.bfloat16
+    assert replica.vae.dtype == encoder.vae.dtype == torch.float32
 
 
 def test_samples_carry_the_policy_they_came_from(engine):
