@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 DATA_URI = "data:image/"
 
@@ -61,6 +61,10 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
                     "scale it down first"
                 )
             return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{name} is unreadable (cannot identify it as a picture of a known format)"
+        ) from error
     except Exception as error:  # on damaged files PIL's decoders raise more than they document
         raise ValueError(f"{name} is unreadable ({error})") from error
 

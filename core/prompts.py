@@ -31,13 +31,21 @@ class PromptFileError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt set. `reference` is an absolute path or a data URI (editing), else None."""
+    """One line of a prompt set. `reference` is an absolute path or a data URI (editing), else None; `origin` is the
+    `file:line` that it was read from, for messages.
+    """
 
     index: int
     task: Task
     prompt: str
     reference: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    origin: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """What messages call it: file and line, or its place where it came from no file."""
+        return self.origin or f"prompt {self.index}"
 
 
 def load_prompts(path: str | Path, task: Task) -> list[Prompt]:
@@ -45,7 +53,10 @@ def load_prompts(path: str | Path, task: Task) -> list[Prompt]:
     problems: list[str] = []
     folder = Path(path).parent
     prompts = parse_lines(
-        Path(path), lambda _, record: _parse_record(record, task, folder), problems, what="prompts"
+        Path(path),
+        lambda line, record: replace(_parse_record(record, task, folder), origin=f"{path}:{line}"),
+        problems,
+        what="prompts",
     )
     if problems:
         raise PromptFileError(problems)
@@ -82,6 +93,6 @@ def load_reference(prompt: Prompt) -> Image.Image:
     from core.pictures import picture_name, read_picture
 
     if prompt.reference is None:
-        raise ValueError(f"prompt {prompt.index} ({prompt.prompt!r}) has no reference image")
+        raise ValueError(f"{prompt.name} ({prompt.prompt!r}) has no reference image")
     shown = picture_name(prompt.reference)
-    return read_picture(prompt.reference, f"reference image {shown} of prompt {prompt.index}")
+    return read_picture(prompt.reference, f"reference image {shown} of {prompt.name}")

@@ -180,7 +180,7 @@ def _apply_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
             # The recipe's own YAML reader: PyYAML's takes 3e-4 for a string.
             OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"])._get_node("value"))
         except Exception as error:
-            problems.append(f"override {item!r}: {_first_line(error)}")
+            problems.append(f"override {item!r}: {' '.join(str(error).split())}")
     if problems:
         raise ConfigError(problems)
 

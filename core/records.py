@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from core.files import atomic_write_text
+from core.text import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,7 @@ def read_records(path: Path) -> list[Record]:
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError(f"expected an object, found {type(record).__name__}")
+            records.append(json_object(line))
         except ValueError as error:
             if number == len(lines):
                 logger.warning("%s:%d: left out the torn last line (%d bytes)", path, number, len(line))
@@ -48,7 +47,6 @@ def read_records(path: Path) -> list[Record]:
             raise ValueError(
                 f"{path}:{number}: not a JSON record ({error}); repair or remove the line"
             ) from error
-        records.append(record)
     return records
 
 
@@ -94,7 +92,7 @@ def parse_lines(
     the `problems` of the ValueError that `parse` raises, or for it. A file without any line holds no `what`.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line separators
+        lines = read_text(path).split("\n")  # JSON strings may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{path}: cannot be read ({error})")
         return []
@@ -112,12 +110,9 @@ def parse_lines(
     return found
 
 
-def json_object(text: str) -> Record:
+def json_object(text: str | bytes) -> Record:
     """The JSON object that a text is. Raises ValueError."""
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from error
+    record = parse_json(text)
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     return record

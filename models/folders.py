@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from core.files import folder_manifest
+from core.text import parse_json, read_text
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -93,7 +94,7 @@ def _check_json(path: Path) -> list[str]:
     if not path.is_file():
         return [f"{path}: missing config file"]
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        parse_json(read_text(path))
     except (OSError, ValueError) as error:
         return [f"{path}: not readable as JSON ({error})"]
     return []
@@ -107,7 +108,7 @@ def check_weights(part: Path) -> list[str]:
     problems = []
     for index in indexes:
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(parse_json(read_text(index))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{index}: not a readable weight index ({error!r})")
             continue

@@ -16,6 +16,7 @@ from typing import Any
 
 ON_MISSING = ("mask", "drop_group", "stop")
 LONGEST_QUEUE_S = 600.0
+DEFAULT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class RewardSpec:
     name: str
     weight: float = 1.0
     params: dict[str, Any] = field(default_factory=dict)
-    timeout_s: float = 60.0
+    timeout_s: float = DEFAULT_TIMEOUT_S
     attempts: int = 3
     on_missing: str = "mask"
     max_missing_share: float = 0.2

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.base import RewardLoadError, RewardSpec, reward_label, spec_problems
+from rewards.base import DEFAULT_TIMEOUT_S, RewardLoadError, RewardSpec, reward_label, spec_problems
 from rewards.thread import RewardThread
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,17 @@ def free_params(name: str) -> frozenset[str]:
     except RewardLoadError:
         return frozenset()
     return frozenset(getattr(found, "free_params", ()))
+
+
+def default_timeout_s(name: str, params: Mapping[str, Any]) -> float:
+    """The time limit of one attempt where a recipe gives none: what the reward states as `default_timeout_s`, a number
+    that may follow from its params; else 60 s. What keeps it from being loaded is for `load_reward` to say."""
+    try:
+        found, _ = _resolve(name)
+        owner = found(**params) if inspect.isclass(found) else found
+        return float(getattr(owner, "default_timeout_s", DEFAULT_TIMEOUT_S))
+    except Exception:  # a reward is foreign code and may raise anything
+        return DEFAULT_TIMEOUT_S
 
 
 def set_problems(specs: Sequence[RewardSpec]) -> list[str]:

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from core.keys import AtLeast0, Count, Finite, Positive, Share, Task
 from core.prompts import Prompt
 from rewards.base import RewardSet, RewardSpec, ServiceSpec
+from rewards.loading import default_timeout_s
 
 
 @dataclass
@@ -39,8 +40,8 @@ class RewardConfig:
     """Factor in the weighted sum; 0 logs the reward without training on it."""
     params: dict[str, Any] = field(default_factory=dict)
     """Arguments of the reward itself."""
-    timeout_s: Positive = 60.0
-    """Time limit of one attempt, in seconds."""
+    timeout_s: Positive | None = None
+    """Time limit of one attempt, in seconds; null: what the reward itself states, else 60."""
     attempts: Count = 3
     """Calls before the samples of a failing one count as missing."""
     on_missing: Literal["mask", "drop_group", "stop"] = "mask"
@@ -128,11 +129,16 @@ def reward_specs(rewards: Sequence[RewardConfig]) -> list[RewardSpec]:
     """A recipe's rewards as the rest of this package knows them."""
     return [
         RewardSpec(
-            r.name, r.weight, dict(r.params), r.timeout_s, r.attempts, r.on_missing, r.max_missing_share,
+            r.name, r.weight, dict(r.params), timeout_s(r), r.attempts, r.on_missing, r.max_missing_share,
             r.constant_steps, r.label, _service_spec(r.service),
         )
         for r in rewards
     ]  # fmt: skip
+
+
+def timeout_s(reward: RewardConfig) -> float:
+    """The time limit of one attempt in seconds: the recipe's, else the reward's own."""
+    return default_timeout_s(reward.name, reward.params) if reward.timeout_s is None else reward.timeout_s
 
 
 def reward_set(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import tenacity
 
-from rewards.base import FatalRewardError, RetryableRewardError, RewardOutput
+from rewards.base import FatalRewardError, RetryableRewardError, RewardOutput, RewardSpec
 from rewards.calling import RewardBatch, call_reward
 from rewards.loading import LoadedReward, describe_error
 
@@ -105,6 +105,17 @@ async def score_reward(
         scores, failures = [None] * count, {_cause(error): count}
     seconds = time.monotonic() - start
     return RewardResult(scores, components, failures, retrying.statistics["attempt_number"], seconds)
+
+
+def longest_score_s(spec: RewardSpec) -> float:
+    """Seconds within which `score_reward` ends whatever happens: every attempt to its limit, and the waits in between.
+
+    A blocking attempt that was left behind by its limit is waited for, up to that limit, before the next one starts.
+    """
+    waits_s = (spec.attempts - 1) * LONGEST_RETRY_AFTER_S
+    if spec.service is not None:
+        return waits_s + spec.attempts * (spec.timeout_s + spec.service.longest_wait_s)
+    return waits_s + (2 * spec.attempts - 1) * spec.timeout_s
 
 
 def combine(

@@ -6,13 +6,18 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.command_line import add_recipe_arguments, refuse, report_dry_run
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
+from core.run_lock import hold_run
 from rl.loop.checkpoint import check_same_recipe, find_checkpoint, read_state, set_later_aside
 from rl.recipe.schema import RunConfig, load_config
 from rl.recipe.validate import broken_rules, find_problems
+
+if TYPE_CHECKING:
+    from rewards.base import RewardSet
 
 log = logging.getLogger("rl.train")
 
@@ -59,7 +64,6 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
     from rl.recipe.blind_spots import blind_spots
     from rl.recipe.preflight import preflight
     from rl.recipe.reward_plan import reward_lines
-    from rl.record.state import RunState
 
     checked = preflight(config)
     if checked.problems:
@@ -69,6 +73,15 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
     for line in blind_spots(config):
         log.warning(line)
     run_dir = Path(config.output_dir).expanduser().absolute() / config.name
+    with hold_run(run_dir):
+        _run(config, checked.reward_sets, run_dir, resume)
+    return 0
+
+
+def _run(config: RunConfig, reward_sets: list[RewardSet], run_dir: Path, resume: str | None) -> None:
+    """Choose where to begin, start the actors and train."""
+    from rl.record.state import RunState
+
     checkpoint = find_checkpoint(run_dir, resume) if resume else None
     if checkpoint is not None:
         if checkpoint.absolute().parent.parent != run_dir:
@@ -90,12 +103,11 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
     from rl.recipe.placement import make_plan
 
     connect()
-    cluster = start_cluster(config, make_plan(config), checked.reward_sets)
+    cluster = start_cluster(config, make_plan(config), reward_sets)
     try:
         Controller(config, cluster, run_dir, state, checkpoint, fresh=resume is None).run()
     finally:
         cluster.workers.close()
-    return 0
 
 
 if __name__ == "__main__":

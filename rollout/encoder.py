@@ -78,34 +78,35 @@ class Encoder:
 
     def encode_one(self, prompt: Prompt, size: tuple[int, int] | None = None) -> Conditioning:
         """The same for a single prompt (Ray hands a list of one over as a list)."""
+        try:
+            return self._conditioning(prompt, size)
+        except RuntimeError:  # the machine's; a prompt's are of other classes
+            raise
+        except Exception as error:  # a tokenizer or an image processor raises whatever it likes
+            cause = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise DataFailure(f"{prompt.name} ({prompt.prompt!r}): {cause}") from error
+
+    def _conditioning(self, prompt: Prompt, size: tuple[int, int] | None) -> Conditioning:
         height, width = size or (self.spec.height, self.spec.width)
         if prompt.reference is None:
-            return Conditioning(*self._embed(prompt, prompt.prompt, None))
-        try:
-            image = load_reference(prompt)
-        except ValueError as error:
-            raise DataFailure(str(error)) from error
+            return Conditioning(*self._embed(prompt.prompt, None))
+        image = load_reference(prompt)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
         latents = encode_images(self.vae, image_to_tensor(image, height, width)[None])[0].cpu()
-        own = () if self.spec.vlm_path is None else self._embed(prompt, self.spec.negative_prompt, image)
-        return Conditioning(*self._embed(prompt, prompt.prompt, image), latents, *own)
+        own = () if self.spec.vlm_path is None else self._embed(self.spec.negative_prompt, image)
+        return Conditioning(*self._embed(prompt.prompt, image), latents, *own)
 
     def encode_text(self, text: str) -> Conditioning:
         """Text alone (the negative prompt)."""
         (embeds,) = self.text.encode([text])
         return Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds)
 
-    def _embed(
-        self, prompt: Prompt, text: str, image: Image.Image | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, text: str, image: Image.Image | None) -> tuple[torch.Tensor, torch.Tensor]:
         """prompt_embeds and pooled_prompt_embeds of a text read beside a picture, where the encoder sees one."""
         if isinstance(self.text, SD3TextEncoder):
             (embeds,) = self.text.encode([text])
         else:
-            try:
-                (embeds,) = self.text.encode([text], [image])
-            except ValueError as error:
-                raise DataFailure(f"prompt {prompt.index} ({prompt.prompt!r}): {error}") from error
+            (embeds,) = self.text.encode([text], [image])
         return embeds.prompt_embeds, embeds.pooled_prompt_embeds
 
 

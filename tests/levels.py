@@ -30,6 +30,7 @@ _FILES = {
         core/test_logs.py
         core/test_ranks.py
         core/test_recipe_schemas.py
+        core/test_run_lock.py
         core/test_servers.py
         models/generate/test_inputs.py
         models/lora/test_attach.py::test_compiles

@@ -94,6 +94,8 @@ class Dispatcher:
         self._call_timeout_s, self._start_timeout_s = call_timeout_s, start_timeout_s
         self.restarts = 0
         self.redispatched = 0
+        self.limits_s: dict[str, float] = {}
+        """By role, the longest that a call may take where that is not `call_timeout_s`."""
 
     def add_pool(self, role: str, handles: list[Any], *, floor: int = 1, max_in_flight: int = 2) -> None:
         """Actors of one role; each must have a `ready` method that answers when it can work."""
@@ -179,7 +181,8 @@ class Dispatcher:
             getattr(worker.handle, call.method).options(num_returns=call.num_returns).remote(*call.args)
         )
         refs = tuple(returned) if call.num_returns > 1 else (returned,)
-        limit = self._call_timeout_s * worker.in_flight  # it may have to wait for the worker's other calls
+        # It may have to wait for the worker's other calls.
+        limit = self.limits_s.get(call.role, self._call_timeout_s) * worker.in_flight
         self._flights[refs[0]] = _Flight(call, worker, refs, time.monotonic() + limit)
 
     def _take(self, ref: Any) -> Done | None:

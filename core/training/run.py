@@ -30,6 +30,7 @@ from core.cluster.ranks import MakeRank, RankLost, RankResources, Ranks, start_r
 from core.files import atomic_write_json, atomic_write_text
 from core.progress import Progress
 from core.recipe import flat, to_yaml
+from core.run_lock import check_held
 from core.scalars import ScalarLog
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class SupervisedRun(ABC):
                 stop = min(self.end, *(next_multiple(start, beat) for beat in beats))
                 started = time.perf_counter()
                 figures = self.ranks.call("advance", stop)
+                check_held(self.folder)
                 self.state = replace(self.state, step=stop)
                 self.record(figures, time.perf_counter() - started)
                 for every, action in actions:

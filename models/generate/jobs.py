@@ -17,6 +17,7 @@ from typing import Any
 
 from core.pictures import decode_picture, is_data_uri, picture_bytes, picture_name, unchanged_bytes
 from core.records import parse_lines
+from core.text import broken_texts
 from models.generate.task_lines import Refused, check_record, kinds_of
 from models.sizes import ModelGeometry, choose_size
 
@@ -190,7 +191,9 @@ def _value_problems(prompt: str, output: Path, options: Options, count: int) -> 
         ),
         (output.suffix.lower() == ".png", f"output {output}: pictures are PNG files, so give a name in .png"),
     ]
-    return [message for fine, message in checks if not fine]
+    texts = {"prompt": prompt, "negative_prompt": options.negative_prompt, "output": str(output)}
+    broken = [f"{key} {problem}" for key, problem in broken_texts(texts)]
+    return broken + [message for fine, message in checks if not fine]
 
 
 def _twice(orders: list[Order]) -> Iterator[str]:

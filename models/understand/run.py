@@ -22,6 +22,7 @@ from core.files import atomic_write_text
 from core.pictures import decode_picture, is_data_uri, picture_bytes, picture_name, unchanged_bytes
 from core.progress import Progress
 from core.records import Record, append_records, parse_lines, read_records
+from core.text import broken_texts
 from models.generate.task_lines import Refused, check_record
 
 MAX_ASPECT = 200
@@ -113,6 +114,7 @@ class Answerer:
 def make_question(text: str, images: Sequence[str], line: int = 0) -> Question:
     """Read and check the pictures. Raises Refused with everything that is wrong."""
     problems = [] if text.strip() else ["the question is empty"]
+    problems += [f"the question {problem}" for _, problem in broken_texts(text)]
     hashes = []
     for image in images:
         name = picture_name(image)

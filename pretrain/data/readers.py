@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from core.failures import SampleError
+from core.text import broken_texts
 from pretrain.data.config import SourceConfig
 
 Place = tuple[int, ...]
@@ -50,13 +51,15 @@ def clean_texts(values: dict[str, Any]) -> tuple[str, ...]:
     """The texts of the fields, white space collapsed, empty ones left out; a list counts as several texts.
 
     Raises:
-        SampleError: a field of another type, or no text in any.
+        SampleError: a field of another type, or half of a surrogate pair in it; no text in any.
     """
     texts = []
     for name, value in values.items():
         for text in value if isinstance(value, list | tuple) else [value]:
             if text is not None and not isinstance(text, str):
                 raise SampleError(f"{name} is a {type(text).__name__}, not text")
+            for _, problem in broken_texts(text):
+                raise SampleError(f"{name} {problem}")
             if text and text.split():
                 texts.append(" ".join(text.split()))
     if not texts:

@@ -1,12 +1,12 @@
 """WebDataset tar shards, read at offsets: KEY.jpg with KEY.txt or KEY.json; KEY.{source,target}.png with KEY.json."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from core.failures import SampleError
 from core.shards.tar import Member, MemberStream, list_shard, read_member
+from core.text import parse_json
 from pretrain.data.readers import Place, Reader, clean_texts
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -65,9 +65,9 @@ class WebDatasetReader(Reader):
         try:
             with open(path, "rb") as file:
                 if json_offset >= 0:
-                    record = json.loads(read_member(file, Member(json_offset, json_size), "its JSON"))
+                    record = parse_json(read_member(file, Member(json_offset, json_size), "its JSON"))
                 if text_offset >= 0:
-                    text = read_member(file, Member(text_offset, text_size), "its text").decode("utf-8")
+                    text = read_member(file, Member(text_offset, text_size), "its text").decode("utf-8-sig")
         except ValueError as error:  # JSON, UTF-8, and SampleError itself
             raise SampleError(f"its text cannot be read ({error})") from error
         if not isinstance(record, dict):

@@ -13,6 +13,7 @@ from core.command_line import add_recipe_arguments, refuse, report_dry_run
 from core.failures import DataError
 from core.logs import start_logging
 from core.recipe import ConfigError
+from core.run_lock import hold_run
 from pretrain.flow.config import FlowRecipe
 from pretrain.flow.validate import load_recipe
 
@@ -57,17 +58,18 @@ def train(recipe: FlowRecipe, *, resume: str | None = None) -> int:
     problems = preflight(recipe)
     if problems:
         raise ConfigError(problems)
-    checkpoint = find_checkpoint(recipe, resume, load_recipe, free=FREE)
-    state = read_state(checkpoint, RunState) if checkpoint else RunState()
-    train_on_ranks(
-        recipe,
-        partial(FlowRank, recipe),
-        recipe.resources.ranks,
-        recipe.resources,
-        lambda ranks: FlowRun(recipe, ranks, state, fresh=resume is None),
-        checkpoint=checkpoint,
-        step=state.step,
-    )
+    with hold_run(recipe.run_dir):
+        checkpoint = find_checkpoint(recipe, resume, load_recipe, free=FREE)
+        state = read_state(checkpoint, RunState) if checkpoint else RunState()
+        train_on_ranks(
+            recipe,
+            partial(FlowRank, recipe),
+            recipe.resources.ranks,
+            recipe.resources,
+            lambda ranks: FlowRun(recipe, ranks, state, fresh=resume is None),
+            checkpoint=checkpoint,
+            step=state.step,
+        )
     return 0
 
 

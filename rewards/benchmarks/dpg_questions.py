@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import graphlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.text import parse_json
 from rewards.benchmarks.items import DataError, read_text
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -98,7 +98,7 @@ def read_prompts(path: Path) -> dict[str, str]:
         }
     else:
         try:
-            found = json.loads(read_text(path, "DPG-Bench's prompts", GET_PROMPTS))
+            found = parse_json(read_text(path, "DPG-Bench's prompts", GET_PROMPTS))
         except ValueError as error:
             if isinstance(error, DataError):
                 raise

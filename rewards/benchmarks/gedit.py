@@ -11,7 +11,6 @@ it: an answer that cannot be read becomes a random score, which no mode of ours 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.prompts import Prompt
+from core.text import parse_json
 from rewards.benchmarks.figures import Figure, by_group, figure
 from rewards.benchmarks.items import DataError, Item, ScoredItem, read_edits, read_text
 
@@ -119,7 +119,7 @@ def _unpacked(folder: Path) -> list[_Edit]:
         where = f"{folder / METADATA}:{number}"
         try:
             if line.strip():
-                row = json.loads(line)
+                row = parse_json(line)
                 key, group, language = row["key"], row["task_type"], row["instruction_language"]
                 source = source_path(folder, group, language, key)
                 marked = bool(row["Intersection_exist"])

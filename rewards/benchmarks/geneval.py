@@ -28,7 +28,7 @@ def read(path: Path) -> list[Item]:
         prompts = load_prompts(path, "t2i")
     except PromptFileError as error:
         raise DataError([f"{problem}; {GET_DATA}" for problem in error.problems]) from error
-    problems = [problem for prompt in prompts for problem in _problems(path, prompt)]
+    problems = [problem for prompt in prompts for problem in _problems(prompt)]
     if problems:
         raise DataError(problems)
     return [Item(f"{prompt.index:05d}", prompt.metadata["tag"], prompt) for prompt in prompts]
@@ -71,8 +71,8 @@ def _any_correct(item: ScoredItem, *, compat: bool) -> list[float]:
     return [best] * (len(found) and len(item.images))
 
 
-def _problems(path: Path, prompt: Prompt) -> list[str]:
-    where = f"{path}: prompt {prompt.index} ({prompt.prompt!r})"
+def _problems(prompt: Prompt) -> list[str]:
+    where = f"{prompt.name} ({prompt.prompt!r})"
     if prompt.metadata.get("tag") not in TAGS:
         return [
             f"{where}: tag {prompt.metadata.get('tag')!r} is not one of {', '.join(TAGS)}; {GET_DATA}, or use "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.prompts import Prompt
+from core.text import parse_json
 
 ANSWERED_BY = "answered_by."
 """A judge's component `answered_by.SNAPSHOT` is 1 where that snapshot answered."""
@@ -91,7 +91,7 @@ def read_edits(path: Path, what: str, get_data: str) -> list[tuple[str, str, Any
     text = read_text(path, what, get_data)
     try:
         return [
-            (key, str(row["id"]), row["prompt"], row["edit_type"]) for key, row in json.loads(text).items()
+            (key, str(row["id"]), row["prompt"], row["edit_type"]) for key, row in parse_json(text).items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         form = '{key: {"prompt", "id", "edit_type"}}'

@@ -21,6 +21,7 @@ from typing import Protocol
 from PIL import Image, ImageOps
 
 from core.files import atomic_write_bytes, atomic_write_text
+from core.text import parse_json, read_text
 from rewards.benchmarks.items import Item
 
 GRID = 4
@@ -89,7 +90,7 @@ class Numbered:
                 f"{len(found)}, or take the surplus away"
             )
         try:
-            prompt = json.loads(record.read_text(encoding="utf-8"))["prompt"] if record.is_file() else None
+            prompt = parse_json(read_text(record))["prompt"] if record.is_file() else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             return [*problems, f"{record}: is not the record of a prompt ({type(error).__name__}: {error})"]
         if prompt is not None and prompt != item.prompt.prompt:

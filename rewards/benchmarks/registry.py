@@ -14,10 +14,12 @@ from rewards.benchmarks import dpg, gedit, geneval, imgedit, rewarded
 from rewards.benchmarks.figures import Figure
 from rewards.benchmarks.items import DataError, Item, subset
 from rewards.benchmarks.layouts import GRID, Keyed, Layout, Numbered
+from rewards.loading import default_timeout_s
 
 SHAPES_PROMPTS = {task: f"recipes/shapes/prompts/{task}_heldout.jsonl" for task in ("t2i", "edit")}
 SCORER = "scorer"
 """Label of the reward of every benchmark, so that records do not depend on its name."""
+BATCH_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Request:
     """What the command line says about the data and the reward; what a benchmark does not use must be left out.
 
     reward: name of a reward in place of the benchmark's own. params: its parameters. timeout_s: seconds for one
-    batch of pictures. scored: whether there is to be a table; else pictures are generated and that is all.
+    batch of pictures; None: 600, or what the reward itself states where that is more. scored: whether there is to be
+    a table; else pictures are generated and that is all.
     """
 
     data: Path | None = None
@@ -36,7 +39,7 @@ class Request:
     compat: bool = False
     reward: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
-    timeout_s: float = 600.0
+    timeout_s: float | None = None
     scored: bool = True
 
 
@@ -103,9 +106,9 @@ def _key_problems(keys: Sequence[str]) -> list[str]:
 
 
 def _part(request: Request, task: str, items: Sequence[Item], reward: str = "") -> Part:
-    spec = RewardSpec(
-        request.reward or reward, params=dict(request.params), timeout_s=request.timeout_s, label=SCORER
-    )
+    name, params = request.reward or reward, dict(request.params)
+    limit_s = request.timeout_s or max(BATCH_S, default_timeout_s(name, params))
+    spec = RewardSpec(name, params=params, timeout_s=limit_s, label=SCORER)
     return Part(task, tuple(subset(items, request.num_prompts)), spec)
 
 

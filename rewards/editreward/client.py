@@ -34,7 +34,7 @@ class EditReward:
     model: an exported folder; with `mode: served` only its `editreward.json` and `COMPLETE` are read here.
     urls: the servers that `python -m rewards.editreward serve` printed (served). concurrency: requests in flight
     of one reward worker. timeout_s: seconds for one request. unavailable_s: seconds without any answer after which
-    the run stops; give the reward's own `timeout_s` more than that, or its samples are missing first.
+    the run stops; the reward's own `timeout_s` must be more, or its samples were missing first.
     device, batch_size: for `mode: inprocess`, which loads the model into the reward worker; `auto` is CUDA where
     torch sees one. The weights' type is the exported one.
     """
@@ -58,6 +58,16 @@ class EditReward:
         self._card: ModelCard | None = None
         self._replicas: Replicas | None = None
         self._local: LocalModel | None = None
+
+    @property
+    def default_timeout_s(self) -> float:
+        """Time to be served again after an outage, or for passes through a model in this process."""
+        return max(600.0, self.least_timeout_s)
+
+    @property
+    def least_timeout_s(self) -> float:
+        """A shorter limit would end the call before the outage that it met can be told."""
+        return self.unavailable_s + self.timeout_s if self.mode == "served" else 0.0
 
     def check(self) -> list[str]:
         """Problems of the parameters and of the model folder; nothing is sent or loaded."""

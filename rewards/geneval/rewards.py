@@ -11,7 +11,7 @@ from PIL import Image
 from rewards.base import FatalRewardError, RewardOutput
 from rewards.geneval.detection import NO_COLOR, ColorClassifier, ColorQuestion, Detection, Detector
 from rewards.geneval.loading import COLOR_RULES, load_colors, load_detector
-from rewards.geneval.rules import TAGS, GenEvalResult, evaluate
+from rewards.geneval.rules import TAGS, GenEvalResult, check_record, evaluate
 from rewards.geneval.settings import PUBLISHED_SCALE, DetectorSettings, folder_problems
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ class GenEval:
     the folder `clip`), `lab` (ours, without CLIP) or `detector` (shapes only). The other parameters are those
     of `DetectorSettings`. Raises ValueError for malformed metadata, FatalRewardError when a model cannot load.
     """
+
+    default_timeout_s = 300.0
 
     def __init__(
         self,
@@ -67,6 +69,10 @@ class GenEval:
         elif self.clip is not None:
             problems.append(f"clip is set, which colors {self.colors!r} does not use; leave it out")
         return problems
+
+    def check_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Raises ValueError for a record that GenEval's rules cannot read."""
+        check_record(metadata)
 
     def readiness(self) -> list[str]:
         """Load the models in this process, and say in the log which they are."""

@@ -66,7 +66,7 @@ def evaluate(
 
     Raises ValueError for malformed metadata or a colour classifier that answers with a wrong count.
     """
-    tag, include, exclude = _read(metadata)
+    tag, include, exclude = check_record(metadata)
     kept = _keep(detections, COUNTING_THRESHOLD if tag == "counting" else SCORE_THRESHOLD)
     found = [look_up(clause, kept.get(clause["class"], ()), classify_color) for clause in include]
     verdicts: list[_Verdict] = []
@@ -178,8 +178,8 @@ def _keep(
     return kept
 
 
-def _read(metadata: Mapping[str, Any]) -> tuple[str, _Clauses, _Clauses]:
-    """Tag, include and exclude clauses, checked."""
+def check_record(metadata: Mapping[str, Any]) -> tuple[str, _Clauses, _Clauses]:
+    """Tag, include and exclude clauses. Raises ValueError naming the key that is malformed."""
     tag = metadata.get("tag")
     if not isinstance(tag, str):
         raise ValueError(f"metadata.tag: {tag!r} is not a GenEval tag; expected one of {', '.join(TAGS)}")

@@ -138,7 +138,7 @@ def cost_lines(
         f"and {completion:,} completion tokens, {money}; each prompt taken as {PROMPT_BYTES} bytes",
         f"each malformed answer is asked for again, up to {max_asks} asks in all; answers in the cache are free; "
         f"the budget is {' and '.join(limits) or 'unlimited'}",
-        f"one question ends within {settings.longest_ask_s:,.0f} s; give the reward a timeout_s that covers a group",
+        f"one question ends within {settings.longest_ask_s:,.0f} s, its turn included",
     ]
 
 

@@ -149,6 +149,16 @@ class JudgeReward:
         """Whether a repeated call can give the sample a score that it lacks."""
         return judgement.outcome in INFRASTRUCTURE
 
+    @property
+    def default_timeout_s(self) -> float:
+        """All questions of a batch are put at once, and each of them ends within this, its turn included."""
+        return self.max_asks * self.settings.longest_ask_s
+
+    @property
+    def least_timeout_s(self) -> float:
+        """Of one answer; nothing has to be waited for in replay."""
+        return 0.0 if self.settings.mode == "replay" else self.settings.timeout_s
+
     def check(self) -> list[str]:
         """Problems of templates, key, cache and budget; asks the endpoint nothing."""
         problems = list(self._client.problems())

@@ -54,7 +54,7 @@ class JudgeSettings:
     timeout_s: Positive = 60.0
     attempts: Count = 8
     longest_wait_s: Positive = 60.0
-    queue_timeout_s: Positive = 300.0
+    queue_timeout_s: Positive = 600.0
     temperature: NotNegative | None = 0.0
     seed: Seed | None = 0
     image_format: Literal["png", "jpeg"] = "png"

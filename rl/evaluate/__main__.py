@@ -14,12 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 import recipes
 from core.failures import ClusterError
 from core.logs import start_logging
 from core.recipe import ConfigError
+from core.run_lock import RunTaken, hold_run
 from rewards.base import RewardError
 from rewards.benchmarks.registry import BENCHMARKS, Benchmark, Request
 from rl.evaluate.plan import Sampling, scoring_sha256
@@ -50,15 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         sys.stdout.write("\n".join([*describe(job), "Ready to run."]) + "\n")
         return 0
-    output = job.plan.output
-    output.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(output / ".lock", timeout=0):
+        with hold_run(job.plan.output):
             return evaluate(job)
-    except Timeout:
-        sys.stderr.write(
-            f"This evaluation cannot run:\n- another one works in {output}; wait, or choose another --output\n"
-        )
+    except RunTaken as error:
+        sys.stderr.write(f"This evaluation cannot run:\n{error}\n")
         return 2
 
 
@@ -211,7 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument(
         "--reward-params", nargs="+", default=[], metavar="KEY=VALUE", help="for example model=gpt-4.1"
     )
-    scoring.add_argument("--reward-timeout-s", type=float, default=600.0, help="for one batch (default: 600)")
+    scoring.add_argument(
+        "--reward-timeout-s",
+        type=float,
+        help="for one batch (default: 600, or more where the reward states more)",
+    )
     scoring.add_argument("--gallery", type=int, default=16, help="prompts in the gallery (default: 16)")
     machines = parser.add_argument_group("machines")
     machines.add_argument("--workers", type=int, default=1, help="rollout workers, one GPU each (default: 1)")

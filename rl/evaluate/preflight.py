@@ -76,8 +76,9 @@ def prepare(
         raise ConfigError(problems)
     scored = request.scored
     reward_sets = [_reward_set(plan, number, part) for number, part in enumerate(plan.parts) if scored]
-    for reward_set in reward_sets:
-        problems += [problem for problem in check_rewards(reward_set) if problem not in problems]
+    for reward_set, part in zip(reward_sets, plan.parts, strict=False):
+        prompts = [item.prompt for item in part.items]
+        problems += [p for p in check_rewards(reward_set, prompts=prompts) if p not in problems]
     if problems:
         raise ConfigError(problems)
     settings = adapter = model_hash = vlm_hash = None
@@ -149,7 +150,10 @@ def _value_problems(
         (o.workers >= 1, f"--workers {o.workers}: must be 1 or more"),
         (o.gallery >= 0, f"--gallery {o.gallery}: must be 0 or more"),
         (request.num_prompts is None or request.num_prompts >= 1, "--num-prompts: must be 1 or more"),
-        (request.timeout_s > 0, f"--reward-timeout-s {request.timeout_s:g}: must be above 0"),
+        (
+            request.timeout_s is None or request.timeout_s > 0,
+            f"--reward-timeout-s {request.timeout_s}: must be above 0",
+        ),
     ]
     return [message for fine, message in checks if not fine] + _path_problems(options, request)
 

@@ -126,7 +126,7 @@ class Controller:
             if result.failure:
                 self.state.failed_prompts += 1
                 (prompt,) = result.request.prompts
-                log.error("prompt %d (%r): %s", prompt.index, prompt.prompt, result.failure)
+                log.error("%s (%r): %s", prompt.name, prompt.prompt, result.failure)
         if self.state.failed_prompts > limit:
             raise TooManyFailedPrompts(
                 f"{self.state.failed_prompts} prompts could not be sampled (rollout.max_failed_prompts={limit}); the "

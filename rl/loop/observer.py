@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from core.checkpoints import CHECKPOINTS, prune
+from core.run_lock import check_held
 from models.lora.attach import Adapter
 from rl.learner.stats import UpdateStats
 from rl.learner.worker import LearnerGroup
@@ -99,6 +100,7 @@ class Observer:
         self, stage: StageConfig, part: ScheduledPart, outcome: StepOutcome, policy: Policy
     ) -> None:
         """Metrics, pictures, evaluation. The checkpoint comes last, so that what it promises is on disk."""
+        check_held(self.run_dir)
         config, progress = self.config, self.state.stages[-1]
         metrics = self._metrics(outcome, policy)
         self._account(outcome, metrics)

@@ -44,7 +44,7 @@ def preflight(config: RunConfig) -> Preflight:
         if part.task not in ("edit", "t2i") or not sound:
             continue
         reward_set = part_reward_set(replace(part, rewards=sound), prompts, config)
-        problems += [p for p in check_rewards(reward_set) if p not in problems]
+        problems += [p for p in check_rewards(reward_set, prompts=prompts) if p not in problems]
         reward_sets.append(reward_set)
     return Preflight(problems, reward_sets)
 
@@ -90,7 +90,7 @@ def _check_prompts(part: StagePart | EvaluationTaskConfig) -> tuple[list[str], l
         try:
             load_reference(prompt)
         except ValueError as error:
-            problems.append(f"{part.prompts}: {error}")
+            problems.append(str(error))
     wanted = getattr(part, "num_prompts", 0)
     if wanted > len(prompts):
         problems.append(f"{part.prompts} holds {len(prompts)} prompts, num_prompts={wanted} asks for more")

@@ -277,7 +277,7 @@ class ResourcesConfig:
     start_timeout_s: Positive = 900.0
     """Longest wait for a process to be ready, in seconds."""
     call_timeout_s: Positive = 1800.0
-    """Longest wait for the answer of a process, in seconds."""
+    """Longest wait for the answer of a process, in seconds; a group's score may take longer where its rewards may."""
     max_restarts: AtLeast0 = 3
     """Times that a worker is started again after it died."""
     min_rollout_workers: Count = 1

@@ -200,14 +200,13 @@ def _services(config: RunConfig) -> Iterator[str]:
         if reward.service is None:
             continue
         label = reward_label(RewardSpec(reward.name, label=reward.label))
-        for key in ("start_timeout_s", "call_timeout_s"):
-            waits, limit = reward.timeout_s + reward.service.unavailable_s, getattr(config.resources, key)
-            if waits >= limit:
-                yield (
-                    f"reward {label!r} of {where}: timeout_s + service.unavailable_s = {waits:g} s reach "
-                    f"resources.{key}={limit:g}, so a service that is away would be told as a reward worker that "
-                    f"hangs; raise resources.{key} or lower service.unavailable_s"
-                )
+        waits, limit = reward.service.unavailable_s + 60, config.resources.start_timeout_s
+        if waits >= limit:
+            yield (
+                f"reward {label!r} of {where}: service.unavailable_s and a minute = {waits:g} s reach "
+                f"resources.start_timeout_s={limit:g}, so a service that is away would be told as a reward worker that "
+                f"hangs; raise resources.start_timeout_s or lower service.unavailable_s"
+            )
         first, other = known.setdefault(label, (where, reward))
         if (reward.name, reward.params) != (other.name, other.params):
             yield (

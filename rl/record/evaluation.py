@@ -25,7 +25,7 @@ from rl.recipe.reward_sets import evaluation_set_name
 from rl.recipe.schema import EvaluationConfig, EvaluationTaskConfig
 from rl.record.gallery import GallerySample
 from rl.workers.collect import Collector
-from rl.workers.requests import batch_requests
+from rl.workers.requests import RolloutRequest, alone, batch_requests
 from rollout.sampler import SamplingSpec
 from rollout.worker import Policy
 
@@ -114,20 +114,34 @@ class Evaluator:
         spec = SamplingSpec(self.config.num_steps, 0.0, guidance, variant="ode")
         seeds = [self._seed(prompt) for prompt in prompts]
         label = f"evaluate {task}"
-        requests = batch_requests(prompts, seeds, self.config.batch_size)
-        sampled = self.collector.sample(requests, spec, policy, step=step, label=label)
         scores: dict[int, GroupScore] = {}
         images: dict[int, Any] = {}
-        for result in self.collector.score(
-            sampled, evaluation_set_name(task), step=step, total=len(prompts), label=f"score {task}"
-        ):
-            if result.score is not None:
-                scores[result.request.id] = result.score
-            else:
-                log.error("%s: prompts %s not scored: %s", label, result.request.span, result.failure)
-            if result.chunks and result.request.id < self.gallery_prompts:
-                images[result.request.id] = result.chunks[0].images
-        rewards, components = _in_order(scores, [(r.id, len(r.seeds)) for r in requests])
+        sizes: dict[int, int] = {}
+
+        def gather(requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
+            """Draw and score; of batches that fail, their prompts one by one, for only the cause to be lost."""
+            again, total = [], sum(len(request.seeds) for request in requests)
+            sampled = self.collector.sample(requests, spec, policy, step=step, label=label)
+            for result in self.collector.score(
+                sampled, evaluation_set_name(task), step=step, total=total, label=f"score {task}"
+            ):
+                request = result.request
+                if result.score is None and len(request.prompts) > 1:
+                    again += alone(request)
+                    continue
+                sizes[request.id] = len(request.seeds)
+                if result.score is not None:
+                    scores[request.id] = result.score
+                else:
+                    log.error("%s: %s is not scored: %s", label, request.prompts[0].name, result.failure)
+                if result.chunks and request.id < self.gallery_prompts:
+                    images[request.id] = result.chunks[0].images
+            return again
+
+        failed = gather(batch_requests(prompts, seeds, self.config.batch_size))
+        if failed:
+            gather(failed)
+        rewards, components = _in_order(scores, sorted(sizes.items()))
         samples = [
             _gallery_sample(prompts[i], seeds[i], image, rewards[i])
             for start in sorted(images)

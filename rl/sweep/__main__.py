@@ -30,6 +30,7 @@ from core.files import atomic_write_json, atomic_write_text
 from core.logs import start_logging
 from core.recipe import ConfigError
 from core.recipe_help import add_help_config
+from core.run_lock import hold_run
 from rl.sweep.config import SweepConfig, SweepFile, load_sweep, row_recipe, run_name
 from rl.sweep.table import collect_rows, table_document, table_markdown
 
@@ -51,13 +52,19 @@ def main(argv: list[str] | None = None) -> int:
             parallel=arguments.parallel,
             output_dir=arguments.output_dir,
         )
-        plans = write_recipes(grid)
+        with hold_run(grid.folder):
+            return sweep(grid, dry_run=arguments.dry_run)
     except ConfigError as error:
         sys.stderr.write(f"This grid cannot run:\n{error}\n")
         return 2
+
+
+def sweep(grid: SweepConfig, *, dry_run: bool) -> int:
+    """Check every recipe, train every run, write the table; the exit code. Raises ConfigError."""
+    plans = write_recipes(grid)
     # The seed changes nothing that could be found wrong.
     problems = check({name: plans[name] for name in (run_name(r.name, grid.seeds[0]) for r in grid.trained)})
-    if problems or arguments.dry_run:
+    if problems or dry_run:
         sys.stdout.write(
             "\n".join([*(f"- {p}" for p in problems), f"{len(plans)} runs in {grid.folder}"]) + "\n"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from core.prompts import Prompt
@@ -71,3 +71,9 @@ def batch_requests(prompts: list[Prompt], seeds: list[int], batch_size: int) -> 
         )
         for start in range(0, len(prompts), batch_size)
     ]
+
+
+def alone(batch: RolloutRequest) -> list[RolloutRequest]:
+    """Each prompt of a batch of `batch_requests` as a request of its own, with the same seed."""
+    pairs = enumerate(zip(batch.prompts, batch.seeds, strict=True), batch.id)
+    return [replace(batch, id=place, prompts=(prompt,), seeds=(seed,)) for place, (prompt, seed) in pairs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,15 @@ import recipes
 from core.cluster.actors import PlacedActors
 from core.cluster.dispatch import Dispatcher
 from rewards.base import RewardSet
+from rewards.scoring import longest_score_s
 from rewards.worker import RewardWorker
 from rl.recipe.schema import ModelConfig, ResourcesConfig
 from rollout.encoder import EncoderSpec, EncodeWorker
 from rollout.engine import ReplicaSpec
 from rollout.worker import RolloutWorker
+
+BESIDE_S = 120.0
+"""What a call to a reward worker may take beside its rewards: pictures from the object store, references."""
 
 
 @dataclass
@@ -62,6 +67,12 @@ def encoder_spec(model: ModelConfig, resources: ResourcesConfig, negative_prompt
     )
 
 
+def score_limit_s(reward_sets: Sequence[RewardSet], resources: ResourcesConfig) -> float:
+    """After how long a reward worker that scores is taken to hang: its rewards end by themselves before that."""
+    longest_s = [longest_score_s(spec) for reward_set in reward_sets for spec in reward_set.rewards]
+    return max([resources.call_timeout_s, *(limit_s + BESIDE_S for limit_s in longest_s)])
+
+
 def start_workers(
     placed: PlacedActors,
     replica: ReplicaSpec | None,
@@ -95,4 +106,5 @@ def start_workers(
     )
     dispatcher.add_pool("rollout", ranks or sampling, floor=floor)
     dispatcher.add_pool("reward", rewards, max_in_flight=resources.reward_concurrency)
+    dispatcher.limits_s["reward"] = score_limit_s(reward_sets, resources)
     return Workers(placed, dispatcher, encoders[0] if encoders else None)

@@ -19,6 +19,7 @@ from core.checkpoints import (
     step_folders,
 )
 from core.recipe import ConfigError
+from core.run_lock import LOCK, RunTaken
 
 
 def fill(folder):
@@ -123,6 +124,31 @@ def test_a_supervised_run_sets_aside_what_lies_behind_its_checkpoint(tmp_path, m
     for kind in (CHECKPOINTS, BEST):
         assert list(step_folders(tmp_path / kind).values()) == [2]
         assert list(step_folders(tmp_path / "abandoned" / "1" / kind).values()) == [4]
+
+
+class OneRank:
+    """Does every step it is asked for."""
+
+    def call(self, method, *arguments):
+        return [True]
+
+
+class Run(training.SupervisedRun):
+    recorded = 0
+
+    def record(self, figures, seconds):
+        self.recorded += 1
+
+    def due(self):
+        return []
+
+
+def test_a_supervised_run_that_was_taken_over_records_no_further_step(tmp_path):
+    run = Run(Recipe(tmp_path), OneRank(), training.RunState(), end=4, log_every=2, fresh=True)
+    (tmp_path / LOCK).write_text('{"pid": 4, "host": "node7"}')
+    with pytest.raises(RunTaken, match="taken over by process 4 on node7"):
+        run.run()
+    assert run.recorded == 0
 
 
 def test_an_earlier_run_is_not_written_over(tmp_path):

@@ -2,7 +2,9 @@
 
 import pytest
 
-from rewards.base import RewardSet, RewardSpec
+from core.prompts import Prompt
+from rewards import checks
+from rewards.base import RewardSet, RewardSpec, ServiceSpec
 from rewards.checks import check_rewards
 
 KEYWORDS = "*, images, prompts, references, metadata"
@@ -58,6 +60,53 @@ def test_every_problem_of_a_set_is_told(reward_file):
             strict=True,
         )
     ] == [True] * 5
+
+
+PROMPTS = [
+    Prompt(i, "t2i", f"p{i}", metadata={"k": "x" if i in (20, 33) else 1}, origin=f"a:{i}") for i in range(40)
+]
+
+
+def test_the_metadata_of_every_prompt_are_tried_and_the_bad_ones_named(reward_file):
+    path = reward_file(f"def reward({KEYWORDS}): return [1 + m.get('k', 1) for m in metadata]")
+    problems = check_rewards(reward_set(path), prompts=PROMPTS)
+    assert [problem.split(" raised ")[0] for problem in problems] == [
+        f"a:{i}: reward 'reward': the dry call" for i in (20, 33)
+    ]
+    always = reward_file(
+        f"def reward({KEYWORDS}): return [{{}}[m['k']] if m else 0 for m in metadata]", name="b.py"
+    )
+    *named, rest = check_rewards(reward_set(always), prompts=PROMPTS)
+    assert len(named) == checks.NAMED and rest == "reward 'reward': and 35 prompts more"
+
+
+def test_a_reward_with_a_check_of_metadata_is_not_called(reward_file):
+    path = reward_file(
+        f"""
+        class reward:
+            def check(self): return []
+            def check_metadata(self, metadata):
+                if metadata["k"] == "x": raise ValueError("metadata.k: 'x' is no number")
+            def score(self, {KEYWORDS}): raise AssertionError
+        """
+    )
+    assert check_rewards(reward_set(path), prompts=PROMPTS) == [
+        f"a:{i}: reward 'reward': metadata.k: 'x' is no number" for i in (20, 33)
+    ]
+
+
+def test_what_cannot_be_tried_in_time_is_said(reward_file, monkeypatch, caplog):
+    monkeypatch.setattr(checks, "TRIES_S", 0.0)
+    path = reward_file(f"def reward({KEYWORDS}): return [1.0] * len(images)")
+    assert check_rewards(reward_set(path), prompts=PROMPTS) == []
+    assert "the metadata of 0 of 40 prompts were tried in 0 s" in caplog.text
+
+
+def test_metadata_that_no_service_can_be_sent(monkeypatch):
+    spec = RewardSpec("x.py:reward", service=ServiceSpec(("http://127.0.0.1:9",)))
+    prompts = [Prompt(0, "t2i", "p", metadata={"k": float("nan")}, origin="a:7")]
+    (problem,) = check_rewards(RewardSet("s", "t2i", [spec]), prompts=prompts)
+    assert problem.startswith("a:7: reward 'reward': Out of range float values are not JSON compliant")
 
 
 SERVED = f"""

@@ -1,6 +1,7 @@
 """`python -m rl.train`: exit codes, the plan and the list of what is missing. No Ray is started."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from core.recipe import to_yaml
+from core.run_lock import LOCK, RunTaken, hold_run
 from rl.loop.checkpoint import save_checkpoint
+from rl.loop.observer import Observer
 from rl.recipe.schema import load_config
 from rl.record.state import RunState
 from rl.train import main
@@ -117,6 +120,20 @@ def test_an_earlier_run_is_not_overwritten(recipe, tmp_path, capsys):
     (tmp_path / "tiny" / "metrics.jsonl").write_text("{}\n")
     assert main([str(recipe), f"output_dir={tmp_path}"]) == 2
     assert "holds an earlier run; add --resume auto, or set another name=" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_writes_is_left_alone(recipe, tmp_path, capsys):
+    with hold_run(tmp_path / "tiny"):
+        assert main([str(recipe), f"output_dir={tmp_path}", "--resume", "auto"]) == 2
+    assert f"another run writes there now, process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_a_run_that_was_taken_over_records_no_further_step(tmp_path):
+    observer = object.__new__(Observer)
+    observer.run_dir = tmp_path
+    (tmp_path / LOCK).write_text('{"pid": 4, "host": "node7"}')
+    with pytest.raises(RunTaken, match="taken over by process 4 on node7"):
+        observer.close_step(None, None, None, None)
 
 
 def test_resuming_from_a_folder_that_is_not_there(recipe, capsys):

@@ -140,6 +140,12 @@ def test_an_unreadable_reference_is_this_prompts_failure(encoder):
         encoder.encode([Prompt(4, "edit", "make it blue", "data:image/png;base64,AAAA")])
 
 
+@pytest.mark.parametrize("text", ["a \ud83d", 7], ids=["half of a surrogate pair", "no text"])
+def test_what_a_prompt_does_to_the_encoder_is_its_own_failure(encoder, text):
+    with pytest.raises(DataFailure, match=r"^a\.jsonl:3 "):
+        encoder.encode_one(Prompt(2, "t2i", text, origin="a.jsonl:3"))
+
+
 def test_metaquery_reads_the_picture_beside_prompt_and_negative_prompt(tmp_path):
     folder, vlm = make_tiny_metaquery(tmp_path)
     spec = EncoderSpec(

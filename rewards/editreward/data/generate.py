@@ -116,7 +116,6 @@ def generate(header: Header, section: GenerateSection, prompts: list[Prompt]) ->
     from rewards.editreward.data.generate_run import Generation, shard_path
 
     folder = output_folder(header, section)
-    folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
         adapters = load_adapters(section)
         record = made_with(header, section, prompts, list(adapters.sha256))

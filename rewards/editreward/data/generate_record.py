@@ -8,29 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from core.files import atomic_write_json
 from core.recipe import ConfigError
+from core.run_lock import hold_run
 
 RECORD = "generation.json"
-LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Keep other runs out, and clear away what a killed one left half-written. Raises ConfigError."""
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ConfigError([f"{folder}: another run writes there now"]) from error
-    try:
+    with hold_run(folder):
         for left in folder.glob(".*.tmp"):
             left.unlink()
         yield
-    finally:
-        lock.release()
 
 
 def same_as_before(path: Path, record: dict[str, Any]) -> None:

@@ -109,7 +109,6 @@ def label(
         log.info(line)
     if dry_run:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
         made_with = {
             "model": settings.model,

@@ -24,6 +24,7 @@ from PIL import Image
 
 from core.failures import DataError, SampleError
 from core.shards.tar import Member, list_shard, read_member, write_shard_file
+from core.text import parse_json
 
 SUFFIXES = ("source.png", "result.png", "json")
 EXTENSION = ".tar"
@@ -97,7 +98,7 @@ def read_sample(file: io.BufferedIOBase, key: str, members: Mapping[str, Member]
 def parse_record(content: bytes) -> dict[str, Any]:
     """The checked JSON of a sample. Raises SampleError."""
     try:
-        record = json.loads(content)
+        record = parse_json(content)
     except ValueError as error:
         raise SampleError(f"its JSON cannot be read ({error})") from error
     if not isinstance(record, dict):

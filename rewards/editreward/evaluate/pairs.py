@@ -9,7 +9,6 @@ Pictures are paths relative to the file. A set with other names for these keys a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 import recipes
 from core.agreement import best_threshold, pair_accuracy
 from core.statistics import Estimate, bootstrap_mean
+from core.text import parse_json, read_text
 from rewards.editreward.config import PairSetSection
 from rewards.editreward.data.shards import DataError
 
@@ -55,11 +55,11 @@ def load_pairs(section: PairSetSection) -> list[Preference]:
     path = recipes.resolve(section.path)
     if not path.is_file():
         raise DataError(f"pair set {section.name}: {path} does not exist")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         listed = text.lstrip().startswith("[")
         records = (
-            json.loads(text) if listed else [json.loads(line) for line in text.splitlines() if line.strip()]
+            parse_json(text) if listed else [parse_json(line) for line in text.split("\n") if line.strip()]
         )
     except ValueError as error:
         raise DataError(f"{path}: neither a JSON list nor JSON lines ({error})") from error

@@ -13,6 +13,7 @@ from core.command_line import add_recipe_arguments, report_dry_run
 from core.failures import DataError
 from core.logs import submitted_job
 from core.recipe import ConfigError
+from core.run_lock import hold_run
 from rewards.editreward.config import Recipe
 from rewards.editreward.settings import FILE, SettingsError
 from rewards.editreward.validate import load_recipe
@@ -79,7 +80,17 @@ def preflight(recipe: Recipe) -> list[str]:
 
 
 def train(recipe: Recipe, *, resume: str | None = None) -> int:
-    """Index the data, start the ranks, train to the end."""
+    """Check, then train to the end of the run in a folder that no other process writes."""
+    problems = preflight(recipe)
+    if problems:
+        raise ConfigError(problems)
+    with hold_run(recipe.run_dir):
+        _train(recipe, resume)
+    return 0
+
+
+def _train(recipe: Recipe, resume: str | None) -> None:
+    """Index the data, start the ranks, train."""
     from core.files import atomic_write_json, atomic_write_text
     from core.training.run import find_checkpoint, read_state, train_on_ranks
     from models.qwen25_vl import read_chat_template, read_token_pixels
@@ -89,9 +100,6 @@ def train(recipe: Recipe, *, resume: str | None = None) -> int:
     from rewards.editreward.train.run import FREE, TrainingRun, TrainState
     from rewards.editreward.validate import make_settings
 
-    problems = preflight(recipe)
-    if problems:
-        raise ConfigError(problems)
     checkpoint = find_checkpoint(recipe, resume, load_recipe, free=FREE)
     state = read_state(checkpoint, TrainState) if checkpoint else TrainState()
     run_dir, base = recipe.run_dir, recipes.resolve(recipe.model.path)
@@ -127,4 +135,3 @@ def train(recipe: Recipe, *, resume: str | None = None) -> int:
         step=state.step,
     )
     log.info("step %d done; best validation %s at step %d", done.step, done.best_score, done.best_step)
-    return 0

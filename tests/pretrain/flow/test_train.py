@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from core.cluster.ranks import LocalRank
 from core.recipe import ConfigError
+from core.run_lock import RunTaken, hold_run
 from models.metaquery.pipeline import MetaQueryPipeline
 from models.pipeline import KontextPipeline
 from pretrain.flow.__main__ import main, train
@@ -31,6 +32,12 @@ def straight(tmp_path_factory, tiny_model, tiny_vlm):
     recipe = flow_recipe(folder, tiny_model, "samples.every=4", "export_dtype=float32", vlm=tiny_vlm)
     assert main([str(folder / "recipe.yaml"), "samples.every=4", "export_dtype=float32"]) == 0
     return recipe
+
+
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path, tiny_model):
+    recipe = flow_recipe(tmp_path, tiny_model)
+    with hold_run(recipe.run_dir), pytest.raises(RunTaken, match="another run writes there now"):
+        train(recipe, resume="auto")
 
 
 def test_stopping_and_resuming_changes_no_bit(straight, tmp_path, tiny_model, tiny_vlm):

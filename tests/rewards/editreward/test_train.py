@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.recipe import ConfigError
+from core.run_lock import RunTaken, hold_run
 from core.training.run import read_state
 from rewards.editreward.__main__ import main
 from rewards.editreward.settings import FILE
@@ -96,6 +97,12 @@ def test_a_best_whose_weights_are_gone_is_none(tmp_path, base, shards, folder, s
     (recipe.run_dir / "best" / folder).mkdir(parents=True)
     state = TrainState(4, best_step=2, best_score=0.5)
     assert TrainingRun(recipe, None, FakeRanks(), [], state, fresh=False).state.best_score == score
+
+
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path, base, shards):
+    recipe = make_recipe(tmp_path, base, shards)
+    with hold_run(recipe.run_dir), pytest.raises(RunTaken, match="another run writes there now"):
+        train(recipe, resume="auto")
 
 
 def test_the_best_of_a_run_is_its_newest_by_number(tmp_path):

@@ -114,6 +114,17 @@ def test_a_reward_that_returns_a_wrong_count(recipe, tmp_path):
     assert "returned 1 scores for 2 images" in problem
 
 
+def test_metadata_of_every_prompt_are_tried(recipe, tmp_path):
+    records = [{"tag": "counting", "include": [{"class": "circle", "count": n}]} for n in (2, 0, 3)]
+    lines = [json.dumps({"prompt": "circles", **record}) for record in records]
+    (tmp_path / "t2i.jsonl").write_text("\n\n".join(lines))
+    reward = "stages[1].rewards[0].name=geneval_shapes"
+    (problem,) = problems_of(recipe, f"stages[1].prompts={tmp_path}/t2i.jsonl", reward)
+    assert problem.startswith(
+        f"{tmp_path}/t2i.jsonl:3: reward 'geneval_shapes': metadata.include[0].count: 0"
+    )
+
+
 def test_a_model_folder_with_holes(recipe, tmp_path):
     (tmp_path / "transformer").mkdir()
     problems = problems_of(recipe, f"model.path={tmp_path}")
@@ -144,8 +155,8 @@ def test_everything_wrong_is_told_at_once(recipe, tmp_path):
         "stages[1].steps=0 must be at least 1",
         "ODE steps, which have no log-probability and cannot be trained",
         "LoRA targets match no linear layer of this transformer: nowhere",
-        f"reference image {tmp_path}/broken.png of prompt 0 is unreadable",
-        "reference image data:image/png;base64,AAAA of prompt 1 is unreadable",
+        f"reference image {tmp_path}/broken.png of {tmp_path}/edit.jsonl:1 is unreadable",
+        f"reference image data:image/png;base64,AAAA of {tmp_path}/edit.jsonl:2 is unreadable",
         "has no 'absent'",
         f"{tmp_path}/t2i.jsonl:2: key 'prompt' must be a non-empty string",
         f"{tmp_path}/t2i.jsonl:3: not valid JSON",

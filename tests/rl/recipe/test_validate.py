@@ -162,10 +162,6 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"stages__0__rewards": served("judge", unavailable_s=850.0)},
         "reward 'judge' of stage 'edit': .* = 910 s reach resources.start_timeout_s=900",
     ),
-    "service waited for longer than a call": (
-        {"evaluation__tasks__0__rewards": served("judge", timeout_s=1700.0)},
-        "reward 'judge' of evaluation of edit: .* = 1820 s reach resources.call_timeout_s=1800",
-    ),
     "zero 3 in process": (
         {"resources__placement": "inprocess", "learner__zero_stage": 3}, "weights are spread over the others",
     ),

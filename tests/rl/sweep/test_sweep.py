@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from core.recipe import ConfigError
+from core.run_lock import hold_run
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
 from rl.recipe.schema import load_config
@@ -53,6 +54,13 @@ def grid_file(folder: Path, **changes) -> Path:
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(grid | changes))
     return path
+
+
+def test_a_grid_that_another_process_runs_is_left_alone(tmp_path, capsys):
+    tiny_recipe(tmp_path)
+    with hold_run(tmp_path / "runs" / "grid"):
+        assert main([str(grid_file(tmp_path))]) == 2
+    assert "another run writes there now" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from PIL import Image
 from rewards.base import RewardOutput
 from rewards.geneval import evaluate
 from rewards.geneval.rewards import check_credit, geneval_output
+from rewards.geneval.rules import check_record
 from worlds.shapes.scenes.edits import Edit
 from worlds.shapes.scenes.render import stack
 from worlds.shapes.scenes.world import Scene
@@ -29,6 +30,10 @@ class GenEvalShapes:
 
     def __init__(self, credit: str = "dense") -> None:
         self.credit = check_credit(credit)
+
+    def check_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Raises ValueError for a record that GenEval's rules cannot read."""
+        check_record(metadata)
 
     def score(
         self,
@@ -55,6 +60,10 @@ class EditShapes:
     Scores in [0, 1]; components `instruction` and `preservation`, whose product the score is. Raises
     ValueError for metadata without a sound `edit` or a picture of another size.
     """
+
+    def check_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Raises ValueError for metadata without a sound `edit`."""
+        Edit.from_json(metadata.get("edit", {}))
 
     def score(
         self,

@@ -12,6 +12,7 @@ import torch
 from core.logs import start_logging
 from core.recipe import ConfigError
 from core.recipe_help import add_help_config
+from core.run_lock import hold_run
 from worlds.shapes.training.config import (
     RECIPES,
     KontextRecipe,
@@ -58,11 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(recipe.threads)
         stage = build_stage(recipe)
         loop = TrainingLoop(stage, recipe, end_rule(recipe, stage))
-        loop.resume(options.resume)
+        with hold_run(loop.folder):
+            loop.resume(options.resume)
+            loop.run()
     except (ConfigError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    loop.run()
     return 0
 
 

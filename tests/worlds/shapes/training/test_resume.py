@@ -9,6 +9,7 @@ import torch
 
 from core.checkpoints import resume_folder, step_folders
 from core.recipe import ConfigError
+from core.run_lock import hold_run
 from worlds.shapes.training.checkpoint import load_checkpoint, save_checkpoint
 from worlds.shapes.training.config import load_recipe
 from worlds.shapes.training.evaluate import Base, heldout_questions, score
@@ -202,6 +203,14 @@ def test_an_earlier_run_is_not_written_over(parts, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert main([str(SHAPES / "vae.yaml"), *overrides_of("vae", parts, tmp_path)]) == 2
     assert "holds an earlier run; add --resume auto" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_writes_is_left_alone(parts, tmp_path, capsys):
+    with hold_run(tmp_path):
+        assert (
+            main([str(SHAPES / "vae.yaml"), *overrides_of("vae", parts, tmp_path), "--resume", "auto"]) == 2
+        )
+    assert "another run writes there now" in capsys.readouterr().err
 
 
 def test_going_back_sets_later_checkpoints_aside(parts, tmp_path):

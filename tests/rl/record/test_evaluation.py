@@ -1,0 +1,48 @@
+"""An evaluation loses the prompts that fail, and no others."""
+
+import json
+from types import SimpleNamespace
+
+from rl.recipe.schema import EvaluationConfig, EvaluationTaskConfig
+from rl.record.evaluation import Evaluator
+from rl.workers.requests import RolloutResult
+from rollout.worker import Policy
+
+
+class OneBadPrompt:
+    """Draws and scores a prompt by its text; a batch with `bad` in it fails."""
+
+    def __init__(self):
+        self.seeds = {}
+
+    def sample(self, requests, spec, policy, *, step, label):
+        for request in requests:
+            texts = [prompt.prompt for prompt in request.prompts]
+            if "bad" in texts:
+                yield RolloutResult(request, (), failure="cannot be drawn")
+                continue
+            self.seeds |= dict(zip(texts, request.seeds, strict=True))
+            values = [float(text) for text in texts]
+            score = SimpleNamespace(rewards=values, components={"r": values})
+            yield RolloutResult(request, (), score=score)
+
+    def score(self, sampled, reward_set, *, step, total, label):
+        yield from sampled
+
+
+def scores(tmp_path, texts):
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    task = EvaluationTaskConfig(task="t2i", prompts=str(tmp_path / "p.jsonl"), num_prompts=len(texts))
+    workers = OneBadPrompt()
+    evaluator = Evaluator(EvaluationConfig(tasks=[task], batch_size=4), workers, tmp_path / "run", 0)
+    return evaluator.evaluate("before", Policy(1, "a", ()), 0)["t2i"], workers.seeds
+
+
+def test_a_prompt_that_cannot_be_drawn_takes_no_other_of_its_batch_along(tmp_path, caplog):
+    found, seeds = scores(tmp_path, ["0", "bad", "2", "3", "4", "5"])
+    assert found.rewards == [0.0, None, 2.0, 3.0, 4.0, 5.0]
+    assert found.components == {"r": found.rewards}
+    assert f"{tmp_path}/p.jsonl:2 is not scored: cannot be drawn" in caplog.text
+    _, before = scores(tmp_path / "whole", ["0", "1", "2", "3", "4", "5"])
+    assert seeds.items() <= before.items()
