@@ -252,7 +252,7 @@ class Learner:
         return gaussian_kl(step.mean, reference.mean, step.diffusion, step.step_std, self.config.kl_form)
 
     def _rehearse(self, rehearsal: Rehearsal, group: int, statistics: StatsAccumulator) -> None:
-        """Forward and backward of `beta |v - v_start|^2`; `group`, the update's first, names the states to draw."""
+        """Forward and backward of `beta |v - v_start|^2`; `group`, the first of this rank's share, names the states."""
         for batch in rehearsal.batches(group, device=self.replica.device, dtype=self.dtype):
             velocity = self._rehearsed_velocity(self.engine, batch)
             with torch.no_grad(), use_adapter(self.transformer, self.reference):

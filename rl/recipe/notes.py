@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import recipes
 from core.prompts import Prompt, Task, load_prompts
@@ -89,7 +90,7 @@ def _encoding(config: RunConfig, prompts: Sequence[str]) -> Iterator[str]:
 
 def _without_effect(config: RunConfig) -> Iterator[str]:
     model, rollout, resources = config.model, config.rollout, config.resources
-    idle = []
+    idle: list[tuple[Any, str, str, str]] = []
     if model.vlm is not None:
         idle.append((model, "max_sequence_length", "model", "MetaQuery reads prompts whole"))
     if not rollout.window_size:

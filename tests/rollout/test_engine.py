@@ -137,12 +137,13 @@ def test_a_shared_transformer_keeps_the_learners_adapter_active(replica_spec):
     transformer = make_tiny_transformer()
     attach_lora(transformer, rank=2, alpha=4.0, targets=["attn.to_q"], adapter_name="policy")
     attach_rollout_adapter(transformer, replica_spec)
-    engine = RolloutEngine(replica_spec, transformer)
+    engine = RolloutEngine(replica_spec, transformer.train())
     engine.load_adapter(adapter(engine, 8, scale=0.3))
     engine.sample(SampleRequest(0, 0, (10,), (0,)), SPEC, None, [text(1)])
     assert all(p.requires_grad for p in adapter_parameters(transformer, "policy").values())
     assert not any(p.requires_grad for p in adapter_parameters(transformer, ROLLOUT_ADAPTER).values())
     assert transformer.transformer_blocks[0].attn.to_q.active_adapters == ["policy"]
+    assert transformer.training
 
 
 def test_a_request_may_name_its_size_and_draws_what_the_pipeline_draws(engine, model_folder):
