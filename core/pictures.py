@@ -16,6 +16,7 @@ DATA_URI = "data:image/"
 MAX_PIXELS = 89_478_485
 """Width x height of the largest picture that is read: 268 MB as RGB, and where PIL begins to suspect an attack."""
 
+_TOO_LARGE = f"more than the {MAX_PIXELS / 1e6:.0f} megapixels that are read: scale it down first"
 _GAP = 2
 
 
@@ -56,11 +57,12 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise ValueError(
-                    f"{width} x {height} px are more than the {MAX_PIXELS / 1e6:.0f} megapixels that are read: "
-                    "scale it down first"
-                )
+                raise ValueError(f"{width} x {height} px are {_TOO_LARGE}")
             return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} is unreadable (it looks like a decompression bomb, its pixels are {_TOO_LARGE})"
+        ) from error
     except UnidentifiedImageError as error:
         raise ValueError(
             f"{name} is unreadable (cannot identify it as a picture of a known format)"

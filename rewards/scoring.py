@@ -23,6 +23,8 @@ from rewards.loading import LoadedReward, describe_error
 logger = logging.getLogger(__name__)
 
 MIN_SCORED_SHARE = 0.5
+LARGEST_SCORE = 1e100
+"""Beyond it a score is as missing as an infinite one: the squares of a group's spread would overflow."""
 LONGEST_RETRY_AFTER_S = 120.0
 
 Sleep = Callable[[float], Awaitable[None]]
@@ -154,7 +156,8 @@ def _weighted_sum(terms: Sequence[tuple[float, float | None]]) -> float | None:
     """None as soon as one score is missing: a sum over fewer rewards would be on another scale."""
     if any(score is None for _, score in terms):
         return None
-    return math.fsum(weight * score for weight, score in terms if score is not None)
+    weighed = [weight * score for weight, score in terms if score is not None]
+    return math.fsum(weighed) if all(abs(value) <= LARGEST_SCORE for value in weighed) else None
 
 
 def _drop_reason(
@@ -182,9 +185,10 @@ def _drop_reason(
 
 
 def _finite(values: Sequence[float | None]) -> tuple[list[float | None], dict[str, int]]:
-    """The values with None for all that is not finite, and the number of None by cause."""
+    """The values with None for all that is no number or beyond `LARGEST_SCORE`, and the number of None by cause."""
     causes = [
-        "none" if v is None else "nan" if math.isnan(v) else "inf" if math.isinf(v) else "" for v in values
+        "none" if v is None else "nan" if math.isnan(v) else "inf" if abs(v) > LARGEST_SCORE else ""
+        for v in values
     ]
     kept = [None if cause else value for value, cause in zip(values, causes, strict=True)]
     return kept, dict(Counter(cause for cause in causes if cause))

@@ -22,6 +22,8 @@ USES = {
 _FILES = {
     "component": """
         bench/test_engine.py
+        cases/test_adapters.py
+        cases/test_recipes.py::test_a_place
         bench/test_learning_pictures.py
         bench/test_metaquery_proof.py::test_a_variant
         bench/test_service_bench.py

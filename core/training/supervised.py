@@ -9,6 +9,7 @@ and average, and a resumed run repeats the other one to the bit.
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,14 @@ from core.training.ema import ShardedAverage
 from core.training.optimization import trained_parameters
 from core.training.schedule import Schedule, lr_factor
 
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 3
+"""Steps whose gradient is not finite that a training takes without stopping."""
+
 ENGINE = "engine"
+GRADIENT_BUCKET = 30_000_000
+"""Gradients reduced at once: .12 GB in float32, where DeepSpeed's own 5e8 take 1 GB and more beside a small adapter."""
 
 
 class AdamW(Schedule, Protocol):
@@ -65,7 +73,7 @@ class SupervisedRank(ABC):
     def __init__(self, settings: TrainerSettings, rank: int):
         torch.set_num_threads(settings.threads)
         self.settings, self.rank, self.device = settings, rank, settings.device
-        self.step = 0
+        self.step = self.skipped = 0
         self.batches: Iterator[Any] | None = None
         self.average: ShardedAverage | None = None
 
@@ -174,28 +182,58 @@ class SupervisedRank(ABC):
             self.engine.backward(loss / settings.micro_batches)
             parts.append(part)
         self.engine.step()
-        if self.average is not None:
+        if not self.engine.was_step_applied():  # DeepSpeed leaves out a gradient that is not finite
+            self._note_skipped()
+        elif self.average is not None:
             self.average.step(self.average.live())
         self.step += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         return self.figures(parts, norm, settings.optimization.lr * factor)
 
+    def _note_skipped(self) -> None:
+        """Raises FloatingPointError, on all ranks alike, when it happens more often than by accident."""
+        self.skipped += 1
+        logger.error("step %d: skipped, its gradient is not finite (%d so far)", self.step, self.skipped)
+        if self.skipped > MOST_SKIPPED:
+            raise FloatingPointError(
+                f"step {self.step}: {self.skipped} steps were skipped because their gradients were not finite; lower "
+                "the learning rate and go on from an earlier checkpoint"
+            )
+
 
 def engine_config(settings: TrainerSettings) -> dict[str, Any]:
-    """Gradients accumulate until `engine.step()`; the loss is scaled by the caller and by nothing else."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
+    """The trainer's DeepSpeed configuration."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
     host = {"device": "cpu", "pin_memory": settings.device == "cuda"}
     if settings.offload != "none":
         zero["offload_optimizer"] = host
     if settings.offload == "parameters":
         zero["offload_param"] = host
+    return deepspeed_config(
+        settings.dtype,
+        zero,
+        micro_batch_size=settings.micro_batch_size,
+        clip=settings.optimization.gradient_clip,
+    )
+
+
+def deepspeed_config(
+    dtype: str, zero: dict[str, Any], *, micro_batch_size: int, clip: float
+) -> dict[str, Any]:
+    """Gradients accumulate until `engine.step()`; the loss is scaled by the caller and by nothing else.
+
+    They are summed and reduced in float32 whatever the weights' dtype: in bfloat16, 288 additions are 1.7 % off.
+    """
+    bucket = {"reduce_bucket_size": GRADIENT_BUCKET, "allgather_bucket_size": GRADIENT_BUCKET}
     return {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": settings.optimization.gradient_clip,
-        "bf16": {"enabled": settings.dtype == "bfloat16"},
-        "zero_optimization": zero,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": bucket | {"overlap_comm": False} | zero,
         "zero_allow_untested_optimizer": True,
         # With offload DeepSpeed would insist on an Adam of its own, which it compiles at the first start.
         "zero_force_ds_cpu_optimizer": False,

@@ -16,7 +16,8 @@ _MEANS = ("ratio", "policy_loss", "kl", "approx_kl", "clipped_low", "clipped_hig
 @dataclass(frozen=True)
 class UpdateStats:
     """Global means over useful (sample, step) pairs; `gaps` only at the first update of a rollout; `rehearsal` is the
-    mean squared change of velocity, None in a stage without rehearsal."""
+    mean squared change of velocity, None in a stage without rehearsal; `skipped`: the gradient was not finite and
+    changed nothing."""
 
     loss: float
     policy_loss: float
@@ -27,9 +28,10 @@ class UpdateStats:
     ratio_max: float
     clip_fraction_low: float
     clip_fraction_high: float
-    grad_norm: float
+    grad_norm: float | None
     gaps: LogProbGaps | None
     rehearsal: float | None = None
+    skipped: bool = False
 
 
 class StatsAccumulator:
@@ -55,7 +57,9 @@ class StatsAccumulator:
         self._sums[-2:] += torch.stack([distance.double(), torch.ones_like(distance, dtype=torch.float64)])
         self._rehearsal_beta = beta
 
-    def result(self, grad_norm: float | Tensor | None, gaps: LogProbGaps | None) -> UpdateStats:
+    def result(
+        self, grad_norm: float | Tensor | None, gaps: LogProbGaps | None, *, skipped: bool = False
+    ) -> UpdateStats:
         torch.distributed.all_reduce(self._sums)
         torch.distributed.all_reduce(self._extremes, op=torch.distributed.ReduceOp.MAX)
         *sums, count, distances, rehearsed = self._sums.tolist()
@@ -72,7 +76,8 @@ class StatsAccumulator:
             ratio_max=high,
             clip_fraction_low=mean["clipped_low"],
             clip_fraction_high=mean["clipped_high"],
-            grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
+            grad_norm=None if grad_norm is None else float(grad_norm),
             gaps=gaps,
             rehearsal=rehearsal,
+            skipped=skipped,
         )

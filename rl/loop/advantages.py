@@ -8,6 +8,11 @@ from typing import Literal
 
 import numpy as np
 
+from rewards.scoring import LARGEST_SCORE
+
+NO_SPREAD = 1e-12
+"""Rewards of a group that differ by no more are equal."""
+
 
 @dataclass(frozen=True)
 class Advantages:
@@ -31,14 +36,15 @@ def group_advantages(
     """`A = (r - mean_group) / (std + eps)`, clamped to +-clip (paper eq. 1; eps and the clamp are Flow-GRPO's).
 
     `std` is the population standard deviation of the sample's group (paper) or of the whole batch. A sample
-    that is masked or has no reward (None, NaN) takes no part in its group's mean or spread. Samples of a group
-    without spread carry no signal: they are marked unused and leave the policy term and the KL term alike.
+    that is masked or has no reward (None, NaN, or beyond `LARGEST_SCORE`) takes no part in its group's mean or
+    spread. Samples of a group without spread carry no signal: they are marked unused and leave the policy term
+    and the KL term alike.
 
     Raises ValueError for unequal lengths or an unknown `std`.
     """
     values = np.array([np.nan if r is None else float(r) for r in rewards], dtype=np.float64)
     groups = np.asarray(group_ids)
-    keep = np.isfinite(values)
+    keep = np.abs(values) <= LARGEST_SCORE
     if mask is not None:
         if len(mask) != len(values):
             raise ValueError(f"mask has {len(mask)} entries for {len(values)} rewards")
@@ -58,7 +64,7 @@ def group_advantages(
             continue
         scored_groups += 1
         centred = values[rows] - values[rows].mean()
-        if np.ptp(values[rows]) <= 1e-12:
+        if np.ptp(values[rows]) <= NO_SPREAD:
             flat_groups += 1
             continue
         spread = values[rows].std() if std == "group" else batch_std

@@ -25,7 +25,7 @@ from rl.loop.cluster import Cluster, training_spec
 from rl.loop.observer import Observer, StepOutcome
 from rl.loop.rehearsal import prepare_rehearsal
 from rl.loop.schedule import ScheduledPart, StageSchedule, stage_learning_rate
-from rl.loop.step import group_requests, make_batch
+from rl.loop.step import describe_fates, group_fates, group_requests, make_batch
 from rl.recipe.schema import RunConfig, StageConfig
 from rl.record.state import RunState, StageProgress
 from rl.workers.collect import Collector
@@ -39,6 +39,10 @@ MOST_LOSSES = 3
 
 class TooManyFailedPrompts(RuntimeError):
     """More prompts could not be sampled than `rollout.max_failed_prompts` allows."""
+
+
+class NothingLearned(RuntimeError):
+    """A stage, or one update after another, left the adapter as it was."""
 
 
 class Controller:
@@ -85,6 +89,7 @@ class Controller:
         for index, stage in list(enumerate(self.config.stages))[self.state.stage :]:
             self._begin_stage(index, stage)
             self._train(stage)
+            self._check_learned(stage)
             self.observer.close_stage(index, self.policy)
         self.observer.close_run()
 
@@ -109,9 +114,9 @@ class Controller:
             with self.protected():  # learner and records go on together; before, a stop costs samples alone
                 self._guard(part, results)
                 rate = stage_learning_rate(config.learner, step, stage.steps)
-                stats = self._update(batch, rate, number)  # clipped objective, LoRA only
+                stats = self._update(batch, results, rate, number)  # clipped objective, LoRA only
                 clock.lap("update")
-                if stats:
+                if any(not s.skipped for s in stats):
                     with self.observer.journal.timed("publish", number):
                         self._publish(self.state.version + 1, updated=True)  # returns only when verified
                 clock.lap("publish")
@@ -165,14 +170,44 @@ class Controller:
         self._losses = 0
         return True
 
-    def _update(self, batch: TrainBatch, rate: float, step: int) -> list[UpdateStats]:
-        """One entry per optimizer update; none where no group has spread in its rewards."""
+    def _update(
+        self, batch: TrainBatch, results: Sequence[RolloutResult], rate: float, step: int
+    ) -> list[UpdateStats]:
+        """One entry per optimizer update; none where no group teaches anything."""
         if not batch.updates:
-            log.warning("step %d: no group has spread in its rewards; nothing to learn", step)
+            log.warning("step %d: nothing to learn: %s", step, describe_fates(group_fates(results)))
             return []
         stats, spans = self.learner.update(rate)
         self.observer.journal.update_spans(spans, step)
+        self._check_applied(stats, step)
         return stats
+
+    def _check_applied(self, stats: Sequence[UpdateStats], step: int) -> None:
+        """Count updates that DeepSpeed skipped; stop when there are more than a run can have by accident."""
+        skipped, limit = sum(s.skipped for s in stats), self.config.learner.max_skipped_updates
+        self.state.skipped_updates += skipped
+        if skipped:
+            log.error(
+                "step %d: %d of %d updates skipped, their gradient is not finite", step, skipped, len(stats)
+            )
+        if self.state.skipped_updates > limit:
+            raise NothingLearned(
+                f"step {step}: {self.state.skipped_updates} updates had a gradient that is not finite and were "
+                f"skipped (learner.max_skipped_updates={limit}); look at the rewards of these steps in groups.jsonl, "
+                "or lower learner.learning_rate and go on from an earlier checkpoint"
+            )
+
+    def _check_learned(self, stage: StageConfig) -> None:
+        """A stage without an update would be shipped as if it had been trained."""
+        progress = self.state.stages[-1]
+        if progress.updates:
+            return
+        line = (
+            f"stage {stage.name!r} ended without one optimizer update that took effect: "
+            f"{describe_fates(progress.fates)}; the log and groups.jsonl name them"
+        )
+        self.observer.journal.alarms([line])
+        raise NothingLearned(line)
 
     def _publish(self, version: int, *, updated: bool = False) -> None:
         """Give the live adapter to the replicas, unless they have it; an update must have changed it (`updated`)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rl.learner.worker import LearnerGroup
 from rl.loop.advantages import Advantages
 from rl.loop.checkpoint import save_checkpoint
 from rl.loop.schedule import ScheduledPart
-from rl.loop.step import reward_metrics, update_metrics
+from rl.loop.step import group_fates, reward_metrics, update_metrics
 from rl.recipe.schema import RunConfig, StageConfig
 from rl.recipe.stage_parts import stage_tasks
 from rl.record.evaluation import Evaluator
@@ -195,6 +196,8 @@ class Observer:
         progress.seconds += seconds
         progress.reward_mean = metrics["reward/mean"]
         progress.samples += outcome.images
+        progress.updates += sum(not s.skipped for s in outcome.stats)
+        progress.fates = dict(Counter(progress.fates) + group_fates(outcome.results))
         progress.missing += round(metrics["reward/missing_share"] * outcome.images)
         state.images += self.rollout.take_images()
         state.seconds += seconds
@@ -216,7 +219,7 @@ class Observer:
             samples = self.evaluator.gallery.get(task, {}).get(moment, [])
             self.journal.grid(task, stage_name, samples, state.step)
         if state.stages:
-            self.journal.alarms(self.results.hacking_alarms(state.stage, scores))
+            self.journal.alarms(self.results.stage_alarms(state.stage, scores))
 
     def _gallery(self, stage: StageConfig, policy: Policy) -> None:
         step = self.state.step

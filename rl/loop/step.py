@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,13 @@ import numpy as np
 from core.seeds import derive_seed
 from rl.learner.batching import SampleRef, TrainBatch, make_train_batch, trained_positions
 from rl.learner.stats import UpdateStats
-from rl.loop.advantages import Advantages, group_advantages
+from rl.loop.advantages import NO_SPREAD, Advantages, group_advantages
 from rl.recipe.schema import RunConfig
 from rl.workers.requests import RolloutRequest, RolloutResult
 from rollout.prompts import PromptGroup
 from rollout.sampler import SamplingSpec
+
+USEFUL = "taught"
 
 
 def group_requests(groups: Iterable[PromptGroup], spec: SamplingSpec) -> list[RolloutRequest]:
@@ -73,6 +75,28 @@ def make_batch(results: Sequence[RolloutResult], config: RunConfig) -> tuple[Tra
     return batch, advantages
 
 
+def group_fates(results: Sequence[RolloutResult]) -> Counter[str]:
+    """How many groups could not be sampled, were not scored, have no spread, or teach something (`USEFUL`)."""
+    return Counter(_fate(result) for result in results)
+
+
+def _fate(result: RolloutResult) -> str:
+    if result.failure:
+        return "could not be sampled"
+    score = result.score
+    kept = [] if score is None else [r for r, used in zip(score.rewards, score.mask, strict=True) if used]
+    scored = [r for r in kept if r is not None]
+    if not scored:
+        return "were not scored"
+    return USEFUL if max(scored) - min(scored) > NO_SPREAD else "have no spread in their rewards"
+
+
+def describe_fates(fates: Mapping[str, int]) -> str:
+    """`of 8 groups 6 could not be sampled, 2 have no spread in their rewards`."""
+    parts = [f"{count} {fate}" for fate, count in sorted(fates.items()) if count]
+    return f"of {sum(fates.values())} groups {', '.join(parts) or 'none was drawn'}"
+
+
 def reward_metrics(results: Sequence[RolloutResult], advantages: Advantages, clip: float) -> dict[str, Any]:
     """Rewards, what is missing, and the advantages of one step."""
     scores = [r.score for r in results if r.score is not None]
@@ -116,7 +140,8 @@ def update_metrics(stats: Sequence[UpdateStats], learning_rate: float, samples: 
         "policy/ratio_max": max(s.ratio_max for s in stats),
         "policy/clip_fraction_low": _mean([s.clip_fraction_low for s in stats]),
         "policy/clip_fraction_high": _mean([s.clip_fraction_high for s in stats]),
-        "optimizer/grad_norm": _mean([s.grad_norm for s in stats if not math.isnan(s.grad_norm)]),
+        "optimizer/grad_norm": _mean([s.grad_norm for s in stats if s.grad_norm is not None]),
+        "optimizer/skipped": sum(s.skipped for s in stats),
         "optimizer/lr": learning_rate,
     }
     if stats[0].rehearsal is not None:

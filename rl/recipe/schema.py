@@ -94,7 +94,7 @@ class RolloutConfig:
     variant: Literal["sde", "cps", "ode"] = "sde"
     """How a step draws noise: Flow-GRPO's SDE, coefficients-preserving sampling, or not at all."""
     guidance_scale: NonNegative = 4.5
-    """Classifier-free guidance; 1 does without."""
+    """Classifier-free guidance; up to 1 there is none."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     window_size: AtLeast0 = 0
@@ -145,6 +145,8 @@ class LearnerConfig:
     """AdamW's term against division by zero."""
     max_grad_norm: Positive = 1.0
     """Norm that gradients are clipped to."""
+    max_skipped_updates: AtLeast0 = 3
+    """Updates of the whole run that may be skipped, for a gradient that is not finite, before it stops."""
     clip_range: Positive = 1e-4
     """Epsilon: the importance ratio is clipped to 1 -/+ this (not in the paper)."""
     kl_beta: NonNegative = 0.04
@@ -233,7 +235,7 @@ class EvaluationConfig:
     num_steps: Count = 28
     """Denoising steps."""
     guidance_scale: NonNegative = 4.5
-    """Classifier-free guidance; 1 does without."""
+    """Classifier-free guidance; up to 1 there is none."""
     baseline_guidance: list[NonNegative] = field(default_factory=list)
     """Further guidance scales for the untrained model, so that guidance is not mistaken for learning."""
     batch_size: Count = 8

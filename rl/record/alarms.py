@@ -1,4 +1,4 @@
-"""The alarm for reward hacking: the trained reward rises on held-out prompts while the score that is trusted falls."""
+"""Alarms on held-out prompts: a trained task that gets worse, by itself or while the trained reward rises (hacking)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def reward_hacking(stage: str, trained: Sequence[str], before: TaskScores, now: 
                 "stop here, go back to an earlier checkpoint, and mend the reward or raise learner.kl_beta"
             )
     return lines
+
+
+def trained_task_fell(stage: str, before: TaskScores, now: TaskScores) -> list[str]:
+    """A line where the task that a stage trains has fallen since `before`, the stage's start, beyond its 95 % interval
+    over prompts."""
+    change = paired_bootstrap(before.rewards, now.rewards)
+    if not _fell(change):
+        return []
+    return [
+        f"the trained task fell: over stage {stage!r}, at step {now.step}, {now.task} changed by {_signed(change)} on "
+        "held-out prompts; stop here and go back to an earlier checkpoint, with a lower learner.learning_rate or a "
+        "higher learner.kl_beta"
+    ]
 
 
 def _rose(change: Difference) -> bool:

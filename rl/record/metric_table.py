@@ -51,6 +51,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("optimizer/lr", "1", "Learning rate of the last update."),
     Metric("optimizer/samples", "samples", "Samples with weight in the step's updates."),
     Metric("optimizer/updates", "updates", "Optimizer updates made; 0 when no group had spread."),
+    Metric(
+        "optimizer/skipped", "updates", "Those of them that changed nothing: their gradient was not finite."
+    ),
     Metric("gate/log_prob_gap_mean", "nat/element", "Mean absolute gap of rollout log-probs to the replay."),
     Metric("gate/log_prob_gap_max", "nat/element", "Largest single gap."),
     Metric(

@@ -18,7 +18,7 @@ from rewards.base import reward_label
 from rewards.recipe import reward_specs
 from rl.recipe.schema import RunConfig
 from rl.recipe.stage_parts import stage_parts, stage_tasks
-from rl.record.alarms import reward_hacking
+from rl.record.alarms import reward_hacking, trained_task_fell
 from rl.record.evaluation import Evaluator, TaskScores
 from rl.record.gallery import before_after_sheet
 from rl.record.state import RunState
@@ -75,14 +75,18 @@ class RunResults:
             if trained != [task] and change.mean is not None and change.mean < -margin
         ]
 
-    def hacking_alarms(self, index: int, scores: dict[str, TaskScores]) -> list[str]:
-        """One line per reward of stage `index` that rises on held-out prompts while their trusted score falls."""
+    def stage_alarms(self, index: int, scores: dict[str, TaskScores]) -> list[str]:
+        """Of each part of stage `index` whose held-out score falls a line per reward that rises meanwhile, or one for
+        the fall alone."""
         lines = []
         for part in stage_parts(self.config.stages[index]):
             if part.task in scores:
                 labels = [reward_label(spec) for spec in reward_specs(part.rewards)]
                 before = self._scores(index - 1)[part.task]
-                lines += reward_hacking(part.label, labels, before, scores[part.task])
+                now = scores[part.task]
+                lines += reward_hacking(part.label, labels, before, now) or trained_task_fell(
+                    part.label, before, now
+                )
         return lines
 
     def summary(self, state: RunState, *, finished: bool = True) -> RunSummary:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class StageProgress:
-    """What a stage has come to so far."""
+    """What a stage has come to so far. `updates` took effect; `fates`: of its groups (`rl/loop/step.py`)."""
 
     name: str
     steps: int = 0
@@ -15,6 +15,8 @@ class StageProgress:
     reward_mean: float | None = None
     samples: int = 0
     missing: int = 0
+    updates: int = 0
+    fates: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -34,3 +36,4 @@ class RunState:
     failed_prompts: int = 0
     stages: list[StageProgress] = field(default_factory=list)
     unseen: bool = False
+    skipped_updates: int = 0

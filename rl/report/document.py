@@ -13,7 +13,7 @@ from core.spans import SPANS_FILE, Span
 from rl.report.compare import ablation, differing_settings, ends
 from rl.report.curves import drawn_panels, training_table
 from rl.report.evaluations import Scores, base_guidance, changes, evaluation_curves, read_scores
-from rl.report.gallery import gallery, groups
+from rl.report.gallery import flat_prompts, gallery, groups, read_groups
 from rl.report.pictures import Shelf
 from rl.report.reading import number, read_lines
 from rl.report.runs import Run, read_run, run_labels, run_state
@@ -61,7 +61,7 @@ def report_document(folders: Sequence[Path], trace_links: Sequence[str | None]) 
 def _run_entry(
     run: Run, table: dict[str, Any], scores: Sequence[Scores], spans: Sequence[Span], shelf: Shelf, share: int
 ) -> dict[str, Any]:
-    summary = run.summary or {}
+    summary, records = run.summary or {}, read_groups(run)
     return {
         "label": run.label,
         "state": run_state(run),
@@ -77,7 +77,8 @@ def _run_entry(
         "guidance": base_guidance(scores),
         "changes": changes(run, scores),
         "gallery": gallery(run, shelf, PICTURE_BUDGET // share),
-        "groups": groups(run, shelf, GROUP_PICTURE_BUDGET // share),
+        "flat": flat_prompts(records),
+        "groups": groups(run, records, shelf, GROUP_PICTURE_BUDGET // share),
         "timeline": timeline(run, spans, MOST_SPANS // share),
         "alarms": run.alarms,
         "notes": run.notes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rl.record.groups import GROUPS_FILE, GROUPS_FOLDER, GroupRecord, best_and_worst, picture_path
@@ -11,7 +12,7 @@ from rl.report.pictures import Shelf, cut_grid
 from rl.report.reading import column, number, read_lines, thinned
 from rl.report.runs import Run
 
-MOST_GROUP_STEPS = 400
+MOST_GROUP_STEPS, MOST_FLAT = 400, 50
 _NO_SPREAD = 1e-12  # as in rl.loop.advantages
 
 
@@ -53,22 +54,63 @@ def gallery(run: Run, shelf: Shelf, budget: int) -> dict[str, Any]:
     return tasks
 
 
-def groups(run: Run, shelf: Shelf, budget: int) -> list[dict[str, Any]]:
-    """Per step `{"step", "stage", "groups", "equal", "best", "worst"}`: how many groups, how many without spread.
-
-    Best and worst are by mean reward, as `{"group", "prompt", "mean", "rewards", "components", "pictures", ...}`;
-    `pictures` is None where the run kept none.
-    """
+def read_groups(run: Run) -> list[GroupRecord]:
+    """Every group on record; what is none becomes a note."""
     if not (run.path / GROUPS_FILE).is_file():
         run.notes.append(f"{GROUPS_FILE} is missing, so the best and the worst groups are not known")
         return []
-    by_step: dict[int, list[GroupRecord]] = defaultdict(list)
+    records = []
     for line in read_lines(run.path / GROUPS_FILE, run.notes):
         record = _record(line)
         if record is None:
             run.notes.append(f"{GROUPS_FILE}: a record of step {line['step']} is not a group and left out")
         else:
-            by_step[record.step].append(record)
+            records.append(record)
+    return records
+
+
+def flat_prompts(records: list[GroupRecord]) -> dict[str, Any]:
+    """Prompts that were scored and never had spread, so that nothing was ever learned from them: `{"count", "of",
+    "shown": [{"stage", "prompt", "groups", "mean"}]}`, those drawn most often first."""
+    drawn: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
+    for record in records:
+        rewards = _scored(record)
+        if rewards:
+            drawn[record.stage, record.prompt].append(rewards)
+    flat = [(key, found) for key, found in drawn.items() if all(map(_is_flat, found))]
+    flat.sort(key=lambda entry: (-len(entry[1]), entry[0]))
+    return {
+        "count": len(flat),
+        "of": len(drawn),
+        "shown": [
+            {
+                "stage": stage,
+                "prompt": prompt,
+                "groups": len(found),
+                "mean": number(fmean(r[0] for r in found)),
+            }
+            for (stage, prompt), found in flat[:MOST_FLAT]
+        ],
+    }
+
+
+def _scored(record: GroupRecord) -> list[float]:
+    return [] if record.dropped else [reward for reward in record.rewards if reward is not None]
+
+
+def _is_flat(rewards: list[float]) -> bool:
+    return max(rewards) - min(rewards) <= _NO_SPREAD
+
+
+def groups(run: Run, records: list[GroupRecord], shelf: Shelf, budget: int) -> list[dict[str, Any]]:
+    """Per step `{"step", "stage", "groups", "equal", "best", "worst"}`: how many groups, how many without spread.
+
+    Best and worst are by mean reward, as `{"group", "prompt", "mean", "rewards", "components", "pictures", ...}`;
+    `pictures` is None where the run kept none.
+    """
+    by_step: dict[int, list[GroupRecord]] = defaultdict(list)
+    for record in records:
+        by_step[record.step].append(record)
     pictured = [path for path in sorted((run.path / GROUPS_FOLDER).glob("step_*.png"), key=_step)]
     kept_pictures = {path.name for path in _that_fit(pictured, budget, run)}
     steps = thinned(sorted(by_step), MOST_GROUP_STEPS)
@@ -82,12 +124,11 @@ def _step_entry(
 ) -> dict[str, Any]:
     ends = best_and_worst(records)
     entries = [_group_entry(record, run, shelf, kept_pictures) for record in ends]
-    scored = [[v for v in record.rewards if v is not None] for record in records if not record.dropped]
     return {
         "step": step,
         "stage": records[0].stage,
         "groups": len(records),
-        "equal": sum(max(rewards) - min(rewards) <= _NO_SPREAD for rewards in scored if rewards),
+        "equal": sum(_is_flat(rewards) for rewards in map(_scored, records) if rewards),
         "best": entries[0] if entries else None,
         "worst": entries[1] if len(entries) > 1 else None,
     }

@@ -41,6 +41,19 @@ function groupCard(report, title, group, range) {
     groupTable(report, group, range));
 }
 
+// Prompts whose samples all earned the same whenever they were drawn: too easy, too hard, or blind to the reward.
+function flatPrompts(flat) {
+  const scored = `${plural(flat.of, 'prompt')} that were scored`;
+  if (!flat.count) return el('p', null, `Each of the ${scored} had spread at least once.`);
+  const title = `${flat.count} of ${scored} never had spread and taught nothing`;
+  const columns = ['stage', 'prompt', 'groups', 'mean'].map((name, i) => ({ title: name, number: i > 1 }));
+  const rows = flat.shown.map((one) => [one.stage, one.prompt, String(one.groups), fixed(one.mean)]);
+  const more = flat.count - flat.shown.length;
+  const heading = more ? `${title}; ${flat.shown.length} are shown` : title;
+  return el('details', { class: 'flat' }, el('summary', null, heading),
+    scroll(table(columns, rows), 'Prompts without spread'));
+}
+
 function groupsOf(report, run, section) {
   const body = el('div', { class: 'ends' });
   const share = el('p');
@@ -62,7 +75,8 @@ function groupsOf(report, run, section) {
   slider.move(Math.max(pictured.lastIndexOf(true), pictured.includes(true) ? 0 : run.groups.length - 1));
   return [el('div', { class: 'controls' }, slider.nodes, jump('Best of the run', () => extreme('best', 1)),
     jump('Worst of the run', () => extreme('worst', -1)),
-    pictured.includes(true) && jump('Last with pictures', () => pictured.lastIndexOf(true))), share, body];
+    pictured.includes(true) && jump('Last with pictures', () => pictured.lastIndexOf(true))), share, body,
+    flatPrompts(run.flat)];
 }
 
 function groupsSection(report) {

@@ -79,6 +79,13 @@ def test_arrays_and_tuples_become_plain_floats(load, batch, answer):
     assert all(type(value) is float for value in group.rewards)
 
 
+def test_a_score_that_no_statistics_can_hold_is_missing(load, batch):
+    group = score([load(f"def reward({KEYWORDS}): return [1e308, -1e308, 1e99, 1.0]")], batch)
+    assert group.rewards == [None, None, 1e99, 1.0] and group.failures == {"own/inf": 2}
+    heavy = score([load(f"def reward({KEYWORDS}): return [1e99, -1e99, 0.0, 1.0]", weight=1e200)], batch)
+    assert heavy.rewards == [None, None, 0.0, None]
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

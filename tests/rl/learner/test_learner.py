@@ -1,5 +1,6 @@
 """The learner in one process: gradients against autograd, the gate, the KL reference, the clip, the stages."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,20 @@ def test_a_compiled_learner_replays_on_the_graph_that_it_trains_on(folder):
     assert first is None and second is not None and not second.requires_grad
     assert modes and all(modes)
     assert torch.equal(second, eager)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_an_update_whose_gradient_is_not_finite_changes_nothing_and_is_told(folder, zero_stage):
+    learner = make_learner(folder, zero_stage=zero_stage, ema=EmaConfig(enabled=True, every=1))
+    engine = RolloutEngine(replica_spec(folder))
+    publish(learner, engine)
+    (samples, count), *_ = updates(rollout(engine))
+    before, average = hash_state(learner.adapter()), hash_state(learner.shipped_adapter())
+    (skipped,) = learner.update([([replace(samples[0], advantage=float("nan")), *samples[1:]], count)])
+    assert skipped.skipped and not math.isfinite(skipped.grad_norm)
+    assert (hash_state(learner.adapter()), hash_state(learner.shipped_adapter())) == (before, average)
+    (applied,) = learner.update([(samples, count)])
+    assert not applied.skipped and hash_state(learner.adapter()) != before
 
 
 @pytest.mark.parametrize("kl_reference", ["stage_start", "base"])
@@ -268,6 +283,25 @@ def test_the_base_is_never_touched(folder):
     learner.update(updates(rollout(engine)))
     assert all(torch.equal(p, before[n]) for n, p in learner.transformer.named_parameters() if n in before)
     assert hash_state(adapter_state(learner.transformer, "policy")) != hash_state(moved)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_gradients_add_up_in_float32_whatever_the_weights_are_in(folder, zero_stage):
+    """The same micro-batch 288 times is 288 times its gradient; summed in bfloat16 it stops growing on the way."""
+    spec = replica_spec(folder, dtype="bfloat16")
+    config = learner_config(zero_stage=zero_stage, kl_beta=0.0)
+    learner = Learner(LearnerSpec(spec, config, sampling_spec(), 0, False, False, 120.0))
+    learner.set_learning_rate(0.0)
+    engine = RolloutEngine(spec)
+    publish(learner, engine)
+    (samples, count), *_ = updates(rollout(engine, groups=1, size=2))
+    samples = [replace(sample, positions=(0,)) for sample in samples]
+    norms = []
+    for times in (1, 288):
+        learner.accumulate(samples * times, count, None, None)
+        learner.engine.step()
+        norms.append(learner.engine.get_global_grad_norm())
+    assert norms[1] == pytest.approx(288 * norms[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

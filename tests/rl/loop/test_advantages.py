@@ -31,7 +31,14 @@ def test_the_clamp():
     )
 
 
-@pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("std", ["group", "batch"])
+def test_rewards_that_no_statistics_can_hold_are_not_used(std):
+    result = group_advantages([1e308, -1e308, 1e200, 0.0, 1.0, 2.0], [0, 0, 0, 0, 1, 1], std=std)
+    assert np.isfinite(result.values).all()
+    assert result.used.tolist() == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf"), 1e308])
 def test_a_missing_reward_takes_no_part_in_mean_or_spread(missing):
     whole = group_advantages([1.0, 3.0, 5.0], [7, 7, 7])
     holed = group_advantages([1.0, missing, 3.0, 5.0], [7, 7, 7, 7])

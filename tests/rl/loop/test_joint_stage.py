@@ -171,7 +171,7 @@ def test_a_parts_reward_that_rises_alone_is_reported_for_that_part(tmp_path):
             rewards = list(trusted + rng) if task == "t2i" else [0.5] * 40
             found[task] = TaskScores(moment, task, "s", 1.0, 4, rewards, {label: list(learned + rng)})
         results.add(moment, found)
-    (line,) = results.hacking_alarms(0, results.moments["after_joint"])
+    (line,) = results.stage_alarms(0, results.moments["after_joint"])
     assert "stage 'joint.t2i'" in line and "geneval_shapes" in line
 
 

@@ -9,7 +9,7 @@ from rewards.scoring import GroupScore
 from rl.learner.gate import LogProbGaps
 from rl.learner.stats import UpdateStats
 from rl.loop.schedule import stage_learning_rate
-from rl.loop.step import make_batch, reward_metrics, update_metrics
+from rl.loop.step import describe_fates, group_fates, make_batch, reward_metrics, update_metrics
 from rl.recipe.schema import LearnerConfig, RunConfig
 from rl.record.metric_table import find_metric
 from rl.workers.requests import Chunk, RolloutRequest, RolloutResult
@@ -135,10 +135,29 @@ def stats(**changes) -> UpdateStats:
     return UpdateStats(**(values | changes))
 
 
+def test_a_gradient_that_is_not_finite_stays_in_the_mean_and_is_counted():
+    values = update_metrics([stats(), stats(grad_norm=math.nan, skipped=True)], 3e-4, 16)
+    assert math.isnan(values["optimizer/grad_norm"])
+    assert (values["optimizer/updates"], values["optimizer/skipped"]) == (2, 1)
+
+
+def test_what_became_of_groups_is_told_apart():
+    gone = RolloutResult(scored(4, [1.0, 2.0]).request, (), failure="unreadable")
+    results = [
+        scored(1, [1.0, 2.0]), scored(2, [0.5, 0.5]), scored(3, [None, None]), gone,
+        scored(5, [1.0, 2.0], dropped=True), scored(6, [0.5, None]), sampled(7, 2, None),
+    ]  # fmt: skip
+    fates = group_fates(results)
+    assert describe_fates(fates) == (
+        "of 7 groups 1 could not be sampled, 2 have no spread in their rewards, 1 taught, 3 were not scored"
+    )
+    assert describe_fates({}) == "of 0 groups none was drawn"
+
+
 def test_update_metrics_are_means_and_extremes():
     gaps = LogProbGaps({0: 1e-7, 2: 3e-7}, 9e-7)
     values = update_metrics(
-        [stats(gaps=gaps), stats(loss=3.0, ratio_min=0.5, ratio_max=1.5, grad_norm=math.nan)], 3e-4, 16
+        [stats(gaps=gaps), stats(loss=3.0, ratio_min=0.5, ratio_max=1.5, grad_norm=None)], 3e-4, 16
     )
     assert values["loss/total"] == 2.0
     assert (values["policy/ratio_min"], values["policy/ratio_max"]) == (0.5, 1.5)

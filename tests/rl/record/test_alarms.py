@@ -3,7 +3,7 @@
 import pytest
 
 from rl.recipe.schema import EvaluationTaskConfig, ModelConfig, RewardConfig, RunConfig, StageConfig
-from rl.record.alarms import reward_hacking
+from rl.record.alarms import reward_hacking, trained_task_fell
 from rl.record.evaluation import TaskScores
 from rl.record.results import RunResults
 
@@ -44,6 +44,21 @@ def test_a_reward_that_the_evaluation_does_not_list_is_not_looked_at():
     assert reward_hacking("edit", ["another"], before, now) == []
 
 
+@pytest.mark.parametrize(
+    ("now", "alarms"),
+    [
+        (LOW, 1),
+        (HIGH, 0),
+        ([*LOW[:4], *[h + 0.1 for h in HIGH[4:]]], 0),  # within the noise
+        ([None] * len(HIGH), 0),
+    ],
+)
+def test_a_trained_task_that_falls_beyond_its_interval_is_an_alarm(now, alarms):
+    lines = trained_task_fell("edit", evaluated("before", HIGH, LOW), evaluated("step_40", now, LOW, step=40))
+    assert len(lines) == alarms
+    assert all("stage 'edit', at step 40, edit changed by -0.4375 [" in line for line in lines)
+
+
 def test_a_run_compares_with_the_start_of_the_stage(tmp_path):
     config = RunConfig(name="run", model=ModelConfig(path="model"))
     learned = RewardConfig("package.module:function", label="learned")
@@ -53,6 +68,9 @@ def test_a_run_compares_with_the_start_of_the_stage(tmp_path):
     results.add("before", {"edit": evaluated("before", HIGH, LOW)})
     results.add("after_one", {"edit": evaluated("after_one", LOW, LOW)})
     now = {"edit": evaluated("step_7", LOW, HIGH, step=7)}
-    assert len(results.hacking_alarms(0, now)) == 1
-    assert results.hacking_alarms(1, now) == []  # nothing fell over the second stage
-    assert results.hacking_alarms(1, {}) == []
+    (line,) = results.stage_alarms(0, now)
+    assert line.startswith("reward hacking")
+    assert results.stage_alarms(1, now) == []  # nothing fell over the second stage
+    assert results.stage_alarms(1, {}) == []
+    (line,) = results.stage_alarms(0, {"edit": evaluated("step_7", LOW, LOW, step=7)})
+    assert line.startswith("the trained task fell")

@@ -117,6 +117,13 @@ def test_best_and_worst_groups_with_what_each_sample_earned(run):
     assert run["groups"][0]["best"]["pictures"] is None, "pictures were kept at the ends of stages only"
 
 
+def test_prompts_that_never_had_spread_are_listed(run):
+    assert (run["flat"]["count"], run["flat"]["of"]) == (2, 4)
+    assert run["flat"]["shown"] == [
+        {"stage": stage, "prompt": HOSTILE[1], "groups": 3, "mean": 0.0} for stage in ("edit", "t2i")
+    ]
+
+
 def test_the_time_line_leaves_out_the_pause_and_names_the_workers(run):
     timeline = run["timeline"]
     assert [(r["label"], r["worker"], r["idle"]) for r in timeline["rows"]] == [
