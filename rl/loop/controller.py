@@ -105,16 +105,13 @@ class Controller:
                 self.rollout.sample, spec=self.spec, policy=self.policy, step=number,
                 chunk_size=config.rollout.chunk_size,
             )  # fmt: skip
-            # Scoring overlaps with sampling.
-            scored = self.rollout.score(requests, sample, part.reward_set, step=number)
+            scored = self.rollout.score(requests, sample, part.reward_set, step=number)  # overlaps with it
             results = sorted(scored, key=lambda result: result.request.id)
             clock.lap("rollout")
             batch, advantages = make_batch(results, config)  # complete groups, advantages
             if not self._fetched(batch, number):
                 continue  # the same step again, with the same samples
-            with (
-                self.protected()
-            ):  # learner and records go on together; before this a stop costs samples alone
+            with self.protected():  # learner and records go on together; before, a stop costs samples alone
                 self._guard(part, results)
                 rate = stage_learning_rate(config.learner, step, stage.steps)
                 stats = self._update(batch, results, rate, number)  # clipped objective, LoRA only

@@ -1,5 +1,6 @@
 """What a node takes with it in the middle of a step: the step is sampled again, and nothing is counted twice."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -63,11 +64,12 @@ def make(monkeypatch):
             score=lambda *args, **options: control.drawn.append(options["step"]) or [result],
         )
 
-        def close_step(*args):
+        def record_step(*args):
             control.state.step += 1
             control.state.stages[-1].steps += 1
 
-        control.observer = SimpleNamespace(close_step=close_step)
+        control.protected, control.watch = nullcontext, SimpleNamespace(at=lambda *args: None)
+        control.observer = SimpleNamespace(record_step=record_step, close_step=lambda *args: None)
         return control
 
     return made
