@@ -111,7 +111,7 @@ class EngineBench:
         update = measure(
             lambda: self.update(trajectory), device=self.device, warmup=s.warmup, repeats=s.repeats
         )
-        shared: dict[str, Any] = {"lora_rank": s.lora_rank, "guided": s.guidance != 1.0}
+        shared: dict[str, Any] = {"lora_rank": s.lora_rank, "guided": s.guidance > 1.0}
         return EngineResult(
             rollout,
             update,

@@ -36,16 +36,15 @@ def transformer_shell(folder: str | Path) -> KontextTransformer:
         return KontextTransformer.from_config(config)
 
 
-def load_vae(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> AutoencoderKL:
-    """Load `folder/vae`, frozen, in eval mode.
+def load_vae(folder: str | Path, *, device: torch.device | str = "cpu") -> AutoencoderKL:
+    """Load `folder/vae`, frozen, in eval mode, in float32 as its config asks (`force_upcast`).
 
-    `dtype` defaults to float32, as the VAE's config asks (`force_upcast`); it is small beside the
-    transformer. Raises FileNotFoundError naming what is missing.
+    So rollouts, evaluations and pipelines make the same pixels of the same latents whatever the transformer's dtype,
+    beside which it is small. Raises FileNotFoundError naming what is missing.
     """
-    part = _part(folder, "vae")
-    vae = AutoencoderKL.from_pretrained(part, torch_dtype=dtype or torch.float32, local_files_only=True)
+    vae = AutoencoderKL.from_pretrained(
+        _part(folder, "vae"), torch_dtype=torch.float32, local_files_only=True
+    )
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -97,7 +97,7 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             sigma_table(self.scheduler, num_inference_steps),
             self._noise(latents, generator, len(rows), size),
             prompts.rows(rows),
-            max(guidance_scale, 1.0),
+            guidance_scale,
             progress=self.progress_bar,
         )
         output: Any = (

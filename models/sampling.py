@@ -37,7 +37,8 @@ def guided_velocity(
     cfg_gradient: CFGGradient = "conditional",
     joined: bool = False,
 ) -> Tensor:
-    """Velocity [B, C, H, W] with classifier-free guidance `u + s (c - u)`; one forward when s is 1.
+    """Velocity [B, C, H, W] with classifier-free guidance `u + s (c - u)`; one forward, of
+    the prompt alone, up to s = 1, below which guidance would lead towards the negative prompt.
 
     `cfg_gradient="conditional"` is a semi-gradient: d[u + s (c - u)] has a (1 - s) du part that is dropped, and
     the unconditional half runs without saving activations. `"both"` is the full gradient.
@@ -48,7 +49,7 @@ def guided_velocity(
     sample [B, C, H, W] float32; sigma [B]; negative: the run's, unless the samples bring their own. The result is
     float32 where it is guided, else of the transformer's dtype.
     """
-    if guidance_scale == 1.0:
+    if guidance_scale <= 1.0:
         return _velocity(transformer, sample, sigma, positive)
     if negative is None and positive.negative_prompt_embeds is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs the negative prompt's conditioning")

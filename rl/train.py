@@ -46,6 +46,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def dry_run(config: RunConfig) -> int:
     """Print the plan and what is missing. 0 when the recipe is ready to run."""
     from rl.recipe.blind_spots import blind_spots
+    from rl.recipe.notes import notes
     from rl.recipe.plan import describe_run
     from rl.recipe.preflight import preflight
     from rl.recipe.reward_plan import reward_lines
@@ -56,12 +57,13 @@ def dry_run(config: RunConfig) -> int:
         plan = [] if find_problems(config) else [*describe_run(config), *reward_lines(config)]
     except ValueError as error:
         problems += [p for p in [f"model.lora: {error}"] if p not in problems]
-    return report_dry_run([*plan, *(f"note: {line}" for line in blind_spots(config))], problems)
+    lines = blind_spots(config) if problems else notes(config)
+    return report_dry_run([*plan, *(f"note: {line}" for line in lines)], problems)
 
 
 def train(config: RunConfig, *, resume: str | None = None) -> int:
     """Check everything, then run (or continue) the recipe on the Ray cluster."""
-    from rl.recipe.blind_spots import blind_spots
+    from rl.recipe.notes import notes
     from rl.recipe.preflight import preflight
     from rl.recipe.reward_plan import reward_lines
 
@@ -70,7 +72,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
         raise ConfigError(checked.problems)
     for line in reward_lines(config):
         log.info(line)
-    for line in blind_spots(config):
+    for line in notes(config):
         log.warning(line)
     run_dir = Path(config.output_dir).expanduser().absolute() / config.name
     with hold_run(run_dir):

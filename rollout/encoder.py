@@ -62,7 +62,7 @@ class Encoder:
         else:
             options["position_mode"] = spec.position_mode
             self.text = MetaQueryEncoder.from_pretrained(spec.model_path, spec.vlm_path, **options)
-        self.vae = load_vae(spec.model_path, dtype=dtype, device=spec.device)
+        self.vae = load_vae(spec.model_path, device=spec.device)
 
     def ready(self) -> WorkerInfo:
         """Answers once the encoders are loaded."""

@@ -125,8 +125,8 @@ class RolloutEngine:
             attach_rollout_adapter(transformer, spec)
             if spec.compile:
                 compile_blocks(transformer)
-        self.transformer = transformer.eval()
-        self.vae = load_vae(spec.model_path, dtype=dtype, device=spec.device)
+        self.transformer = transformer  # one that is shared stays in the learner's mode; it has no dropout
+        self.vae = load_vae(spec.model_path, device=spec.device)
         self.scheduler = load_scheduler(spec.model_path)
         self.version, self.sha256 = -1, ""
 

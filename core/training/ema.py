@@ -109,7 +109,12 @@ class ShardedAverage(MovingAverage):
 
     def live(self) -> dict[str, Tensor]:
         """This rank's flat float32 parts of the trained weights, under ZeRO-1, 2 or 3."""
-        names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+        # ZeRO-1 and 2; ZeRO-3; ZeRO-1 of bfloat16 weights, whose gradients are summed in float32.
+        names = (
+            "single_partition_of_fp32_groups",
+            "fp32_partitioned_groups_flat",
+            "fp32_groups_flat_partition",
+        )
         for name in names:
             if hasattr(self._optimizer, name):
                 return {f"shard_{i}": part for i, part in enumerate(getattr(self._optimizer, name))}

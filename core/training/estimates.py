@@ -2,9 +2,9 @@
 
 Memory of one rank, from P parameters under the engine of which Q are trained, on R ranks, w bytes a weight:
 
-    ZeRO-1   w P      + w Q      + k Q / R      weights + gradients + optimizer, where k is 12 for the fp32 master
-    ZeRO-2   w P      + w Q / R  + k Q / R      copy and both Adam moments, and 16 with a moving average
-    ZeRO-3   w P / R  + w Q / R  + k Q / R
+    ZeRO-1   w P      + 4 Q      + k Q / R      weights + gradients in float32 + optimizer, where k is 12 for the fp32
+    ZeRO-2   w P      + 4 Q / R  + k Q / R      master copy and both Adam moments, and 16 with a moving average
+    ZeRO-3   w P / R  + 4 Q / R  + k Q / R
 
 Activations are an estimate and labelled so: with gradient checkpointing every block keeps its input alone, and one
 block at a time its inner values (34 numbers a token and channel, after Korthikanti et al., 2022, without the
@@ -33,7 +33,7 @@ def zero_bytes(
 ) -> tuple[float, float, float]:
     """(weights, gradients, optimizer) of one rank; see the module's table."""
     weights = width * parameters / (ranks if stage == 3 else 1)
-    gradients = width * trained / (ranks if stage >= 2 else 1)
+    gradients = 4 * trained / (ranks if stage >= 2 else 1)
     return weights, gradients, (16 if average else 12) * trained / ranks
 
 

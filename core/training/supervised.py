@@ -31,6 +31,8 @@ MOST_SKIPPED = 3
 """Steps whose gradient is not finite that a training takes without stopping."""
 
 ENGINE = "engine"
+GRADIENT_BUCKET = 30_000_000
+"""Gradients reduced at once: .12 GB in float32, where DeepSpeed's own 5e8 take 1 GB and more beside a small adapter."""
 
 
 class AdamW(Schedule, Protocol):
@@ -200,20 +202,38 @@ class SupervisedRank(ABC):
 
 
 def engine_config(settings: TrainerSettings) -> dict[str, Any]:
-    """Gradients accumulate until `engine.step()`; the loss is scaled by the caller and by nothing else."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
+    """The trainer's DeepSpeed configuration."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
     host = {"device": "cpu", "pin_memory": settings.device == "cuda"}
     if settings.offload != "none":
         zero["offload_optimizer"] = host
     if settings.offload == "parameters":
         zero["offload_param"] = host
+    return deepspeed_config(
+        settings.dtype,
+        zero,
+        micro_batch_size=settings.micro_batch_size,
+        clip=settings.optimization.gradient_clip,
+    )
+
+
+def deepspeed_config(
+    dtype: str, zero: dict[str, Any], *, micro_batch_size: int, clip: float
+) -> dict[str, Any]:
+    """Gradients accumulate until `engine.step()`; the loss is scaled by the caller and by nothing else.
+
+    They are summed and reduced in float32 whatever the weights' dtype: in bfloat16, 288 additions are 1.7 % off.
+    """
+    bucket = {"reduce_bucket_size": GRADIENT_BUCKET, "allgather_bucket_size": GRADIENT_BUCKET}
     return {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": settings.optimization.gradient_clip,
-        "bf16": {"enabled": settings.dtype == "bfloat16"},
-        "zero_optimization": zero,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": bucket | {"overlap_comm": False} | zero,
         "zero_allow_untested_optimizer": True,
         # With offload DeepSpeed would insist on an Adam of its own, which it compiles at the first start.
         "zero_force_ds_cpu_optimizer": False,

@@ -133,7 +133,7 @@ class SamplesSection:
     steps: Count = 28
     """Denoising steps."""
     guidance_scale: Guidance = 3.5
-    """Classifier-free guidance; 1 does without."""
+    """Classifier-free guidance; up to 1 there is none."""
 
 
 @dataclass

@@ -36,6 +36,7 @@ from rl.recipe.schema import ResourcesConfig
 
 RECORD = "evaluation.json"
 IMAGES, SPOOL = "images", "spool"
+LEARNER_RESOURCES = ("placement", "learner_cpus", "min_rollout_workers")
 WEIGHTS = ("checkpoint", "clip", "config")
 """Parameters of rewards that name weights or configs; what is in them decides scores, so they are hashed."""
 
@@ -168,6 +169,12 @@ def _path_problems(o: argparse.Namespace, request: Request) -> list[str]:
 
 def _resources(given: Sequence[str], problems: list[str]) -> ResourcesConfig:
     """`key=value` arguments over the defaults of a recipe's `resources`."""
+    keys = [item.partition("=")[0] for item in given]
+    problems += [
+        f"--resources {key}: an evaluation has no learner, so it has no effect; leave it out"
+        for key in keys
+        if key in LEARNER_RESOURCES
+    ]
     try:
         return read_overrides(given, ResourcesConfig, "--resources ")
     except ConfigError as error:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.training.ema import MovingAverage
+from core.training.supervised import deepspeed_config
 from models.compiling import compile_blocks
 from models.components import load_transformer, torch_dtype
 from models.conditioning import Conditioning, ConditioningBatch
@@ -85,27 +86,17 @@ class Learner:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
         )
-        self.engine, *_ = deepspeed.initialize(
-            model=transformer, optimizer=optimizer, config=self._deepspeed_config()
+        zero = {"stage": config.zero_stage}
+        settings = deepspeed_config(
+            replica.dtype, zero, micro_batch_size=config.micro_batch_size, clip=config.max_grad_norm
         )
+        self.engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
         self.world_size = torch.distributed.get_world_size()
         self.reference: str | None = None
         self.negative: Conditioning | None = None
         self.rehearsal: Rehearsal | None = None
         self.ema: MovingAverage | None = None
         self.begin_stage()
-
-    def _deepspeed_config(self) -> dict[str, Any]:
-        return {
-            "train_micro_batch_size_per_gpu": self.config.micro_batch_size,
-            "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": self.config.max_grad_norm,
-            "bf16": {"enabled": self.dtype == torch.bfloat16},
-            "zero_optimization": {"stage": self.config.zero_stage, "overlap_comm": False},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 1_000_000_000,
-        }
 
     # ---- stages -------------------------------------------------------------------------------------------
 
@@ -263,7 +254,7 @@ class Learner:
         return gaussian_kl(step.mean, reference.mean, step.diffusion, step.step_std, self.config.kl_form)
 
     def _rehearse(self, rehearsal: Rehearsal, group: int, statistics: StatsAccumulator) -> None:
-        """Forward and backward of `beta |v - v_start|^2`; `group`, the update's first, names the states to draw."""
+        """Forward and backward of `beta |v - v_start|^2`; `group`, the first of this rank's share, names the states."""
         for batch in rehearsal.batches(group, device=self.replica.device, dtype=self.dtype):
             velocity = self._rehearsed_velocity(self.engine, batch)
             with torch.no_grad(), use_adapter(self.transformer, self.reference):

@@ -133,7 +133,7 @@ def _memory_lines(config: RunConfig, size: ModelSize) -> list[str]:
     adapters = size.lora_parameters * width
     zero, ranks = config.learner.zero_stage, config.learner.ranks
     weights = base / (ranks if zero == 3 else 1)
-    gradients = adapters
+    gradients = size.lora_parameters * 4
     optimizer = (
         size.lora_parameters * 12 / ranks
     )  # float32 master copy and both Adam moments, sharded by ZeRO

@@ -94,7 +94,7 @@ class RolloutConfig:
     variant: Literal["sde", "cps", "ode"] = "sde"
     """How a step draws noise: Flow-GRPO's SDE, coefficients-preserving sampling, or not at all."""
     guidance_scale: NonNegative = 4.5
-    """Classifier-free guidance; 1 does without."""
+    """Classifier-free guidance; up to 1 there is none."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     window_size: AtLeast0 = 0
@@ -235,7 +235,7 @@ class EvaluationConfig:
     num_steps: Count = 28
     """Denoising steps."""
     guidance_scale: NonNegative = 4.5
-    """Classifier-free guidance; 1 does without."""
+    """Classifier-free guidance; up to 1 there is none."""
     baseline_guidance: list[NonNegative] = field(default_factory=list)
     """Further guidance scales for the untrained model, so that guidance is not mistaken for learning."""
     batch_size: Count = 8

@@ -91,7 +91,7 @@ def test_large_batches_are_split_without_changing_the_result(
 
 
 def test_bfloat16_vae_still_gives_float32_latents(folder: Path) -> None:
-    vae = load_vae(folder, dtype=torch.bfloat16)
+    vae = load_vae(folder).to(torch.bfloat16)
     latents = encode_images(vae, torch.zeros(1, 3, 32, 32))
     assert latents.dtype == torch.float32
     assert decode_latents(vae, latents).dtype == torch.uint8

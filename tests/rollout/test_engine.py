@@ -1,11 +1,14 @@
 """A replica samples what it was asked for under the adapter it was given, and proves which one that is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from core.failures import DataFailure
 from models.lora.attach import Adapter, adapter_parameters, adapter_state, attach_lora, hash_state
 from models.pipeline import KontextPipeline
+from rollout.encoder import Encoder, EncoderSpec
 from rollout.engine import ROLLOUT_ADAPTER, ReplicaSpec, RolloutEngine, SampleRequest, attach_rollout_adapter
 from rollout.sampler import Conditioning, SamplingSpec
 from rollout.worker import Policy
@@ -57,6 +60,14 @@ def test_an_adapter_whose_b_is_zero_moves_nothing(engine):
     receipt = engine.load_adapter(Adapter(3, hash_state(tensors), tensors))
     assert receipt.sha256 == hash_state(tensors)
     assert receipt.probe_shift == 0.0
+
+
+def test_the_vae_is_in_float32_whatever_the_transformer_is_in(replica_spec, model_folder):
+    """As in the pipelines: in bfloat16 a picture that was trained on is not the one that the model then ships."""
+    replica = RolloutEngine(replace(replica_spec, dtype="bfloat16"))
+    encoder = Encoder(EncoderSpec(str(model_folder), "bfloat16", "cpu", 32, 32, 16, 0, 1))
+    assert replica.transformer.dtype == torch.bfloat16
+    assert replica.vae.dtype == encoder.vae.dtype == torch.float32
 
 
 def test_samples_carry_the_policy_they_came_from(engine):
@@ -126,12 +137,13 @@ def test_a_shared_transformer_keeps_the_learners_adapter_active(replica_spec):
     transformer = make_tiny_transformer()
     attach_lora(transformer, rank=2, alpha=4.0, targets=["attn.to_q"], adapter_name="policy")
     attach_rollout_adapter(transformer, replica_spec)
-    engine = RolloutEngine(replica_spec, transformer)
+    engine = RolloutEngine(replica_spec, transformer.train())
     engine.load_adapter(adapter(engine, 8, scale=0.3))
     engine.sample(SampleRequest(0, 0, (10,), (0,)), SPEC, None, [text(1)])
     assert all(p.requires_grad for p in adapter_parameters(transformer, "policy").values())
     assert not any(p.requires_grad for p in adapter_parameters(transformer, ROLLOUT_ADAPTER).values())
     assert transformer.transformer_blocks[0].attn.to_q.active_adapters == ["policy"]
+    assert transformer.training
 
 
 def test_a_request_may_name_its_size_and_draws_what_the_pipeline_draws(engine, model_folder):

@@ -142,8 +142,12 @@ def test_guidance_is_u_plus_s_times_c_minus_u_and_keeps_the_reference(transforme
         ]  # fmt: skip
         guided = guided_velocity(transformer, x, sigma, stack(item), NEGATIVE, 3.5)
         plain = guided_velocity(transformer, x, sigma, stack(item), None, 1.0)
+        below = [guided_velocity(transformer, x, sigma, stack(item), NEGATIVE, scale) for scale in (0.0, 0.5)]
     torch.testing.assert_close(guided, halves[1] + 3.5 * (halves[0] - halves[1]))
     torch.testing.assert_close(plain, halves[0])
+    assert all(torch.equal(one, plain) for one in below), (
+        "up to 1 there is no guidance, here as in the pipelines"
+    )
 
 
 def reference_log_prob(transformer, x, prev, t, item, scale, *, detach):

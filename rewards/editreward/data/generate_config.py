@@ -43,7 +43,7 @@ class GenerateSection:
     num_steps: Annotated[list[Count], MinLen(1)] = field(default_factory=lambda: [6, 10, 28])
     """Denoising steps."""
     guidance_scale: Annotated[list[Guidance], MinLen(1)] = field(default_factory=lambda: [1.5, 3.5, 5.0])
-    """Classifier-free guidance; 1 does without."""
+    """Classifier-free guidance; up to 1 there is none."""
     noise_level: Annotated[list[NonNegative], MinLen(1)] = field(default_factory=lambda: [0.0, 0.7])
     """0: ODE; above: SDE, as in RL rollouts."""
     adapters: Annotated[list[str], MinLen(1)] = field(default_factory=lambda: [BASE])

@@ -109,9 +109,9 @@ def test_memory_follows_the_formula():
     recipe = load_recipe(SEVEN)
     size = measure(recipe)
     p = size.parameters
-    assert state_bytes(recipe, size, 1) == pytest.approx(2 * p + 2 * p + 12 * p / 8)
-    assert state_bytes(recipe, size, 2) == pytest.approx(2 * p + 2 * p / 8 + 12 * p / 8)
-    assert state_bytes(recipe, size, 3) == pytest.approx(16 * p / 8)
+    assert state_bytes(recipe, size, 1) == pytest.approx(2 * p + 4 * p + 12 * p / 8)
+    assert state_bytes(recipe, size, 2) == pytest.approx(2 * p + 4 * p / 8 + 12 * p / 8)
+    assert state_bytes(recipe, size, 3) == pytest.approx(18 * p / 8)
     lora = load_recipe(SEVEN, ["model.trainable=lora"])
     adapters = measure(lora)
     shape = qwen25_vl_7b()

@@ -91,6 +91,10 @@ def test_neither_a_dry_run_nor_a_refusal_loads_ray(folder, tmp_path):
             ["--model", "{model}", "--resources", "devise=cpu"],
             "unknown key '--resources devise': did you mean '--resources device'?",
         ),
+        (
+            ["--model", "{model}", "--resources", "placement=shared"],
+            "--resources placement: an evaluation has no learner",
+        ),
         (["--model", "{model}", "--resources", "device=tpu"], "device='tpu' is not one of cuda, cpu"),
         (["--model", "{model}", "--resources", "threads=0"], "threads=0 must be at least 1"),
         (["--model", "{model}", "--reward", "nowhere:absent"], "cannot import nowhere"),

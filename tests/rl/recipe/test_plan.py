@@ -68,7 +68,7 @@ def test_the_plan_says(lines, expected):
 def test_memory_per_role_by_hand(lines):
     """bf16: 2 bytes x (2243.17 + 226.49 + 23.89) M = 4.64 GiB; ZeRO-2 shards 12 bytes of optimizer over 8."""
     rollout = 2 * (2_243_171_520 + 226_492_416 + 23_887_872) / 2**30
-    adapters = 23_887_872 * (2 * 2 + 2 + 12 / 8) / 2**30
+    adapters = 23_887_872 * (2 * 2 + 4 + 12 / 8) / 2**30
     learner = 2 * (2_243_171_520 + 226_492_416) / 2**30 + adapters
     assert f"memory, rollout worker: {rollout:.2f} GiB" in lines
     assert f"memory, learner rank: {learner:.2f} GiB" in lines

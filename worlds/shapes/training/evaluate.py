@@ -129,7 +129,7 @@ class Base:
             )
         return cls(
             load_transformer(folder, dtype=torch.float32),
-            load_vae(folder, dtype=torch.float32),
+            load_vae(folder),
             load_scheduler(folder),
             encoder,
             references,
@@ -159,7 +159,7 @@ class Base:
             prompts = ConditioningBatch(
                 *self.embed([question.prompt for question in batch], sources),
                 references,
-                *(self.embed([""] * len(batch), sources) if guidance != 1 else ()),
+                *(self.embed([""] * len(batch), sources) if guidance > 1 else ()),
             )
             latents = sample_latents(self.transformer, sigmas, noise, prompts, guidance)
             pictures.append(decode_latents(self.vae, latents).numpy())

@@ -40,7 +40,7 @@ class KontextStage(Stage):
         self.pool = load_pool(recipe)
         self.transformer = new_transformer(recipe, self.pool)
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe.scheduler_shift)
-        self.vae = load_vae(recipe.vae, dtype=torch.float32)
+        self.vae = load_vae(recipe.vae)
         self.modules = [self.transformer]
 
     def loss(self, step: int) -> StageLoss:

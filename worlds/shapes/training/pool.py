@@ -66,7 +66,7 @@ def load_pool(recipe: KontextRecipe) -> Pool:
 @torch.no_grad()
 def build_pool(recipe: KontextRecipe) -> Pool:
     """Draw and encode `pool_size` samples of each task, as a function of `pool_seed`."""
-    vae = load_vae(recipe.vae, dtype=torch.float32)
+    vae = load_vae(recipe.vae)
     t2i_latents, sources, targets = [], [], []
     t2i_texts: list[str] = []
     edit_texts: list[str] = []
