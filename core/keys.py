@@ -13,6 +13,9 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator
 from pydantic_core import PydanticCustomError
 
+_LONGEST_NAME = 200
+"""File systems take 255 bytes; what is written beside a folder adds to its name."""
+
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
@@ -20,7 +23,10 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-def _folder_name(value: str) -> str:
+def folder_name(value: str) -> str:
+    """The name itself. Raises ValueError for one that is no single part of a path, or too long for a file system."""
+    if len(value.encode(errors="surrogatepass")) > _LONGEST_NAME:
+        raise ValueError(f"a folder is called so: at most {_LONGEST_NAME} bytes")
     if value.strip() in ("", ".", "..") or not value.isprintable() or set(value) & set("/\\"):
         raise ValueError(
             "a folder is called so: no '/', '\\' or control character in it, and neither '.' nor '..'"
@@ -43,7 +49,7 @@ OpenShare = Annotated[Finite, Gt(0), Lt(1)]
 Decay = Annotated[Finite, Ge(0), Lt(1)]
 Guidance = Annotated[Finite, Ge(1)]
 
-FolderName = Annotated[str, AfterValidator(_folder_name)]
+FolderName = Annotated[str, AfterValidator(folder_name)]
 Device = Literal["cuda", "cpu"]
 ModelDtype = Literal["float32", "bfloat16"]
 PositionMode = Literal["flat", "mrope"]
@@ -90,7 +96,7 @@ def allowed(hint: Any) -> str:
     base, bounds = split_annotated(hint)
     if typing.get_origin(base) is Literal:
         return ", ".join(map(str, typing.get_args(base)))
-    if any(isinstance(bound, AfterValidator) and bound.func is _folder_name for bound in bounds):
+    if any(isinstance(bound, AfterValidator) and bound.func is folder_name for bound in bounds):
         return "a folder's name"
     if typing.get_origin(base) in (list, tuple, dict):
         each = allowed(typing.get_args(base)[-1])

@@ -7,6 +7,7 @@ the optimizer's term is in host memory, with `parameters` w P / R too. VAE and t
 
 from __future__ import annotations
 
+from core.output import disk_line
 from core.training.estimates import (
     GIB,
     MFU,
@@ -34,6 +35,7 @@ def describe(recipe: FlowRecipe) -> list[str]:
         *part_lines(recipe, sizes),
         *batch_lines(recipe),
         *memory_lines(recipe, sizes),
+        disk_line(recipe.run_dir, disk_needs(recipe, sizes)),
         *speed_lines(recipe, sizes),
     ]
 
@@ -127,6 +129,14 @@ def memory_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:
         f"host memory while loading: {loading:.1f} GiB a rank, also with ZeRO-3; VAE and text encoders on top"
     )
     return lines
+
+
+def disk_needs(recipe: FlowRecipe, sizes: ModelSizes) -> dict[str, float]:
+    """Bytes that a run keeps: in a checkpoint trained weights, fp32 copy, both moments and the average (16 bytes)."""
+    trained, width = trained_count(recipe, sizes), WIDTHS[recipe.model.dtype]
+    kept = recipe.keep_checkpoints + 1
+    model = sum(sizes.parameters.values()) * WIDTHS[recipe.export_dtype]
+    return {f"{kept} checkpoints": kept * trained * (width + 16.0), "model": float(model)}
 
 
 def speed_lines(recipe: FlowRecipe, sizes: ModelSizes) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import recipes
 from core.failures import DataError
 from core.logs import submitted_job
+from core.output import output_problems
 from models.folders import METAQUERY_PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
 from models.preflight import conditioner_problems
 from models.sizes import geometry
@@ -16,11 +17,17 @@ from pretrain.data.encoded import open_encoded
 from pretrain.data.index import source_files
 from pretrain.data.sources import open_sources
 from pretrain.flow.config import FlowRecipe
+from pretrain.flow.plan import disk_needs
+from pretrain.flow.sizes import measure
 
 
 def preflight(recipe: FlowRecipe) -> list[str]:
     """Every problem with files, sizes and paths; empty when the run may start."""
     problems = [*_model_problems(recipe), *_data_problems(recipe), *_path_problems(recipe)]
+    needs = None if problems else disk_needs(recipe, measure(recipe))
+    problems += output_problems(f"output_dir={recipe.output_dir!r}", recipe.run_dir, needs)
+    if recipe.data.cache_dir:
+        problems += output_problems(f"data.cache_dir={recipe.data.cache_dir!r}", recipe.data.cache_dir)
     if not problems:
         problems += [*_fit_problems(recipe), *_size_problems(recipe), *_cache_problems(recipe)]
     return problems

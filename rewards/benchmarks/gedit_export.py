@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from core.files import atomic_write_bytes, atomic_write_text
+from core.keys import folder_name
 from rewards.benchmarks.gedit import GET_DATA, METADATA, source_path
 from rewards.benchmarks.items import DataError
 
@@ -26,13 +27,19 @@ PICTURE = "input_image"
 def export(rows: Iterable[Mapping[str, Any]], folder: Path) -> int:
     """Write all rows; how many. A row has `COLUMNS` and `input_image: {"bytes": ...}`, an encoded picture.
 
-    Raises DataError for a row that lacks a column. The list is written last: where it is, everything is.
+    Raises DataError for a row that lacks a column, or whose columns make no path below `folder`. The list is written
+    last: where it is, everything is.
     """
     lines = []
     for number, row in enumerate(rows):
         missing = [name for name in (*COLUMNS, PICTURE) if row.get(name) is None]
         if missing:
             raise DataError([f"row {number}: has no {', '.join(missing)}; {GET_DATA}"])
+        try:
+            for name in ("task_type", "instruction_language", "key"):
+                folder_name(str(row[name]))
+        except ValueError as error:
+            raise DataError([f"row {number}: {name} {row[name]!r}: {error}"]) from error
         path = source_path(folder, row["task_type"], row["instruction_language"], row["key"])
         buffer = io.BytesIO()
         with Image.open(io.BytesIO(row[PICTURE]["bytes"])) as image:

@@ -68,8 +68,7 @@ def evaluate(job: EvaluationJob) -> int:
     images.recover(plan.batches)
     scores = ScoreStore(plan.output, scoring_sha256(plan, job.scorers)) if job.scorers else None
     try:
-        with watch_run(plan.output, resume=False, stop_timeout_s=plan.resources.stop_timeout_s):
-            _complete(job, images, scores)
+        _complete(job, images, scores)
     except Exception as error:  # a worker re-raises whatever it met; 1 would say that the table is written
         log.error(
             "stopped: %s", error, exc_info=not isinstance(error, RewardError | ClusterError | NothingScored)
@@ -91,19 +90,26 @@ def evaluate(job: EvaluationJob) -> int:
 
 def _complete(job: EvaluationJob, images: Any, scores: Any) -> None:
     """Generate and score until nothing is left; without Ray when nothing is."""
-    from core.progress import Progress
     from rl.evaluate.run import EvaluationRun
 
     plan = job.plan
     if not EvaluationRun.work_left(plan, images, scores):
         log.info("everything is generated and scored already")
         return
+    with watch_run(plan.output, resume=False, stop_timeout_s=plan.resources.stop_timeout_s):
+        _work(job, images, scores)
+
+
+def _work(job: EvaluationJob, images: Any, scores: Any) -> None:
     import ray
 
     from core.cluster.actors import connect
+    from core.progress import Progress
     from rl.evaluate.cluster import start_cluster
+    from rl.evaluate.run import EvaluationRun
     from rl.workers.publish import publish
 
+    plan = job.plan
     generate = job.adapter is not None and any(images.lacks(batch) for batch in plan.batches)
     started_here = connect()
     workers = start_cluster(plan, job.reward_sets, job.adapter_settings if generate else None)

@@ -11,6 +11,7 @@ from typing import Any
 
 from core.files import atomic_write_json
 from core.logs import relative_path_problems
+from core.output import output_problems
 from core.recipe import ConfigError, read_overrides
 from models.folders import METAQUERY_PARTS, PARTS, model_sha256, vlm_sha256
 from models.lora.load import load_adapter
@@ -156,7 +157,8 @@ def _value_problems(
             f"--reward-timeout-s {request.timeout_s}: must be above 0",
         ),
     ]
-    return [message for fine, message in checks if not fine] + _path_problems(options, request)
+    places = _path_problems(options, request) + output_problems(f"--output {options.output}", options.output)
+    return [message for fine, message in checks if not fine] + places
 
 
 def _path_problems(o: argparse.Namespace, request: Request) -> list[str]:

@@ -139,6 +139,7 @@ class Observer:
     def close_early(self, *, save: bool) -> None:
         """Before the last step: a checkpoint of the steps since the last one if `save`, trace and summary so far."""
         try:
+            check_held(self.run_dir)
             if save and self.state.step > self._saved_step:
                 self._save()
             self.journal.finish(self.results.summary(self.state, finished=False))

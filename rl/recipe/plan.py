@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import recipes
 from core.cluster.placement import describe_plan
+from core.output import disk_line
 from models.metaquery.config import MetaQueryConfig
 from rl.recipe.placement import make_plan, plan_title
 from rl.recipe.schema import RunConfig
@@ -41,6 +43,7 @@ def describe_run(config: RunConfig) -> list[str]:
         *_batch_lines(config, size),
         *_rehearsal_lines(config),
         *_memory_lines(config, size),
+        disk_line(Path(config.output_dir) / config.name, disk_needs(config, size)),
         *describe_plan(make_plan(config), plan_title(config.resources)),
     ]
 
@@ -147,6 +150,26 @@ def _memory_lines(config: RunConfig, size: ModelSize) -> list[str]:
         f"memory, learner rank: {learner / _GIB:.2f} GiB of weights, adapters, gradients and optimizer (ZeRO-{zero}), "
         f"plus about {activations / _GIB:.1f} GiB of activations (estimate, editing, {rows} rows at once)",
     ]
+
+
+def disk_needs(config: RunConfig, size: ModelSize | None = None) -> dict[str, float]:
+    """Bytes that a run keeps, by what they are: checkpoints by formula, pictures as if they did not compress."""
+    size = size or measure_model(config)
+    width, ranks = _BYTES[config.model.dtype], config.learner.ranks
+    adapter = size.lora_parameters * width
+    # PEFT's and diffusers' files, the reference, the average; every rank's trained weights, and the optimizer's shards.
+    checkpoint = adapter * (2 + 1 + config.learner.ema.enabled + ranks) + size.lora_parameters * 12
+    kept = config.checkpoint.keep_last + 1 + len(config.stages)
+    gallery, picture = config.gallery, config.model.height * config.model.width * 3
+    grids = sum(
+        s.steps // gallery.every * (gallery.prompts + 2 * config.rollout.group_size) for s in config.stages
+    )
+    moments = (len(config.stages) + 1) * len(config.evaluation.tasks) * 2
+    return {
+        f"{kept} checkpoints": kept * checkpoint,
+        "pictures": (grids + moments * gallery.prompts) * picture if gallery.prompts else 0.0,
+        "adapter and merged transformer": 2 * adapter + size.parameters * width,
+    }
 
 
 def _rows(config: RunConfig) -> int:

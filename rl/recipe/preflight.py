@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipes
 from core.logs import submitted_job
+from core.output import output_problems
 from core.prompts import Prompt, PromptFileError, load_prompts, load_reference
 from core.recipe import value_problems
 from rewards.base import RewardSet
 from rewards.checks import check_rewards
+from rl.recipe.plan import disk_needs
 from rl.recipe.reward_sets import part_reward_set, scored_parts
 from rl.recipe.schema import EvaluationTaskConfig, RunConfig
 from rl.recipe.stage_parts import StagePart, stage_parts
@@ -33,8 +34,9 @@ def preflight(config: RunConfig) -> Preflight:
     """Check keys, paths, prompts, reference images, rewards (with a dry call), model folder and LoRA targets."""
     problems = find_problems(config)
     problems += _check_paths(config)
-    problems += _check_output(config)
-    problems += _check_model(config)
+    model_problems = _check_model(config)
+    problems += _check_output(config, None if problems or model_problems else disk_needs(config))
+    problems += model_problems
     reward_sets = []
     for part in scored_parts(config):
         found, prompts = _check_prompts(part)
@@ -67,15 +69,11 @@ def _check_paths(config: RunConfig) -> list[str]:
     ]
 
 
-def _check_output(config: RunConfig) -> list[str]:
-    """Whether something can be written where results will go; leaves nothing behind."""
-    folder = Path(config.output_dir).expanduser().absolute()
-    try:
-        present = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        tempfile.TemporaryDirectory(dir=present).cleanup()
-    except (OSError, ValueError) as error:
-        return [f"output_dir={config.output_dir!r} cannot be written: {error}; give another folder"]
-    return []
+def _check_output(config: RunConfig, needs: dict[str, float] | None) -> list[str]:
+    """Whether something can be written where results will go, and there is room for it."""
+    return output_problems(
+        f"output_dir={config.output_dir!r}", Path(config.output_dir) / str(config.name), needs
+    )
 
 
 def _check_prompts(part: StagePart | EvaluationTaskConfig) -> tuple[list[str], list[Prompt]]:

@@ -94,7 +94,7 @@ SENSELESS = [
     "learner.adam_beta1=1", "learner.ema.decay=.nan", "model.lora.alpha=.inf", "rollout.workers=true",
     "stages[0].steps=true", "stages[0].rewards[0].weight=.nan", "stages[0].rewards[0].timeout_s=.inf",
     "rollout.guidance_scale=.nan", "evaluation.baseline_guidance[0]=.nan", "resources.reward_gpus=-1",
-    "seed=-1",
+    "seed=-1", "name=" + 201 * "x", "stages[0].name=" + 67 * "\u20ac",
 ]  # fmt: skip
 SENSELESS_FLOW = [
     "optimization.lr=.nan", "optimization.lr=.inf", "optimization.betas=[1.5,0.9]",

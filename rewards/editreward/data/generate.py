@@ -22,6 +22,7 @@ from core.command_line import add_recipe_arguments
 from core.failures import ClusterError
 from core.files import file_sha256
 from core.logs import submitted_job
+from core.output import output_problems
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError
 from core.run_status import watch_run
@@ -77,6 +78,7 @@ def check(header: Header, section: GenerateSection) -> list[Prompt]:
             f"{section.prompts} holds {len(prompts)} prompts, generate.num_prompts={section.num_prompts} asks for more"
         )
     problems += [f"generate.model: {p}" for p in check_model_folder(recipes.resolve(section.model))]
+    problems += output_problems("generate.output", output_folder(header, section))
     if submitted_job():
         paths = {"output_dir": header.output_dir, "generate.output": section.output or header.output_dir}
         problems += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 from functools import partial
@@ -12,6 +13,7 @@ import recipes
 from core.command_line import add_recipe_arguments, report_dry_run
 from core.failures import DataError
 from core.logs import submitted_job
+from core.output import output_problems
 from core.recipe import ConfigError
 from core.run_lock import hold_run
 from rewards.editreward.config import Recipe
@@ -56,6 +58,7 @@ def preflight(recipe: Recipe) -> list[str]:
     from models.folders import check_vlm_folder
     from models.qwen25_vl import read_chat_template
     from rewards.editreward.data.index import find_shards, shard_patterns
+    from rewards.editreward.train.plan import disk_needs, measure
 
     folder = recipes.resolve(recipe.model.path)
     problems = check_vlm_folder(folder)
@@ -65,10 +68,14 @@ def preflight(recipe: Recipe) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
     problems = [f"model.path={recipe.model.path}: {problem}" for problem in problems]
+    needs = None
+    with contextlib.suppress(ValueError):  # LoRA targets that match nothing, which the plan tells
+        needs = None if problems else disk_needs(recipe, measure(recipe))
     try:
         find_shards(shard_patterns(recipe))
     except DataError as error:
         problems.append(str(error))
+    problems += output_problems(f"output_dir={recipe.output_dir!r}", recipe.run_dir, needs)
     if submitted_job():
         paths = {"output_dir": recipe.output_dir, "model.path": recipe.model.path}
         problems += [

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import recipes
+from core.output import disk_line
 from core.training.estimates import (
     GIB,
     MFU,
@@ -97,8 +98,18 @@ def describe(recipe: Recipe) -> list[str]:
         f"model: {size.parameters / 1e6:.1f} M parameters, {size.trained / 1e6:.1f} M trained "
         f"({recipe.model.trainable}; {size.source})",
         *memory_lines(recipe, size),
+        disk_line(recipe.run_dir, disk_needs(recipe, size)),
         *speed_lines(recipe, size),
     ]
+
+
+def disk_needs(recipe: Recipe, size: ModelSize) -> dict[str, float]:
+    """Bytes that a run keeps: in a checkpoint trained weights, fp32 copy and both moments (12 bytes)."""
+    kept, width = recipe.train.keep_checkpoints + 1, WIDTHS[recipe.model.dtype]
+    return {
+        f"{kept} checkpoints": kept * size.trained * (width + 12.0),
+        "best weights": 2.0 * size.trained * width,
+    }
 
 
 def memory_lines(recipe: Recipe, size: ModelSize) -> list[str]:

@@ -169,6 +169,13 @@ def test_preflight_lists_what_does_not_fit(tmp_path, tiny_model, tiny_vlm):
     assert any("model.conditioner: " in problem for problem in preflight(recipe))
 
 
+def test_a_place_that_cannot_be_written_is_found_before_ranks_start(tmp_path, tiny_model):
+    (tmp_path / "file").touch()
+    places = f"output_dir={tmp_path / 'file'}", f"data.cache_dir={tmp_path / 'file'}"
+    problems = preflight(flow_recipe(tmp_path / "recipe", tiny_model, *places))
+    assert [problem.partition("=")[0] for problem in problems] == ["output_dir", "data.cache_dir"]
+
+
 def test_a_shard_that_was_not_encoded_is_found_before_ranks_start(tmp_path, tiny_model):
     recipe = flow_recipe(
         tmp_path, tiny_model, "data.cache.latents=true", f"data.cache.vae={tiny_model}",

@@ -110,6 +110,15 @@ def test_the_data_set_is_unpacked_to_the_public_layout_and_read_back(tmp_path):
     assert load_reference(both[1].prompt).size == (8, 6)
 
 
+@pytest.mark.parametrize("column", ["key", "task_type", "instruction_language"])
+@pytest.mark.parametrize("value", ["../../escape", "/tmp/escape", "..", "a\0b"])
+def test_no_column_leads_out_of_the_folder(tmp_path, column, value):
+    (first, *_) = rows_of_the_data_set()
+    with pytest.raises(DataError, match=rf"row 0: {column} .*a folder is called so"):
+        gedit_export.export([first | {column: value}], tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "escape").exists()
+
+
 def test_a_row_without_a_picture_is_refused_and_no_list_is_written(tmp_path):
     rows = [row | {"input_image": None} for row in rows_of_the_data_set(1)]
     with pytest.raises(DataError, match="row 0: has no input_image"):

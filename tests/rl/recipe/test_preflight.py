@@ -45,6 +45,7 @@ def test_a_sound_recipe_passes_with_its_rewards(recipe):
     [
         ("rollout.group_size=3", "rollout.group_size=3 does not divide"),
         ("output_dir=/proc/nope", "output_dir='/proc/nope' cannot be written"),
+        ("checkpoint.keep_last=1000000000", "free, and the run keeps about "),
         ("model.path=/absent/model", "model.path: /absent/model: no such model folder"),
         (
             "model.lora.targets=[attn.to_q, attn.nowhere]",
