@@ -15,11 +15,15 @@ from rewards.base import RewardSet
 from rewards.checks import check_rewards
 from rl.recipe.plan import disk_needs
 from rl.recipe.reward_sets import part_reward_set, scored_parts
-from rl.recipe.schema import EvaluationTaskConfig, RunConfig
+from rl.recipe.schema import EvaluationTaskConfig, ModelConfig, RunConfig
 from rl.recipe.stage_parts import StagePart, stage_parts
 from rl.recipe.validate import find_problems
 
 log = logging.getLogger(__name__)
+
+_SIZE_KEYS = "model.height, model.width"
+MOST_SHAPES = 5
+"""References of other proportions that are named."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,11 @@ def preflight(config: RunConfig) -> Preflight:
     model_problems = _check_model(config)
     problems += _check_output(config, None if problems or model_problems else disk_needs(config))
     problems += model_problems
+    # Of a size that the model cannot draw, no reference has the proportions.
+    drawn = None if any(_SIZE_KEYS in problem for problem in model_problems) else config.model
     reward_sets = []
     for part in scored_parts(config):
-        found, prompts = _check_prompts(part)
+        found, prompts = _check_prompts(part, drawn)
         problems += found
         # What a reward's keys say has been looked at above, and that there is one at all.
         sound = [reward for reward in part.rewards if not value_problems(reward)]
@@ -76,23 +82,41 @@ def _check_output(config: RunConfig, needs: dict[str, float] | None) -> list[str
     )
 
 
-def _check_prompts(part: StagePart | EvaluationTaskConfig) -> tuple[list[str], list[Prompt]]:
+def _check_prompts(
+    part: StagePart | EvaluationTaskConfig, model: ModelConfig | None
+) -> tuple[list[str], list[Prompt]]:
     if part.task not in ("edit", "t2i") or not part.prompts:
         return [], []
     try:
         prompts = load_prompts(recipes.resolve(part.prompts), part.task)  # type: ignore[arg-type]
     except PromptFileError as error:
         return error.problems, []
-    problems = []
-    for prompt in prompts if part.task == "edit" else []:
-        try:
-            load_reference(prompt)
-        except ValueError as error:
-            problems.append(str(error))
+    problems = _check_references(prompts, model) if part.task == "edit" else []
     wanted = getattr(part, "num_prompts", 0)
     if wanted > len(prompts):
         problems.append(f"{part.prompts} holds {len(prompts)} prompts, num_prompts={wanted} asks for more")
     return problems, prompts
+
+
+def _check_references(prompts: list[Prompt], model: ModelConfig | None) -> list[str]:
+    """References that cannot be read, and those of other proportions than the pictures that are drawn: the policy is
+    shown them at that size, and rewards as they are."""
+    problems, shapes = [], []
+    for prompt in prompts:
+        try:
+            width, height = load_reference(prompt).size
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        # One side is off by a pixel or more where the other fits.
+        if model and abs(width * model.height - height * model.width) >= min(width, height):
+            shapes.append(
+                f"{prompt.name}: its reference image is {width} x {height} px (width x height) and pictures are drawn "
+                f"at {model.width} x {model.height}: the policy would see it squashed, the reward as it is; crop or "
+                "pad it to these proportions, or set model.width and model.height to its own"
+            )
+    more = len(shapes) - MOST_SHAPES
+    return problems + shapes[:MOST_SHAPES] + [f"and {more} references more of other proportions"] * (more > 0)
 
 
 def _check_model(config: RunConfig) -> list[str]:
@@ -119,5 +143,5 @@ def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
     try:
         check_size(geometry(folder), config.model.height, config.model.width)
     except (ValueError, KeyError) as error:
-        problems.append(f"model.height, model.width: {error}")
+        problems.append(f"{_SIZE_KEYS}: {error}")
     return problems

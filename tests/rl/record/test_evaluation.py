@@ -26,8 +26,8 @@ class OneBadPrompt:
             score = SimpleNamespace(rewards=values, components={"r": values})
             yield RolloutResult(request, (), score=score)
 
-    def score(self, sampled, reward_set, *, step, total, label):
-        yield from sampled
+    def score(self, requests, sample, reward_set, *, step, label):
+        yield from sample(requests)
 
 
 def scores(tmp_path, texts):
