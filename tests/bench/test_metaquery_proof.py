@@ -52,7 +52,9 @@ def test_mixing_has_to_beat_editing_alone_beyond_its_interval():
 def adapter(tmp_path):
     transformer = load_transformer(make_tiny_folder(tmp_path / "model"), dtype=torch.float32)
     attach_lora(transformer, rank=2, alpha=4.0)
-    return adapter_state(transformer), adapter_settings(transformer).targets
+    # An adapter fresh from its initialization changes nothing, and no reader takes it.
+    state = {name: tensor + 0.1 for name, tensor in adapter_state(transformer).items()}
+    return state, adapter_settings(transformer).targets
 
 
 def write_run(folder, state, targets, gaps):

@@ -23,7 +23,7 @@ from rewards.base import FatalRewardError, RewardSet, RewardSpec
 from rewards.checks import try_reward
 from rewards.editreward.client import EditReward
 from rewards.editreward.model_folder import read_card
-from rewards.loading import load_reward
+from rewards.loading import default_timeout_s, load_reward
 from tests.fakes.tiny_editreward import DIMENSIONS, make_tiny_editreward, tiny_settings
 from tests.fakes.vllm_server import START_TIMEOUT_S, Serving, wait_for
 
@@ -117,7 +117,9 @@ def test_an_edit_that_cannot_be_shown_is_missing_and_the_others_are_scored(folde
 
 def test_the_builtin_passes_check_and_readiness_by_both_ways(folder: Path, url: str) -> None:
     for params in ({"urls": [url]}, {"mode": "inprocess"}):
-        loaded = load_reward(RewardSpec("editreward", params={"model": str(folder), **params}))
+        params = {"model": str(folder), **params}
+        limit_s = default_timeout_s("editreward", params)
+        loaded = load_reward(RewardSpec("editreward", params=params, timeout_s=limit_s))
         assert loaded.label == "editreward"
         rewards = RewardSet("s", "edit", [loaded.spec])
         assert asyncio.run(try_reward(loaded, rewards, probe=True)) == []
