@@ -190,7 +190,10 @@ class Dispatcher:
 
     def _land(self, ref: Any) -> _Flight:
         flight = self._flights.pop(ref)
-        flight.worker.in_flight -= 1
+        worker = flight.worker
+        worker.in_flight -= 1
+        if worker.state == "recovering":  # it had a call to end before it could answer
+            worker.deadline = max(worker.deadline, time.monotonic() + self._start_timeout_s)
         return flight
 
     def _again(self, call: Call, worker: Worker, cause: str) -> None:
@@ -228,16 +231,18 @@ class Dispatcher:
                     self.redispatched += 1
                     self._pools[role].queue.appendleft(flight.call)
 
-    def _ask_the_rested(self) -> None:
+    def _resting(self) -> Iterator[tuple[str, Worker]]:
+        """Workers that are to be asked. A call that one still has would keep its answer waiting."""
         asked = [worker for _, worker in self._probes.values()]
         for role, pool in self._pools.items():
             for worker in pool.workers:
-                if (
-                    worker.state == "recovering"
-                    and worker not in asked
-                    and time.monotonic() >= worker.probe_at
-                ):
-                    self._probes[worker.handle.ready.remote()] = (role, worker)
+                if worker.state == "recovering" and not worker.in_flight and worker not in asked:
+                    yield role, worker
+
+    def _ask_the_rested(self) -> None:
+        for role, worker in list(self._resting()):
+            if time.monotonic() >= worker.probe_at:
+                self._probes[worker.handle.ready.remote()] = (role, worker)
 
     def _take_probe(self, ref: Any) -> None:
         role, worker = self._probes.pop(ref)
@@ -254,9 +259,7 @@ class Dispatcher:
 
     def _pause_s(self) -> float:
         """Until the next worker has rested, at most `_POLL_S`."""
-        workers = [w for pool in self._pools.values() for w in pool.workers if w.state == "recovering"]
-        asked = [worker for _, worker in self._probes.values()]
-        due = [worker.probe_at - time.monotonic() for worker in workers if worker not in asked]
+        due = [worker.probe_at - time.monotonic() for _, worker in self._resting()]
         return max(0.0, min([_POLL_S, *due]))
 
     def _enforce_deadlines(self) -> None:
@@ -269,7 +272,7 @@ class Dispatcher:
                 self._restart(flight.call.role, flight.worker, cause)
         for role, pool in self._pools.items():
             for worker in pool.workers:
-                if worker.state == "recovering" and now > worker.deadline:
+                if worker.state == "recovering" and not worker.in_flight and now > worker.deadline:
                     self._probes = {ref: p for ref, p in self._probes.items() if p[1] is not worker}
                     limit = f"start_timeout_s={self._start_timeout_s:g}"
                     self._give_up(role, worker, f"it did not come back within {limit} after: {worker.cause}")

@@ -138,6 +138,22 @@ def test_a_worker_that_does_not_come_back_gives_up_what_it_holds():
     assert gone.kills == [True]
 
 
+def test_a_worker_that_failed_one_call_may_end_its_other_before_it_has_to_answer(monkeypatch):
+    """The other call takes longer than an answer may, and the answer would stand behind it."""
+    slow, actor = Ref(PENDING), Actor("a")
+    refs = iter([Ref(NO_MEMORY), slow, Ref("a")])
+    actor.work = SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=lambda key: next(refs)))
+    made = dispatcher(actor, start_timeout_s=0.05)
+    for key in range(2):
+        made.submit(Call("rollout", key, "work", (key,)))
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until:
+        made._turn()
+    assert not made.workers("rollout")
+    slow.outcome = "b"
+    assert {made.wait().result, made.wait().result} == {"a", "b"} and actor.kills == []
+
+
 def test_a_lost_input_is_told_to_whoever_can_make_it_again():
     made = dispatcher(Actor(failing(ObjectLostError("1f", None, "")), "a"))
     (done,) = finish(made, 1)
