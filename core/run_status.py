@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 STATUS_FILE = "status.json"
 STOP_TIMEOUT_S = 120.0
 HEARTBEAT_S = 15.0
+LEAVE_S = 5.0
+"""What a process that leaves gives its last words: its storage may hang."""
 _LOOK_S = 0.25
 
 
@@ -43,6 +45,7 @@ class RunWatch:
             "pid": os.getpid(), "cause": None, "resume_command": command,
         }  # fmt: skip
         self._forward, self._lock, self._ended = heard, threading.RLock(), threading.Event()
+        self._exit_by = float("inf")
         self.stop = Stopping(stop_timeout_s, self._leave, self._heard)
 
     @property
@@ -58,27 +61,34 @@ class RunWatch:
         """Say that the run is running, from now on with a heartbeat; take over Ctrl-C and SIGTERM."""
         self._write()
         threading.Thread(target=self._beat, name="run status", daemon=True).start()
+        threading.Thread(target=self._enforce, name="run stop", daemon=True).start()
         self.stop.install()
 
     def end(self, state: str, cause: str | None = None) -> None:
         """How the run ended. An error that follows a signal is part of the stop."""
-        self._ended.set()
         self.stop.restore()
         name = self.stop.signal.name if self.stop.signal else None
         self._write(state=state, cause=": ".join(filter(None, (name, cause))) or None)
         if state != "finished":
             self._say(f"the run {state}", self._status["cause"])
+        self._ended.set()
 
     def _beat(self) -> None:
-        last = time.monotonic()
+        while not self._ended.wait(HEARTBEAT_S):
+            try:
+                self._write()
+            except OSError as error:
+                log.warning("%s cannot be written: %s", self.path, error)
+
+    def _enforce(self) -> None:
+        """Touches no storage, which may be what hangs."""
         while not self._ended.wait(_LOOK_S):
-            self.stop.enforce()
-            if time.monotonic() - last >= HEARTBEAT_S:
-                last = time.monotonic()
-                try:
-                    self._write()
-                except OSError as error:
-                    log.warning("%s cannot be written: %s", self.path, error)
+            if self.stop.late and self._exit_by == float("inf"):
+                why = f"it did not end within {self.stop.limit_s:g} s"
+                threading.Thread(target=self._leave, args=(why,), daemon=True).start()
+                self._exit_by = time.monotonic() + LEAVE_S
+            if time.monotonic() > self._exit_by:
+                os._exit(128 + (self.stop.signal or 0))
 
     def _write(self, **changes: Any) -> None:
         with self._lock:
@@ -98,6 +108,7 @@ class RunWatch:
     def _leave(self, why: str) -> None:
         """End the process from any thread, whatever the main one does; Ray ends the actors of a driver that left."""
         assert self.stop.signal is not None
+        self._exit_by = time.monotonic() + LEAVE_S
         try:
             self._write(state="stopped", cause=f"{self.stop.signal.name}; {why}")
             self._say("the run left what was not saved", why)

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: the first asks a run to end where nothing is lost, a second one ends the process at once.
 
 first signal ──► KeyboardInterrupt, inside `protected` where the block ends ──► save, end the actors, exit
-second signal, or the limit has passed ──► `leave`
+second signal ──► `leave`; the limit has passed ──► `late`
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Stopping:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before, self._deadline = {}, float("inf")
+        self._before = {}
 
     @contextmanager
     def protected(self) -> Iterator[None]:
@@ -52,10 +52,10 @@ class Stopping:
         if self.signal is not None and not self._depth:
             raise KeyboardInterrupt
 
-    def enforce(self) -> None:
-        """Leave if the limit has passed. For a thread of its own: the main one may hang."""
-        if time.monotonic() > self._deadline:
-            self._leave(f"it did not end within {self.limit_s:g} s")
+    @property
+    def late(self) -> bool:
+        """Whether the limit has passed. To be looked at from a thread of its own: the main one may hang."""
+        return time.monotonic() > self._deadline
 
     def _receive(self, number: int, frame: Any) -> None:
         if os.getpid() != self._pid:  # a forked child, which ends with its parent

@@ -11,8 +11,9 @@ import pytest
 from core.run_status import HEARTBEAT_S, STATUS_FILE, resume_command, watch_run
 
 PROGRAM = """
-import sys, time
+import sys, threading, time
 from pathlib import Path
+import core.run_status
 from core.logs import start_logging
 from core.run_status import watch_run
 
@@ -26,6 +27,13 @@ with watch_run(Path(sys.argv[1]), resume=True, stop_timeout_s=float(sys.argv[3])
             Path(sys.argv[1], "saved").touch()
         Path(sys.argv[1], "beyond").touch()
     elif sys.argv[2] == "hangs":
+        with watch.stop.protected():
+            time.sleep(60)
+    elif sys.argv[2] == "storage hangs":
+        core.run_status.LEAVE_S = 0.5
+        core.run_status.atomic_write_json = lambda *args: time.sleep(60)
+        threading.Thread(target=watch.at, args=(8,), daemon=True).start()
+        Path(sys.argv[1], "hung").touch()
         with watch.stop.protected():
             time.sleep(60)
     elif sys.argv[2] == "fails":
@@ -86,6 +94,19 @@ def test_a_run_that_does_not_end_within_its_limit_leaves(tmp_path):
     process.communicate(timeout=10)
     assert process.returncode == 143
     assert status(tmp_path)["cause"] == "SIGTERM; it did not end within 0.5 s"
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["second_signal", "limit"])
+def test_storage_that_hangs_keeps_no_process(tmp_path, again):
+    process = start(tmp_path, "storage hangs", limit=30.0 if again else 0.5)
+    while not (tmp_path / "hung").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    if again:
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
 
 
 def test_a_failure_has_its_cause_and_the_end_its_state(tmp_path):
