@@ -19,6 +19,7 @@ from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import PositionMode
 from models.text import SD3TextEncoder
 from rollout.engine import WorkerInfo
+from rollout.machine import machine_failures
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Encoder:
 
     def __init__(self, spec: EncoderSpec):
         torch.set_num_threads(spec.threads)
-        self.spec = spec
+        self.spec, self._name = spec, f"{os.uname().nodename}:{os.getpid()}"
         dtype = torch_dtype(spec.dtype)
         options: Any = {"dtype": dtype, "device": spec.device, "cache_bytes": spec.cache_bytes}
         self.text: SD3TextEncoder | MetaQueryEncoder
@@ -66,7 +67,7 @@ class Encoder:
 
     def ready(self) -> WorkerInfo:
         """Answers once the encoders are loaded."""
-        return WorkerInfo(f"{os.uname().nodename}:{os.getpid()}", self.spec.device, -1)
+        return WorkerInfo(self._name, self.spec.device, -1)
 
     def encode(self, prompts: list[Prompt], size: tuple[int, int] | None = None) -> list[Conditioning]:
         """One `Conditioning` per prompt, each independent of the others in the call.
@@ -83,8 +84,10 @@ class Encoder:
 
     def encode_one(self, prompt: Prompt, size: tuple[int, int] | None = None) -> Conditioning:
         """The same for a single prompt."""
+        remedy = "raise encode_gpus, so that the card is shared by fewer, or set it to 0 to encode on the CPU"
         try:
-            return self._conditioning(prompt, size)
+            with machine_failures(self._name, "encoding a prompt", remedy):
+                return self._conditioning(prompt, size)
         except RuntimeError:  # the machine's; a prompt's are of other classes
             raise
         except Exception as error:  # a tokenizer or an image processor raises whatever it likes

@@ -21,6 +21,7 @@ from core.failures import InfrastructureFailure
 from models.kontext import KontextTransformer
 from models.lora.attach import Adapter
 from rollout.engine import AdapterReceipt, ReplicaSpec, RolloutEngine, SampleInfo, SampleRequest, WorkerInfo
+from rollout.machine import machine_failures
 from rollout.sampler import Conditioning, SamplingSpec, Trajectory
 
 log = logging.getLogger(__name__)
@@ -77,18 +78,9 @@ class Replica:
                     f"{receipt.worker}: adapter {policy.version} arrived as {receipt.sha256[:12]}, "
                     f"expected {policy.sha256[:12]}"
                 )
-        try:
+        doing = f"sampling {len(request.seeds)} images"
+        with machine_failures(self.engine.worker, doing, "lower rollout.chunk_size"):
             return self.engine.sample(request, spec, negative, conditionings)
-        except torch.OutOfMemoryError as error:
-            raise InfrastructureFailure(
-                f"{self.engine.worker}: out of GPU memory sampling {len(request.seeds)} images; "
-                "lower rollout.chunk_size"
-            ) from error
-        except torch.AcceleratorError:
-            # A device error leaves every later call of this process failing, so make room for a fresh one: Ray
-            # restarts the actor, and the controller hands the chunk to another worker.
-            log.exception("%s: the device failed; this worker leaves to be restarted", self.engine.worker)
-            os._exit(1)
 
 
 def _fetched(policy: Policy) -> Adapter:

@@ -113,6 +113,15 @@ def test_out_of_memory_is_the_machines_failure(replica, fetched, monkeypatch):
         replica.sample(REQUEST, SPEC, policy, None, text_conditioning())
 
 
+def test_out_of_memory_of_an_encoder_is_the_machines_failure(encoder, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(encoder, "_conditioning", exhausted)
+    with pytest.raises(InfrastructureFailure, match="encoding a prompt; raise encode_gpus"):
+        encoder.encode_apart([Prompt(0, "t2i", "a red circle")])
+
+
 def test_an_encoded_prompt_does_not_depend_on_its_neighbours(encoder):
     prompts = [image_prompt(0), Prompt(1, "t2i", "a red circle"), image_prompt(2, (1, 2, 3))]
     together = encoder.encode(prompts)
