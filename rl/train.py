@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.command_line import add_recipe_arguments, refuse, report_dry_run
+from core.failures import ClusterError
 from core.logs import start_logging
 from core.recipe import ConfigError, to_yaml
 from core.run_lock import hold_run
@@ -23,14 +24,15 @@ log = logging.getLogger("rl.train")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 when the run finished (or the dry run found nothing missing), 2 for a recipe that cannot run."""
+    """Returns 0 when the run finished (or the dry run found nothing missing), 2 for a recipe that cannot run, or a
+    cluster that cannot run it."""
     arguments = _parse(argv)
     start_logging()
     try:
         # Values and rules come in one list with what `preflight` finds, where keys and types let it look.
         config = load_config(arguments.recipe, arguments.overrides, rules=broken_rules, defer_values=True)
         return dry_run(config) if arguments.dry_run else train(config, resume=arguments.resume)
-    except ConfigError as error:
+    except (ConfigError, ClusterError) as error:
         return refuse("This recipe cannot run", error)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from core.cluster.placement import ActorPlan, ResourcePlan, shortage
 from core.failures import ClusterError
 
 log = logging.getLogger(__name__)
+KNOCK_S = 30.0
 
 
 def connect(*, worker_logs: bool = True) -> bool:
@@ -24,19 +26,35 @@ def connect(*, worker_logs: bool = True) -> bool:
     Ray on this machine alone. Never joined by guess: the address file of a cluster that died stalls for minutes.
     `worker_logs`: whether this process prints what workers print.
 
-    Returns whether this process was not connected before, so that the caller may shut Ray down.
+    Returns whether this process was not connected before, so that the caller may shut Ray down. Raises ClusterError
+    where Ray does not start or does not let this process in.
     """
     if ray.is_initialized():
         return False
     address, handler = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
-    if address:
-        ray.init(address=address, log_to_driver=worker_logs)
-    else:
-        log.info("RAY_ADDRESS is not set: starting Ray on this machine alone")
-        ray.init(address="local", include_dashboard=False, log_to_driver=worker_logs)
+    try:
+        if address:
+            _knock(address)
+            ray.init(address=address, log_to_driver=worker_logs)
+        else:
+            log.info("RAY_ADDRESS is not set: starting Ray on this machine alone")
+            ray.init(address="local", include_dashboard=False, log_to_driver=worker_logs)
+    except Exception as error:  # Ray has no class of its own for this
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = f"join RAY_ADDRESS={address}" if address else "start Ray on this machine"
+        remedy = "see `ray status` there, and RAY_AUTH_MODE and its token where the cluster asks for one"
+        remedy = remedy if address else "see the newest folder below /tmp/ray for its logs"
+        raise ClusterError(f"cannot {where}: {cause}; {remedy}") from error
     if callable(handler):  # Ray takes SIGTERM for itself; a command that has its own way to stop keeps it
         signal.signal(signal.SIGTERM, handler)
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT, for which Ray takes minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def reserve(plan: ResourcePlan, what: str, remedy: str, timeout_s: float, *, key: str = "") -> Any:

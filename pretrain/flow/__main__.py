@@ -10,7 +10,7 @@ import sys
 from functools import partial
 
 from core.command_line import add_recipe_arguments, refuse, report_dry_run
-from core.failures import DataError
+from core.failures import ClusterError, DataError
 from core.logs import start_logging
 from core.recipe import ConfigError
 from core.run_lock import hold_run
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         return dry_run(recipe) if options.dry_run else train(recipe, resume=options.resume)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, ClusterError) as error:
         return refuse("This recipe cannot run", error)
 
 

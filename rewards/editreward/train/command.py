@@ -11,7 +11,7 @@ from pathlib import Path
 
 import recipes
 from core.command_line import add_recipe_arguments, report_dry_run
-from core.failures import DataError
+from core.failures import ClusterError, DataError
 from core.logs import submitted_job
 from core.output import output_problems
 from core.recipe import ConfigError
@@ -21,7 +21,7 @@ from rewards.editreward.settings import FILE, SettingsError
 from rewards.editreward.validate import load_recipe
 
 log = logging.getLogger("rewards.editreward.train.command")
-REFUSALS = (ConfigError, DataError, SettingsError)
+REFUSALS = (ConfigError, DataError, SettingsError, ClusterError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
