@@ -12,7 +12,8 @@ from pathlib import Path
 def output_problems(named: str, folder: str | Path, needs: Mapping[str, float] | None = None) -> list[str]:
     """One sentence where nothing can be written to `folder`, or less is free there than needed; leaves nothing behind.
 
-    named: how messages call the place, such as `output_dir='runs'`. needs: bytes by what they are for.
+    named: how messages call the place, such as `output_dir='runs'`. needs: bytes by what they are for, what an earlier
+    part of the run has left in the folder among them.
     """
     try:
         present = _present(folder)
@@ -20,9 +21,10 @@ def output_problems(named: str, folder: str | Path, needs: Mapping[str, float] |
         free, needed = shutil.disk_usage(present).free, sum((needs or {}).values())
     except (OSError, ValueError) as error:
         return [f"{named} cannot be written: {error}; give another folder"]
-    if free < needed:
+    if free < needed and free + (held := _held(Path(folder).expanduser())) < needed:
         return [
-            f"{named} has {_size(free)} free, and the run keeps about {_size(needed)} ({_parts(needs or {})}); "
+            f"{named} has {_size(free)} free{f' beside {_size(held)} of its own' if held else ''}, and the run keeps "
+            f"about {_size(needed)} ({_parts(needs or {})}); "
             "make room, keep fewer checkpoints, or give another folder"
         ]
     return []
@@ -43,6 +45,15 @@ def _present(folder: str | Path) -> Path:
     with suppress(OSError):
         path.stat()  # raises ValueError, which `exists` takes for absence, for what no file system can hold
     return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _held(folder: Path) -> int:
+    """Bytes of the files in the folder; some may go while it is looked at."""
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            found += path.lstat().st_size
+    return found
 
 
 def _parts(needs: Mapping[str, float]) -> str:

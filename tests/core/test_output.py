@@ -31,6 +31,15 @@ def test_too_little_room_is_told_in_figures(tmp_path, monkeypatch):
     )
 
 
+def test_what_the_run_has_already_written_is_not_needed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
+    with open(tmp_path / "weights", "wb") as file:
+        file.truncate(10**9)
+    assert output_problems("output_dir='x'", tmp_path, {"checkpoints": 2.5e9}) == []
+    (problem,) = output_problems("output_dir='x'", tmp_path, {"checkpoints": 3.5e9})
+    assert "has 2.0 GB free beside 1.0 GB of its own, and the run keeps about 3.5 GB" in problem
+
+
 @pytest.mark.parametrize("folder", ["a\0b", "\ud800"])
 def test_what_no_file_system_takes_is_a_problem_and_no_crash(folder):
     assert len(output_problems("output_dir", folder)) == 1
