@@ -29,7 +29,7 @@ _Seen = tuple[str, int]
 
 
 class RunTaken(ConfigError):
-    """Another process writes this folder; names it, and the way out."""
+    """Another process writes this folder; names it and what to do."""
 
 
 @contextmanager

@@ -105,7 +105,8 @@ class Controller:
                 self.rollout.sample, spec=self.spec, policy=self.policy, step=number,
                 chunk_size=config.rollout.chunk_size,
             )  # fmt: skip
-            scored = self.rollout.score(requests, sample, part.reward_set, step=number)  # overlaps with it
+            # Rewards overlap with sampling.
+            scored = self.rollout.score(requests, sample, part.reward_set, step=number)
             results = sorted(scored, key=lambda result: result.request.id)
             clock.lap("rollout")
             batch, advantages = make_batch(results, config)  # complete groups, advantages
