@@ -4,7 +4,7 @@ In a test, in a thread:
     with JudgeServer(plays=[Play("rate_limited", headers={"retry-after": "0.1"}), Play("ok")]) as server:
         ... server.base_url, server.records, server.high_water
 As a process, to be killed and started again on the same port:
-    python tests/fakes/judge_server.py --port 8123 --script plays.json --grade my_grades.py:grade
+    python -m tests.fakes.judge_server --port 8123 --script plays.json --grade my_grades.py:grade
 
 A request gets the first play left whose `when` occurs in its text, and a good answer when there is none: a grade
 for every name the text asks for, or one digit, by `grade(images, text)` in [0, 1].
@@ -19,48 +19,26 @@ import collections
 import hashlib
 import io
 import json
-import math
-import re
 import runpy
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 
-Grade = Callable[[list[Image.Image], str], float]
-Score = Callable[[list[Image.Image], str], str]
+from tests.fakes.judge_plays import PLAYS, Asked, Grade, Play, Score, error
 
-SNAPSHOT = "judge-2025-04-14"
-PROMPT_TOKENS, COMPLETION_TOKENS = 100, 20
 START_TIMEOUT_S = 120.0
 MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
-
-
-@dataclass(frozen=True)
-class Play:
-    """What one request gets (see PLAYS). `when`: text it must contain. times: for how many requests, 0 for all.
-
-    headers: of the answer. seconds: wait before it. content: what the message says in place of the grades.
-    top: alternatives of each answer token as [token, log-probability].
-    """
-
-    kind: str
-    when: str = ""
-    times: int = 1
-    headers: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    content: str | None = None
-    top: tuple[tuple[tuple[str, float], ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,10 +175,10 @@ class JudgeServer:
         await asyncio.sleep(play.seconds)
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.token is not None and sent != self.token:
-            return _error(401, f"Incorrect API key provided: {sent}", "invalid_api_key", play)
+            return error(401, f"Incorrect API key provided: {sent}", "invalid_api_key", play)
         if play.kind in ("reset", "reset_in_body"):
             return self._reset(request, in_body=play.kind == "reset_in_body")
-        return PLAYS[play.kind](Asked(self, body, images, record.text, play))
+        return PLAYS[play.kind](Asked(self.grade, self.score, body, images, record.text, play))
 
     def _next(self, text: str) -> Play:
         for entry in self.plays:
@@ -271,121 +249,10 @@ class JudgeServer:
         return Response()
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One request and the play it gets."""
-
-    server: JudgeServer
-    body: dict[str, Any]
-    images: list[Image.Image]
-    text: str
-    play: Play
-
-    def good(self) -> str:
-        """The grades, in the form the text asks for."""
-        if self.play.content is not None:
-            return self.play.content
-        if self.server.score is not None:
-            return self.server.score(self.images, self.text)
-        grade = self.server.grade(self.images, self.text)
-        names = grade_names(self.text)
-        if not names:
-            return str(round(9 * grade))
-        return json.dumps({"reasoning": "seen", **dict.fromkeys(names, round(10 * grade))})
-
-    def reply(self, content: str | None, *, finish: str = "stop", refusal: str | None = None) -> Response:
-        """A chat completion, with log-probs when they are asked for."""
-        message = {"role": "assistant", "content": content, "refusal": refusal}
-        logprobs = {"content": self._tokens(content or "")} if self.body.get("logprobs") else None
-        choice = {"index": 0, "finish_reason": finish, "message": message, "logprobs": logprobs}
-        usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS}
-        usage["total_tokens"] = PROMPT_TOKENS + COMPLETION_TOKENS
-        answer = {"id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": SNAPSHOT}
-        return JSONResponse(answer | {"choices": [choice], "usage": usage}, headers=self.play.headers)
-
-    def _tokens(self, content: str) -> list[dict[str, Any]]:
-        """One token a character. The first digit's alternatives have 9 x grade as their expectation."""
-        tops = self.play.top
-        if tops is None:
-            value = 9 * self.server.grade(self.images, self.text)
-            low = math.floor(value)
-            shares = {str(low): 1 - (value - low), str(low + 1): value - low}
-            digits = tuple((digit, math.log(share)) for digit, share in shares.items() if share > 0)
-            tops = tuple(digits if character.isdigit() else ((character, 0.0),) for character in content)
-        return [
-            {
-                "token": character,
-                "logprob": top[0][1],
-                "top_logprobs": [{"token": t, "logprob": p} for t, p in top],
-            }
-            for character, top in zip(content, tops, strict=False)
-        ]
-
-
-def grade_names(text: str) -> list[str]:
-    """The grades that a text asks for: words at the start of a line, followed by their meaning."""
-    return list(
-        dict.fromkeys(re.findall(r"^(?!reasoning)([a-z]+)(?: -|:) (?:how|whether) ", text, re.MULTILINE))
-    )
-
-
 def pixels_sha256(image: Image.Image) -> str:
     """Hash of mode, size and pixels."""
     head = f"{image.mode} {image.width}x{image.height}\n".encode()
     return hashlib.sha256(head + image.tobytes()).hexdigest()
-
-
-def _error(status: int, message: str, code: str | None, play: Play, **more: Any) -> Response:
-    error = {"message": message, "type": "error", "param": None, "code": code, **more}
-    return JSONResponse({"error": error}, status_code=status, headers=play.headers)
-
-
-def _fails(status: int, code: str | None = None, **more: Any) -> Callable[[Asked], Response]:
-    return lambda asked: _error(status, f"played {asked.play.kind}", code, asked.play, **more)
-
-
-def _regrade(asked: Asked, grade: str) -> str:
-    """The good answer with another value for every grade."""
-    return re.sub(r"(\": )\d+", rf"\g<1>{grade}", asked.good())
-
-
-PLAYS: dict[str, Callable[[Asked], Response]] = {
-    "ok": lambda asked: asked.reply(asked.good()),
-    "slow": lambda asked: asked.reply(asked.good()),
-    "fenced": lambda asked: asked.reply(f"```json\n{asked.good()}\n```"),
-    "prose": lambda asked: asked.reply(f"I looked closely. {asked.good()} That is my verdict."),
-    "single_quotes": lambda asked: asked.reply(asked.good().replace('"', "'")),
-    "trailing_comma": lambda asked: asked.reply(asked.good().replace("}", ",}")),
-    "out_of_range": lambda asked: asked.reply(_regrade(asked, "11")),
-    "nan": lambda asked: asked.reply(_regrade(asked, "NaN")),
-    "nonsense": lambda asked: asked.reply("It is what it is."),
-    "empty": lambda asked: asked.reply(""),
-    "refusal": lambda asked: asked.reply(None, refusal="I'm sorry, I can't help with that."),
-    "filtered": lambda asked: asked.reply(asked.good(), finish="content_filter"),
-    "truncated": lambda asked: asked.reply(asked.good()[:-5], finish="length"),
-    "truncated_whole": lambda asked: asked.reply(asked.good(), finish="length"),
-    "tool_calls": lambda asked: asked.reply(asked.good(), finish="tool_calls"),
-    "no_choices": lambda asked: JSONResponse({"id": "1", "object": "chat.completion", "choices": []}),
-    "error_200": lambda asked: JSONResponse({"error": {"message": "upstream failed", "code": 502}}),
-    "not_json": lambda asked: Response("{half", media_type="application/json"),
-    "web_page": lambda asked: Response("<html>busy</html>", media_type="text/html"),
-    "filtered_400": _fails(400, "content_filter"),
-    "azure_400": _fails(400, None, innererror={"code": "ResponsibleAIPolicyViolation"}),
-    "bad_request": _fails(400, "unsupported_parameter"),
-    "unauthorized": _fails(401, "invalid_api_key"),
-    "forbidden": _fails(403),
-    "not_found": _fails(404, "model_not_found"),
-    "too_large": _fails(413),
-    "bad_image": _fails(400, "invalid_image_format"),
-    "unprocessable": _fails(422),
-    "request_timeout": _fails(408),
-    "too_early": _fails(425),
-    "rate_limited": _fails(429, "rate_limit_exceeded"),
-    "quota": _fails(429, "insufficient_quota"),
-    "error_500": _fails(500),
-    "overloaded": _fails(503),
-}
-"""By kind; `reset` and `reset_in_body` cut the connection. `slow` is `ok` after `seconds`."""
 
 
 def read_script(path: str) -> list[Play]:

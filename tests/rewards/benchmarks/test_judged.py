@@ -14,7 +14,8 @@ from rewards.benchmarks.imgedit import GRADES, TYPES
 from rewards.benchmarks.judged import DPGQuestions, GEditGrades, ImgEditGrades
 from rewards.judge.messages import JudgeReply, Outcome
 from rewards.loading import load_reward
-from tests.fakes.judge_server import SNAPSHOT, JudgeServer, Play, pixels_sha256
+from tests.fakes.judge_plays import SNAPSHOT, Play
+from tests.fakes.judge_server import JudgeServer, pixels_sha256
 
 QUESTIONS = [
     {"id": 1, "text": "Is there a cup?", "parents": [], "category": "entity - whole", "row": 0},

@@ -24,7 +24,8 @@ from rewards.editreward.data.generate_config import load_section
 from rewards.editreward.data.label_config import LabelSection, label_problems
 from rewards.editreward.data.label_questions import read_template
 from rewards.editreward.data.shards import EditSample, read_shard, write_shard
-from tests.fakes.judge_server import JudgeServer, Play
+from tests.fakes.judge_plays import Play
+from tests.fakes.judge_server import JudgeServer
 
 ROOT = Path(__file__).resolve().parents[3]
 EDITS, SHARDS = 24, 6

@@ -24,8 +24,9 @@ from rewards.judge.budget import (
 from rewards.judge.client import JudgeClient
 from rewards.judge.messages import Outcome
 from rewards.judge.settings import JudgeSettings
+from tests.fakes.judge_plays import COMPLETION_TOKENS, PROMPT_TOKENS, Play
 from tests.fakes.judge_questions import ask, picture, question, settings_for
-from tests.fakes.judge_server import COMPLETION_TOKENS, PROMPT_TOKENS, JudgeServer, Play
+from tests.fakes.judge_server import JudgeServer
 
 
 def ledger_of(path) -> SimpleNamespace:

@@ -16,8 +16,9 @@ from rewards.judge.client import JudgeClient
 from rewards.judge.messages import JudgeReply, Outcome, TokenChoices
 from rewards.judge.settings import JudgeSettings
 from rewards.judge.store import StoreError
+from tests.fakes.judge_plays import SNAPSHOT, Play
 from tests.fakes.judge_questions import ask, picture, question, settings_for
-from tests.fakes.judge_server import SNAPSHOT, JudgeServer, Play
+from tests.fakes.judge_server import JudgeServer
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = JudgeSettings("judge")

@@ -16,8 +16,9 @@ import pytest
 from rewards.judge.client import JudgeClient
 from rewards.judge.messages import Outcome
 from rewards.judge.settings import JudgeSettings
+from tests.fakes.judge_plays import COMPLETION_TOKENS, PROMPT_TOKENS, Play
 from tests.fakes.judge_questions import TurnedClock, ask, question, settings_for
-from tests.fakes.judge_server import COMPLETION_TOKENS, PROMPT_TOKENS, JudgeServer, Play
+from tests.fakes.judge_server import JudgeServer
 
 ROOT = Path(__file__).resolve().parents[3]
 CANARY = "sk-canary-9f8e7d6c5b4a"
@@ -160,7 +161,8 @@ def test_a_server_that_is_killed_and_started_again_is_found_by_the_same_client(t
         port = probe.getsockname()[1]
     settings = JudgeSettings("judge", f"http://127.0.0.1:{port}/v1", None, attempts=100, longest_wait_s=0.5)
     words = [
-        "tests/fakes/judge_server.py",
+        "-m",
+        "tests.fakes.judge_server",
         "--port",
         str(port),
         "--script",

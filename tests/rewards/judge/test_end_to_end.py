@@ -14,7 +14,8 @@ from rewards.judge.questions import Sample
 from rewards.judge.template_files import load_template
 from rewards.loading import LoadedReward, load_reward
 from rewards.scoring import score_group
-from tests.fakes.judge_server import SNAPSHOT, JudgeServer, Play, brightness, pixels_sha256
+from tests.fakes.judge_plays import SNAPSHOT, Play
+from tests.fakes.judge_server import JudgeServer, brightness, pixels_sha256
 
 GREYS = (25, 102, 178, 255)
 PROTOCOLS = ("viescore", "structured", "expected_score")

@@ -5,16 +5,9 @@ from PIL import Image
 
 from rewards.judge.messages import Outcome
 from rewards.judge.wire import retry_after
+from tests.fakes.judge_plays import COMPLETION_TOKENS, PLAYS, PROMPT_TOKENS, SNAPSHOT, Play
 from tests.fakes.judge_questions import ask, picture, question, settings_for
-from tests.fakes.judge_server import (
-    COMPLETION_TOKENS,
-    PLAYS,
-    PROMPT_TOKENS,
-    SNAPSHOT,
-    JudgeServer,
-    Play,
-    pixels_sha256,
-)
+from tests.fakes.judge_server import JudgeServer, pixels_sha256
 
 ATTEMPTS = 3
 

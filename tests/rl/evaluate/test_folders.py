@@ -11,7 +11,8 @@ from PIL import Image
 
 from rewards.benchmarks import gedit
 from rl.evaluate.__main__ import main
-from tests.fakes.judge_server import SNAPSHOT, JudgeServer
+from tests.fakes.judge_plays import SNAPSHOT
+from tests.fakes.judge_server import JudgeServer
 from worlds.shapes.scenes.captions import TAGS, sample_caption, scene_of
 from worlds.shapes.scenes.render import render
 
