@@ -139,6 +139,12 @@ class PlacedActors:
             started.append(make(placed, actor.index))
         return started
 
+    def stop(self, role: str) -> None:
+        """End the actors of `role`, for others to be started in their place: Ray has no room for these before the
+        processes of the old ones are gone, and with them their GPUs and what they hold of the object store."""
+        for actor in self.by_role.pop(role, []):
+            ray.kill(actor)
+
     def close(self) -> None:
         """Stop every actor and give the resources back."""
         for actors in self.by_role.values():
