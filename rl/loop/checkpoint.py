@@ -54,15 +54,15 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
 
     Raises CheckpointError as `core.checkpoints.resume_folder` does.
     """
-    return resume_folder(run_dir, resume, _checkpoints(run_dir))
+    return resume_folder(run_dir, resume, checkpoints(run_dir))
 
 
 def set_later_aside(run_dir: Path, step: int) -> None:
     """Move the checkpoints of more than `step` steps out of the way of a run that continues there."""
-    set_aside(run_dir, [path for path, steps in _checkpoints(run_dir).items() if steps > step])
+    set_aside(run_dir, [path for path, steps in checkpoints(run_dir).items() if steps > step])
 
 
-def _checkpoints(run_dir: Path) -> dict[Path, int]:
+def checkpoints(run_dir: Path) -> dict[Path, int]:
     """Those of steps and stage borders with their steps, fewest first; 0 for a border that cannot say."""
     found = step_folders(run_dir / CHECKPOINTS)
     for border in (run_dir / CHECKPOINTS).glob("stage_*_end"):

@@ -21,6 +21,7 @@ from models.lora.attach import Adapter
 from rl.learner.stats import UpdateStats
 from rl.learner.worker import LearnerGroup
 from rl.loop.advantages import Advantages
+from rl.loop.best import best_checkpoints
 from rl.loop.checkpoint import save_checkpoint
 from rl.loop.schedule import ScheduledPart
 from rl.loop.step import group_fates, reward_metrics, update_metrics
@@ -142,14 +143,18 @@ class Observer:
             check_held(self.run_dir)
             if save and self.state.step > self._saved_step:
                 self._save()
-            self.journal.finish(self.results.summary(self.state, finished=False))
+            self._finish(finished=False)
         except Exception as error:  # what ended the run is what has to be told
             log.error("not everything was kept at the run's early end: %s", error)
 
     def close_run(self) -> None:
         """The shipped adapter, the merged transformer and the summary."""
         self.results.write_final(self._shipped_adapter())
-        self.journal.finish(self.results.summary(self.state))
+        self._finish(finished=True)
+
+    def _finish(self, *, finished: bool) -> None:
+        best = next(iter(best_checkpoints(self.run_dir, self.config)), None)
+        self.journal.finish(self.results.summary(self.state, best=best, finished=finished))
 
     def _look(self, stage: StageConfig, policy: Policy) -> None:
         """The evaluation and the gallery that are due after a step; at a stage's end `close_stage` sees to them."""
@@ -170,7 +175,8 @@ class Observer:
                 border=state.stages[-1].steps == config.stages[state.stage].steps,
             )  # fmt: skip
         self._saved_step = state.step
-        prune(self.run_dir / CHECKPOINTS, state.step, keep=config.checkpoint.keep_last)
+        best = {Path(found.path) for found in best_checkpoints(self.run_dir, config)}
+        prune(self.run_dir / CHECKPOINTS, state.step, keep=config.checkpoint.keep_last, spare=best)
 
     def _metrics(self, outcome: StepOutcome, policy: Policy) -> dict[str, Any]:
         laps, seconds = outcome.laps, sum(outcome.laps.values())

@@ -291,6 +291,18 @@ class ResourcesConfig:
 
 
 @dataclass
+class KeepBestConfig:
+    """The best checkpoints by a held-out score, kept beside the last ones; of equal ones the earlier."""
+
+    task: Task = MISSING
+    """Task whose held-out mean decides; only a checkpoint with an evaluation at its step (`evaluation.every`) has one."""
+    reward: str | None = None
+    """Label of one of that task's rewards; null: their weighted sum."""
+    count: Count = 1
+    """How many."""
+
+
+@dataclass
 class CheckpointConfig:
     """What a run is resumed from. Those of stage borders are kept besides."""
 
@@ -298,6 +310,7 @@ class CheckpointConfig:
     """Steps between two."""
     keep_last: Count = 2
     """How many of the last ones are kept."""
+    keep_best: KeepBestConfig | None = None
 
 
 @dataclass

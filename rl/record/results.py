@@ -22,7 +22,7 @@ from rl.record.alarms import reward_hacking, trained_task_fell
 from rl.record.evaluation import Evaluator, TaskScores
 from rl.record.gallery import before_after_sheet
 from rl.record.state import RunState
-from rl.record.summary import GuidancePoint, RunSummary, StageSummary
+from rl.record.summary import BestCheckpoint, GuidancePoint, RunSummary, StageSummary
 
 
 class RunResults:
@@ -89,7 +89,9 @@ class RunResults:
                 )
         return lines
 
-    def summary(self, state: RunState, *, finished: bool = True) -> RunSummary:
+    def summary(
+        self, state: RunState, *, best: BestCheckpoint | None = None, finished: bool = True
+    ) -> RunSummary:
         """The summary, so far as evaluations are there; also draws the before-and-after sheets."""
         evaluated = [
             i for i, p in enumerate(state.stages) if {"before", f"after_{p.name}"} <= self.moments.keys()
@@ -122,6 +124,7 @@ class RunResults:
             base_guidance=self._guidance(),
             restarts=state.restarts,
             finished=finished,
+            best=best,
         )
 
     def write_adapter(self, adapter: Adapter, folder: Path) -> None:
