@@ -23,9 +23,9 @@ from rl.record.state import RunState, StageProgress
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ between the run that wrote a checkpoint and the one that continues it: who does the work
-# and how often it is looked at, never what is computed.
-_FREE_KEYS = ("output_dir", "resources.", "rollout.workers", "checkpoint.", "gallery.")
+# Keys that may differ between the run that wrote a checkpoint and the one that continues it: who does the work,
+# how often it is looked at and what it stops for, never what is computed.
+_FREE_KEYS = ("output_dir", "resources.", "rollout.workers", "checkpoint.", "gallery.", "alarms.")
 _REWARD_KEY = re.compile(r"((?:stages\.\d+(?:\.parts\.\d+)?|evaluation\.tasks\.\d+)\.rewards\.\d+\.)(.+)")
 _FREE_REWARD_KEYS = ("timeout_s", "attempts", "max_missing_share", "constant_steps", "service")
 

@@ -27,7 +27,8 @@ from rl.loop.schedule import ScheduledPart
 from rl.loop.step import group_fates, reward_metrics, update_metrics
 from rl.recipe.schema import RunConfig, StageConfig
 from rl.recipe.stage_parts import stage_tasks
-from rl.record.evaluation import Evaluator
+from rl.record.alarms import Alarm, stop_for
+from rl.record.evaluation import Evaluator, TaskScores
 from rl.record.groups import GroupRecord, best_and_worst, group_record, group_samples
 from rl.record.journal import Journal
 from rl.record.results import RunResults
@@ -134,8 +135,8 @@ class Observer:
 
     def close_stage(self, index: int, policy: Policy) -> None:
         """Evaluate what the stage ships, on all tasks."""
-        self._evaluate(f"after_{self.config.stages[index].name}", policy)
-        self.journal.alarms(self.results.cross_task_alarms(index))
+        scores = self._evaluate(f"after_{self.config.stages[index].name}", policy)
+        self._alarm([*self.results.stage_alarms(index, scores), *self.results.cross_task_alarms(index)])
 
     def close_early(self, *, save: bool) -> None:
         """Before the last step: a checkpoint of the steps since the last one if `save`, trace and summary so far."""
@@ -161,7 +162,8 @@ class Observer:
         config, steps = self.config, self.state.stages[-1].steps
         if steps < stage.steps:
             if config.evaluation.every and steps % config.evaluation.every == 0:
-                self._evaluate(f"step_{self.state.step:06d}", policy, tasks=stage_tasks(stage))
+                scores = self._evaluate(f"step_{self.state.step:06d}", policy, tasks=stage_tasks(stage))
+                self._alarm(self.results.stage_alarms(self.state.stage, scores))
             if config.gallery.prompts and steps % config.gallery.every == 0:
                 self._gallery(stage, policy)
         self.state.unseen = False
@@ -210,7 +212,14 @@ class Observer:
         state.seconds += seconds
         state.restarts += metrics["workers/restarts"]
 
-    def _evaluate(self, moment: str, policy: Policy, *, tasks: list[str] | None = None) -> None:
+    def _alarm(self, alarms: Sequence[Alarm]) -> None:
+        """Tell all of them; raise StopRun where the recipe stops for one."""
+        self.journal.alarms([alarm.line for alarm in alarms])
+        stop_for(alarms, self.config.alarms)
+
+    def _evaluate(
+        self, moment: str, policy: Policy, *, tasks: list[str] | None = None
+    ) -> dict[str, TaskScores]:
         """Evaluate the shipped adapter on all tasks (or `tasks`) and record it."""
         state, began = self.state, time.monotonic()
         with self.journal.timed("evaluate", state.step):
@@ -225,8 +234,7 @@ class Observer:
         for task in scores:
             samples = self.evaluator.gallery.get(task, {}).get(moment, [])
             self.journal.grid(task, stage_name, samples, state.step)
-        if state.stages:
-            self.journal.alarms(self.results.stage_alarms(state.stage, scores))
+        return scores
 
     def _gallery(self, stage: StageConfig, policy: Policy) -> None:
         step = self.state.step

@@ -223,6 +223,7 @@ CHOICES = {
     "learner.advantage_std": ("group", "batch"),
     "learner.cfg_gradient": ("conditional", "both"),
     "learner.old_log_prob": ("rollout", "replay"),
+    "alarms.reward_hacking": ("warn", "stop"),
     "resources.device": ("cuda", "cpu"),
     "resources.placement": ("shared", "separate", "inprocess"),
 }
