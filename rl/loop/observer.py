@@ -96,11 +96,7 @@ class Observer:
             return
         self._evaluate("before", policy)
         for moment, scale in scales.items():
-            began = time.monotonic()
-            with self.journal.timed("evaluate", self.state.step):
-                scores = self.evaluator.evaluate(moment, policy, self.state.step, guidance_scale=scale)
-            self.results.add(moment, scores)
-            self.state.seconds += time.monotonic() - began
+            self._measure(moment, policy, guidance_scale=scale)
 
     def record_step(
         self, stage: StageConfig, part: ScheduledPart, outcome: StepOutcome, policy: Policy
@@ -221,20 +217,35 @@ class Observer:
         self, moment: str, policy: Policy, *, tasks: list[str] | None = None
     ) -> dict[str, TaskScores]:
         """Evaluate the shipped adapter on all tasks (or `tasks`) and record it."""
-        state, began = self.state, time.monotonic()
-        with self.journal.timed("evaluate", state.step):
-            scores = self.evaluator.evaluate(moment, self._shipped_policy(policy), state.step, tasks=tasks)
-        self.results.add(moment, scores)
-        seconds = time.monotonic() - began
-        state.images += self.rollout.take_images()
-        state.seconds += seconds
+        state = self.state
+        scores, seconds = self._measure(moment, self._shipped_policy(policy), tasks=tasks)
         self.journal.evaluation(moment, scores, self.results.change_since_before, state, seconds)
-        self.journal.spans(self.rollout.spans)
         stage_name = state.stages[-1].name if state.stages else "before"
         for task in scores:
             samples = self.evaluator.gallery.get(task, {}).get(moment, [])
             self.journal.grid(task, stage_name, samples, state.step)
         return scores
+
+    def _measure(
+        self,
+        moment: str,
+        policy: Policy,
+        *,
+        tasks: list[str] | None = None,
+        guidance_scale: float | None = None,
+    ) -> tuple[dict[str, TaskScores], float]:
+        """Scores under `policy`, remembered as those of `moment`, and the seconds they took, which count with the pictures."""
+        state, began = self.state, time.monotonic()
+        with self.journal.timed("evaluate", state.step):
+            scores = self.evaluator.evaluate(
+                moment, policy, state.step, tasks=tasks, guidance_scale=guidance_scale
+            )
+        self.results.add(moment, scores)
+        seconds = time.monotonic() - began
+        state.images += self.rollout.take_images()
+        state.seconds += seconds
+        self.journal.spans(self.rollout.spans)
+        return scores, seconds
 
     def _gallery(self, stage: StageConfig, policy: Policy) -> None:
         step = self.state.step
