@@ -39,6 +39,11 @@ def connect(*, worker_logs: bool = True) -> bool:
         else:
             log.info("RAY_ADDRESS is not set: starting Ray on this machine alone")
             ray.init(address="local", include_dashboard=False, log_to_driver=worker_logs)
+    except SystemExit as error:  # how Ray answers a SIGTERM while it starts
+        if error.code == signal.SIGTERM and callable(handler):
+            signal.signal(signal.SIGTERM, handler)
+            handler(signal.SIGTERM, None)
+        raise
     except Exception as error:  # Ray has no class of its own for this
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = f"join RAY_ADDRESS={address}" if address else "start Ray on this machine"
