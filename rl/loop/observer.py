@@ -234,7 +234,7 @@ class Observer:
         tasks: list[str] | None = None,
         guidance_scale: float | None = None,
     ) -> tuple[dict[str, TaskScores], float]:
-        """Scores under `policy`, remembered as those of `moment`, and their seconds; with the pictures they are counted."""
+        """Scores under `policy`, remembered under `moment`, and their seconds, counted with their pictures."""
         state, began = self.state, time.monotonic()
         with self.journal.timed("evaluate", state.step):
             scores = self.evaluator.evaluate(
