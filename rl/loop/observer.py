@@ -82,8 +82,7 @@ class Observer:
             redo_evaluation=at_border or state.unseen,
         )
         self.results = RunResults(config, self.evaluator, run_dir)
-        self._worker_events = rollout.dispatcher.restarts, rollout.dispatcher.redispatched
-        self._saved_step = state.step
+        self._worker_events, self._saved_step = (0, 0), state.step
 
     def begin_run(self, policy: Policy) -> None:
         """Evaluate before the first stage; a resumed run reads what the first one measured."""
@@ -235,7 +234,7 @@ class Observer:
         tasks: list[str] | None = None,
         guidance_scale: float | None = None,
     ) -> tuple[dict[str, TaskScores], float]:
-        """Scores under `policy`, remembered as those of `moment`, and the seconds taken; counted with the pictures."""
+        """Scores under `policy`, remembered under `moment`, and their seconds, counted with their pictures."""
         state, began = self.state, time.monotonic()
         with self.journal.timed("evaluate", state.step):
             scores = self.evaluator.evaluate(
