@@ -26,7 +26,7 @@ RAY_STARTS = 3
 
 @pytest.fixture(scope="session")
 def worker_server(tmp_path_factory):
-    """What the workers of `ray_session` are forked from."""
+    """What Ray's workers are forked from, with the heavy imports done."""
     workers = WorkerServer(tmp_path_factory.mktemp("ray"))
     yield workers
     workers.close()
@@ -36,7 +36,8 @@ def worker_server(tmp_path_factory):
 def ray_session(worker_server):
     """A local Ray with 16 logical CPUs (and no GPU), shut down at the end of the session.
 
-    Its workers are forked with the heavy imports done; a command that joins this Ray by RAY_ADDRESS gets ordinary ones.
+    Its workers are forked; a command that joins this Ray by RAY_ADDRESS gets ordinary ones, unless it is started with
+    `worker_server.environment()`.
     """
     import ray
 
