@@ -57,7 +57,7 @@ class Dispatcher:
         self.restarts = 0
         self.redispatched = 0
         self.limits_s: dict[str, float] = {}
-        """By role, the longest that a call may take where that is not `call_timeout_s`."""
+        """By role, the longest that a call may take by itself where that is not `call_timeout_s`."""
 
     def add_pool(self, role: str, handles: list[Any], *, floor: int = 1, max_in_flight: int = 2) -> None:
         """Actors of one role; each must have a `ready` method that answers when it can work."""
@@ -158,8 +158,10 @@ class Dispatcher:
             getattr(worker.handle, call.method).options(num_returns=call.num_returns).remote(*call.args)
         )
         refs = tuple(returned) if call.num_returns > 1 else (returned,)
-        # It may have to wait for the worker's other calls.
-        limit = self.limits_s.get(call.role, self._call_timeout_s) * worker.in_flight
+        # It may have to wait for the worker's other calls; where they overlap, for later ones too.
+        own = self.limits_s.get(call.role)
+        calls = worker.in_flight if own is None else self._pools[call.role].max_in_flight
+        limit = (self._call_timeout_s if own is None else own) * calls
         self._flights[refs[0]] = _Flight(call, worker, refs, time.monotonic() + limit)
 
     def _take(self, ref: Any) -> None:

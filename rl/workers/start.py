@@ -67,8 +67,9 @@ def encoder_spec(model: ModelConfig, resources: ResourcesConfig, negative_prompt
 
 
 def score_limit_s(reward_sets: Sequence[RewardSet], resources: ResourcesConfig) -> float:
-    """After how long a reward worker that scores is taken to hang: its rewards end by themselves before that."""
-    longest_s = [longest_score_s(spec) for reward_set in reward_sets for spec in reward_set.rewards]
+    """After how long a reward worker that scores one group is taken to hang: its rewards end by themselves before that,
+    also where those of a set share a model and take turns."""
+    longest_s = [sum(map(longest_score_s, reward_set.rewards)) for reward_set in reward_sets]
     return max([resources.call_timeout_s, *(limit_s + BESIDE_S for limit_s in longest_s)])
 
 

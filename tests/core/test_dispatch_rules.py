@@ -109,6 +109,15 @@ def test_a_deadline_ends_the_call_itself_and_charges_no_other():
     assert hung.kills == [False] and other.kills == [] and done[1].call.tried == []
 
 
+def test_a_call_that_overlaps_with_later_ones_has_time_for_these_from_the_start():
+    actor = Actor(PENDING)
+    made = dispatcher(actor)
+    made.limits_s["rollout"] = 100.0
+    made.submit(Call("rollout", 0, "work", ()))
+    (flight,) = made._flights.values()
+    assert 190 < flight.deadline - time.monotonic() <= 200, "two may be under way at once"
+
+
 def test_calls_beside_a_late_one_are_made_again_without_a_mark():
     actor = Actor(PENDING, PENDING, "a", "b")
     made = dispatcher(actor, call_timeout_s=0.1)
