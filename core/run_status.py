@@ -26,6 +26,8 @@ from core.stopping import Stopping
 
 log = logging.getLogger(__name__)
 STATUS_FILE = "status.json"
+ACCEPT_CHANGES = "--accept-changes"
+"""The flag of a command that continues with other data, weights or rewards; of one resume alone."""
 STOP_TIMEOUT_S = 120.0
 HEARTBEAT_S = 15.0
 LEAVE_S = 5.0
@@ -160,7 +162,7 @@ def resume_command(*, resume: bool) -> str:
         for word in words:
             if kept[-1:] == ["--resume"]:
                 kept.pop()
-            elif not word.startswith("--resume="):
+            elif not word.startswith("--resume=") and word != ACCEPT_CHANGES:
                 kept.append(word)
         words = [*kept, "--resume", "auto"]
     return shlex.join(words)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from core.checkpoints import CHECKPOINTS, resume_folder, set_aside, step_folders
 from core.files import atomic_write_json, atomic_write_text, new_folder
+from core.inputs import Inputs, compare_inputs
 from core.recipe import ConfigError
 from rewards.loading import free_params
 from rl.record.state import RunState, StageProgress
@@ -76,7 +78,16 @@ def _checkpoints(run_dir: Path) -> dict[Path, int]:
 def read_state(folder: Path) -> RunState:
     """The run state of a verified checkpoint."""
     document = json.loads((folder / "state.json").read_text())
-    return RunState(**{**document, "stages": [StageProgress(**entry) for entry in document["stages"]]})
+    stages = [StageProgress(**entry) for entry in document["stages"]]
+    return RunState(**{**document, "stages": stages, "inputs": Inputs.read(document)})
+
+
+def take_served(state: RunState, served: Mapping[str, str], *, accept: bool) -> None:
+    """Compare what services say of the code of their rewards with what they said before. Raises ConfigError."""
+    before = {name: digest for name, digest in state.inputs.held.items() if name in served}
+    if before:
+        state.changes += compare_inputs(Inputs(before), Inputs(dict(served)), step=state.step, accept=accept)
+    state.inputs.held.update(served)
 
 
 def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:

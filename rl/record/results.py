@@ -122,6 +122,7 @@ class RunResults:
             base_guidance=self._guidance(),
             restarts=state.restarts,
             finished=finished,
+            changes=tuple(state.changes),
         )
 
     def write_adapter(self, adapter: Adapter, folder: Path) -> None:

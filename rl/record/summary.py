@@ -53,6 +53,7 @@ class RunSummary:
     `total` maps task to the change from before the first stage to after the last. `base_guidance` maps task
     to the base's figures by guidance scale, which tells distilled guidance from a better policy. `version` is
     that of the package, `commit` None outside a git checkout. `finished` False: what the run came to until it stopped.
+    `changes`: what the run read that was another at a resume.
     """
 
     name: str
@@ -65,6 +66,7 @@ class RunSummary:
     base_guidance: Mapping[str, tuple[GuidancePoint, ...]] = field(default_factory=dict)
     restarts: int = 0
     finished: bool = True
+    changes: tuple[str, ...] = ()
 
 
 def run_finished(folder: str | Path) -> bool:
