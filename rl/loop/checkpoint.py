@@ -14,13 +14,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from core.checkpoints import CHECKPOINTS, resume_folder, set_aside, step_folders
 from core.files import atomic_write_json, atomic_write_text, new_folder
 from core.inputs import Inputs, compare_inputs
+from core.keys import MOVES_BITS
 from core.recipe import ConfigError
 from rewards.loading import free_params
+from rl.recipe.schema import ResourcesConfig
 from rl.record.state import RunState, StageProgress
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,11 @@ log = logging.getLogger(__name__)
 # Keys that may differ between the run that wrote a checkpoint and the one that continues it: who does the work
 # and how often it is looked at, never what is computed.
 _FREE_KEYS = ("output_dir", "resources.", "rollout.workers", "checkpoint.", "gallery.")
+_MOVING_BITS = [
+    f"resources.{name}"
+    for name, hint in get_type_hints(ResourcesConfig, include_extras=True).items()
+    if MOVES_BITS in getattr(hint, "__metadata__", ())
+]
 _REWARD_KEY = re.compile(r"((?:stages\.\d+(?:\.parts\.\d+)?|evaluation\.tasks\.\d+)\.rewards\.\d+\.)(.+)")
 _FREE_REWARD_KEYS = ("timeout_s", "attempts", "max_missing_share", "constant_steps", "service")
 
@@ -91,7 +98,8 @@ def take_served(state: RunState, served: Mapping[str, str], *, accept: bool) -> 
 
 
 def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:
-    """Raise ConfigError naming each key that would change what is computed after a resume."""
+    """Raise ConfigError naming each key that would change what is computed after a resume; the log names those that
+    change its rounding alone."""
     import yaml
 
     saved, current = _flat(yaml.safe_load(saved_yaml)), _flat(yaml.safe_load(current_yaml))
@@ -103,6 +111,12 @@ def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+    for key in _MOVING_BITS:
+        if saved.get(key) != current.get(key):
+            log.warning(
+                "key '%s' was %r and is %r now: the run goes on, but not to the bit as it would have",
+                key, saved.get(key), current.get(key),
+            )  # fmt: skip
 
 
 def _free(key: str, current: dict[str, Any]) -> bool:
