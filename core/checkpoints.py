@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,12 @@ def publish_step(folder: Path, step: int, fill: Callable[[Path], None], *, keep:
     return final
 
 
-def prune(folder: Path, step: int, *, keep: int) -> None:
-    """Delete all but the last `keep` of those up to `step`, which was just written and so stays whatever else is."""
+def prune(folder: Path, step: int, *, keep: int, spare: Collection[Path] = ()) -> None:
+    """Delete all but `spare` and the last `keep` of those up to `step`, which was just written and so stays whatever
+    else is."""
     for old in [path for path, number in step_folders(folder).items() if number <= step][:-keep]:
-        shutil.rmtree(old)
+        if old not in spare:
+            shutil.rmtree(old)
 
 
 def find_step(run_dir: Path, resume: str | None, check: Callable[[Path], None]) -> Path | None:

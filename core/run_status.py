@@ -22,13 +22,15 @@ from typing import Any
 
 from core.files import atomic_write_json
 from core.run_lock import RunTaken, check_held
-from core.stopping import Stopping
+from core.stopping import Stopping, StopRun
 
 log = logging.getLogger(__name__)
 STATUS_FILE = "status.json"
 ACCEPT_CHANGES = "--accept-changes"
 """The flag of a command that continues with other data, weights or rewards; of one resume alone."""
 STOP_TIMEOUT_S = 120.0
+STOPPED_ITSELF = 3
+"""Exit code of a run that ended by StopRun."""
 HEARTBEAT_S = 15.0
 LEAVE_S = 5.0
 """What a process that leaves gives its last words: its storage may hang."""
@@ -134,7 +136,7 @@ def watch_run(
     """Keeps `folder/status.json` while the block runs, and says how it ended.
 
     A signal arrives in the block as KeyboardInterrupt, which it may use to save, and leaves it as SystemExit with 130
-    or 143, within `stop_timeout_s`. Other errors pass.
+    or 143, within `stop_timeout_s`. StopRun leaves it as SystemExit with 3. Other errors pass.
 
     Args:
         resume: whether the command continues by `--resume auto`; else by being given again.
@@ -144,6 +146,9 @@ def watch_run(
     watch.begin()
     try:
         yield watch
+    except StopRun as stop:
+        watch.end("stopped", str(stop))
+        raise SystemExit(128 + watch.stop.signal if watch.stop.signal else STOPPED_ITSELF) from None
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         if not interrupted and not watch.stopping:

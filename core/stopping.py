@@ -17,6 +17,10 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StopRun(Exception):
+    """A run that is to end as at a signal, saved and to be continued, by its own decision; the text is the cause."""
+
+
 class Stopping:
     """Holds both signals between `install` and `restore`.
 

@@ -111,7 +111,7 @@ class ServedEvaluation:
     tasks: list[ServedEvaluationTask] = field(default_factory=list)
 
 
-REST = ("name", "output_dir", "seed", "rollout", "learner", "resources", "checkpoint", "gallery")
+REST = ("name", "output_dir", "seed", "rollout", "learner", "alarms", "resources", "checkpoint", "gallery")
 """What else a run's recipe holds."""
 
 

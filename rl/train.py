@@ -27,7 +27,7 @@ log = logging.getLogger("rl.train")
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 when the run finished (or the dry run found nothing missing), 2 for a recipe that cannot run, or a
-    cluster that cannot run it."""
+    cluster that cannot run it. Raises SystemExit with 3 after an alarm that stops it, 130 or 143 after a signal."""
     arguments = _parse(argv)
     start_logging()
     try:

@@ -25,14 +25,22 @@ RAY_STARTS = 3
 
 
 @pytest.fixture(scope="session")
-def ray_session(tmp_path_factory):
+def worker_server(tmp_path_factory):
+    """What Ray's workers are forked from, with the heavy imports done."""
+    workers = WorkerServer(tmp_path_factory.mktemp("ray"))
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def ray_session(worker_server):
     """A local Ray with 16 logical CPUs (and no GPU), shut down at the end of the session.
 
-    Its workers are forked with the heavy imports done; a command that joins this Ray by RAY_ADDRESS gets ordinary ones.
+    Its workers are forked; a command that joins this Ray by RAY_ADDRESS gets ordinary ones, unless it is started with
+    `worker_server.environment()`.
     """
     import ray
 
-    workers = WorkerServer(tmp_path_factory.mktemp("ray"))
     for attempt in range(RAY_STARTS):
         try:
             ray.init(
@@ -41,17 +49,16 @@ def ray_session(tmp_path_factory):
                 num_gpus=0,
                 include_dashboard=False,
                 log_to_driver=False,
-                runtime_env={"py_executable": workers.python},
+                runtime_env={"py_executable": worker_server.python},
             )
             break
         except Exception as error:  # Ray has no class of its own for this
             if "timed out during startup" not in str(error) or attempt == RAY_STARTS - 1:
                 raise
             ray.shutdown()
-    workers.start()
+    worker_server.start()
     yield ray
     ray.shutdown()
-    workers.close()
 
 
 @pytest.hookimpl(tryfirst=True)

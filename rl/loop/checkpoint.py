@@ -27,9 +27,9 @@ from rl.record.state import RunState, StageProgress
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ between the run that wrote a checkpoint and the one that continues it: who does the work
-# and how often it is looked at, never what is computed.
-_FREE_KEYS = ("output_dir", "resources.", "rollout.workers", "checkpoint.", "gallery.")
+# Keys that may differ between the run that wrote a checkpoint and the one that continues it: who does the work,
+# how often it is looked at and what it stops for, never what is computed.
+_FREE_KEYS = ("output_dir", "resources.", "rollout.workers", "checkpoint.", "gallery.", "alarms.")
 _MOVING_BITS = [
     f"resources.{name}"
     for name, hint in get_type_hints(ResourcesConfig, include_extras=True).items()
@@ -63,15 +63,15 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
 
     Raises CheckpointError as `core.checkpoints.resume_folder` does.
     """
-    return resume_folder(run_dir, resume, _checkpoints(run_dir))
+    return resume_folder(run_dir, resume, checkpoints(run_dir))
 
 
 def set_later_aside(run_dir: Path, step: int) -> None:
     """Move the checkpoints of more than `step` steps out of the way of a run that continues there."""
-    set_aside(run_dir, [path for path, steps in _checkpoints(run_dir).items() if steps > step])
+    set_aside(run_dir, [path for path, steps in checkpoints(run_dir).items() if steps > step])
 
 
-def _checkpoints(run_dir: Path) -> dict[Path, int]:
+def checkpoints(run_dir: Path) -> dict[Path, int]:
     """Those of steps and stage borders with their steps, fewest first; 0 for a border that cannot say."""
     found = step_folders(run_dir / CHECKPOINTS)
     for border in (run_dir / CHECKPOINTS).glob("stage_*_end"):

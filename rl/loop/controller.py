@@ -19,6 +19,7 @@ from pathlib import Path
 from core.failures import ObjectsLost
 from core.progress import Progress
 from core.run_status import RunWatch
+from core.stopping import StopRun
 from rl.learner.batching import TrainBatch
 from rl.learner.stats import UpdateStats
 from rl.loop.cluster import Cluster, training_spec
@@ -74,7 +75,7 @@ class Controller:
             self._run_stages()
         except BaseException as error:
             with self.protected():
-                self.observer.close_early(save=isinstance(error, KeyboardInterrupt))
+                self.observer.close_early(save=isinstance(error, KeyboardInterrupt | StopRun))
             raise
 
     def _run_stages(self) -> None:

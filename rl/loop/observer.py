@@ -21,12 +21,14 @@ from models.lora.attach import Adapter
 from rl.learner.stats import UpdateStats
 from rl.learner.worker import LearnerGroup
 from rl.loop.advantages import Advantages
+from rl.loop.best import best_checkpoints
 from rl.loop.checkpoint import save_checkpoint
 from rl.loop.schedule import ScheduledPart
 from rl.loop.step import group_fates, reward_metrics, update_metrics
 from rl.recipe.schema import RunConfig, StageConfig
 from rl.recipe.stage_parts import stage_tasks
-from rl.record.evaluation import Evaluator
+from rl.record.alarms import Alarm, stop_for
+from rl.record.evaluation import Evaluator, TaskScores
 from rl.record.groups import GroupRecord, best_and_worst, group_record, group_samples
 from rl.record.journal import Journal
 from rl.record.results import RunResults
@@ -84,7 +86,8 @@ class Observer:
 
     def begin_run(self, policy: Policy) -> None:
         """Evaluate before the first stage; a resumed run reads what the first one measured, and says what changed."""
-        self.journal.alarms(self.state.changes)
+        if self.state.changes:
+            self.journal.alarms(self.state.changes)
         scales = {f"before_guidance_{scale:g}": scale for scale in self.config.evaluation.baseline_guidance}
         if self.resumed:
             finished = [f"after_{stage.name}" for stage in self.config.stages[: self.state.stage]]
@@ -95,11 +98,7 @@ class Observer:
             return
         self._evaluate("before", policy)
         for moment, scale in scales.items():
-            began = time.monotonic()
-            with self.journal.timed("evaluate", self.state.step):
-                scores = self.evaluator.evaluate(moment, policy, self.state.step, guidance_scale=scale)
-            self.results.add(moment, scores)
-            self.state.seconds += time.monotonic() - began
+            self._measure(moment, policy, guidance_scale=scale)
 
     def record_step(
         self, stage: StageConfig, part: ScheduledPart, outcome: StepOutcome, policy: Policy
@@ -134,8 +133,8 @@ class Observer:
 
     def close_stage(self, index: int, policy: Policy) -> None:
         """Evaluate what the stage ships, on all tasks."""
-        self._evaluate(f"after_{self.config.stages[index].name}", policy)
-        self.journal.alarms(self.results.cross_task_alarms(index))
+        scores = self._evaluate(f"after_{self.config.stages[index].name}", policy)
+        self._alarm([*self.results.stage_alarms(index, scores), *self.results.cross_task_alarms(index)])
 
     def close_early(self, *, save: bool) -> None:
         """Before the last step: a checkpoint of the steps since the last one if `save`, trace and summary so far."""
@@ -143,21 +142,26 @@ class Observer:
             check_held(self.run_dir)
             if save and self.state.step > self._saved_step:
                 self._save()
-            self.journal.finish(self.results.summary(self.state, finished=False))
+            self._finish(finished=False)
         except Exception as error:  # what ended the run is what has to be told
             log.error("not everything was kept at the run's early end: %s", error)
 
     def close_run(self) -> None:
         """The shipped adapter, the merged transformer and the summary."""
         self.results.write_final(self._shipped_adapter())
-        self.journal.finish(self.results.summary(self.state))
+        self._finish(finished=True)
+
+    def _finish(self, *, finished: bool) -> None:
+        best = next(iter(best_checkpoints(self.run_dir, self.config)), None)
+        self.journal.finish(self.results.summary(self.state, best=best, finished=finished))
 
     def _look(self, stage: StageConfig, policy: Policy) -> None:
         """The evaluation and the gallery that are due after a step; at a stage's end `close_stage` sees to them."""
         config, steps = self.config, self.state.stages[-1].steps
         if steps < stage.steps:
             if config.evaluation.every and steps % config.evaluation.every == 0:
-                self._evaluate(f"step_{self.state.step:06d}", policy, tasks=stage_tasks(stage))
+                scores = self._evaluate(f"step_{self.state.step:06d}", policy, tasks=stage_tasks(stage))
+                self._alarm(self.results.stage_alarms(self.state.stage, scores))
             if config.gallery.prompts and steps % config.gallery.every == 0:
                 self._gallery(stage, policy)
         self.state.unseen = False
@@ -171,7 +175,8 @@ class Observer:
                 border=state.stages[-1].steps == config.stages[state.stage].steps,
             )  # fmt: skip
         self._saved_step = state.step
-        prune(self.run_dir / CHECKPOINTS, state.step, keep=config.checkpoint.keep_last)
+        best = {Path(found.path) for found in best_checkpoints(self.run_dir, config)}
+        prune(self.run_dir / CHECKPOINTS, state.step, keep=config.checkpoint.keep_last, spare=best)
 
     def _metrics(self, outcome: StepOutcome, policy: Policy) -> dict[str, Any]:
         laps, seconds = outcome.laps, sum(outcome.laps.values())
@@ -205,23 +210,44 @@ class Observer:
         state.seconds += seconds
         state.restarts += metrics["workers/restarts"]
 
-    def _evaluate(self, moment: str, policy: Policy, *, tasks: list[str] | None = None) -> None:
+    def _alarm(self, alarms: Sequence[Alarm]) -> None:
+        """Tell all of them; raise StopRun where the recipe stops for one."""
+        self.journal.alarms([alarm.line for alarm in alarms])
+        stop_for(alarms, self.config.alarms)
+
+    def _evaluate(
+        self, moment: str, policy: Policy, *, tasks: list[str] | None = None
+    ) -> dict[str, TaskScores]:
         """Evaluate the shipped adapter on all tasks (or `tasks`) and record it."""
-        state, began = self.state, time.monotonic()
-        with self.journal.timed("evaluate", state.step):
-            scores = self.evaluator.evaluate(moment, self._shipped_policy(policy), state.step, tasks=tasks)
-        self.results.add(moment, scores)
-        seconds = time.monotonic() - began
-        state.images += self.rollout.take_images()
-        state.seconds += seconds
+        state = self.state
+        scores, seconds = self._measure(moment, self._shipped_policy(policy), tasks=tasks)
         self.journal.evaluation(moment, scores, self.results.change_since_before, state, seconds)
-        self.journal.spans(self.rollout.spans)
         stage_name = state.stages[-1].name if state.stages else "before"
         for task in scores:
             samples = self.evaluator.gallery.get(task, {}).get(moment, [])
             self.journal.grid(task, stage_name, samples, state.step)
-        if state.stages:
-            self.journal.alarms(self.results.stage_alarms(state.stage, scores))
+        return scores
+
+    def _measure(
+        self,
+        moment: str,
+        policy: Policy,
+        *,
+        tasks: list[str] | None = None,
+        guidance_scale: float | None = None,
+    ) -> tuple[dict[str, TaskScores], float]:
+        """Scores under `policy`, remembered under `moment`, and their seconds, counted with their pictures."""
+        state, began = self.state, time.monotonic()
+        with self.journal.timed("evaluate", state.step):
+            scores = self.evaluator.evaluate(
+                moment, policy, state.step, tasks=tasks, guidance_scale=guidance_scale
+            )
+        self.results.add(moment, scores)
+        seconds = time.monotonic() - began
+        state.images += self.rollout.take_images()
+        state.seconds += seconds
+        self.journal.spans(self.rollout.spans)
+        return scores, seconds
 
     def _gallery(self, stage: StageConfig, policy: Policy) -> None:
         step = self.state.step

@@ -159,7 +159,8 @@ def disk_needs(config: RunConfig, size: ModelSize | None = None) -> dict[str, fl
     adapter = size.lora_parameters * width
     # PEFT's and diffusers' files, the reference, the average; every rank's trained weights, and the optimizer's shards.
     checkpoint = adapter * (2 + 1 + config.learner.ema.enabled + ranks) + size.lora_parameters * 12
-    kept = config.checkpoint.keep_last + 1 + len(config.stages)
+    best = config.checkpoint.keep_best
+    kept = config.checkpoint.keep_last + 1 + len(config.stages) + (best.count if best else 0)
     gallery, picture = config.gallery, config.model.height * config.model.width * 3
     grids = sum(
         s.steps // gallery.every * (gallery.prompts + 2 * config.rollout.group_size) for s in config.stages

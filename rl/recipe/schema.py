@@ -35,6 +35,7 @@ from models.lora.targets import DEFAULT_TARGETS
 from rewards.recipe import RewardConfig, StagePartConfig
 
 NoiseLevel = Annotated[Finite, Ge(0), Le(2)]
+AlarmAction = Literal["warn", "stop"]
 
 
 @dataclass
@@ -250,6 +251,19 @@ class EvaluationConfig:
 
 
 @dataclass
+class AlarmsConfig:
+    """What becomes of a run when an alarm goes off at an evaluation. warn: a line in the log, `alarms.txt` and the
+    report; stop: besides, the run saves and ends. To go on all the same, resume it with warn."""
+
+    cross_task: AlarmAction = "warn"
+    """A task that a stage does not train fell by more than `evaluation.cross_task_margin` over it."""
+    reward_hacking: AlarmAction = "warn"
+    """The trained reward rose on held-out prompts while the task's own score fell, each beyond its interval."""
+    trained_task: AlarmAction = "warn"
+    """The held-out score of the task that is trained fell beyond its interval, whatever its reward did."""
+
+
+@dataclass
 class ResourcesConfig:
     """Who gets what. CPUs and GPUs are Ray's logical ones, for each process. A resume may change all of it."""
 
@@ -292,6 +306,18 @@ class ResourcesConfig:
 
 
 @dataclass
+class KeepBestConfig:
+    """The best checkpoints by a held-out score, kept beside the last ones; of equal ones the earlier."""
+
+    task: Task = MISSING
+    """Task whose held-out mean decides; only a checkpoint evaluated at its step (`evaluation.every`) has one."""
+    reward: str | None = None
+    """Label of one of that task's rewards; null: their weighted sum."""
+    count: Count = 1
+    """How many."""
+
+
+@dataclass
 class CheckpointConfig:
     """What a run is resumed from. Those of stage borders are kept besides."""
 
@@ -299,6 +325,7 @@ class CheckpointConfig:
     """Steps between two."""
     keep_last: Count = 2
     """How many of the last ones are kept."""
+    keep_best: KeepBestConfig | None = None
 
 
 @dataclass
@@ -326,6 +353,7 @@ class RunConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     stages: list[StageConfig] = field(default_factory=list)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     gallery: GalleryConfig = field(default_factory=GalleryConfig)

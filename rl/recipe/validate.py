@@ -5,6 +5,7 @@ What a single value may be stands beside its key, in `rl/recipe/schema.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from core.recipe import value_problems
@@ -21,7 +22,9 @@ def find_problems(config: RunConfig) -> list[str]:
 
 def broken_rules(config: RunConfig) -> list[str]:
     """What keys break together. Bears values that are out of range."""
-    rules = (_batches, _sampling, _objective, _log_probs, _stages, _evaluation, _services, _resources)
+    rules = (
+        _batches, _sampling, _objective, _log_probs, _stages, _evaluation, _keep_best, _services, _resources
+    )  # fmt: skip
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -181,6 +184,33 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
                     f"stage {part.label!r} trains {part.task}, of which evaluation.tasks holds no prompts to draw "
                     "while it runs; add them, or set evaluation.every=0 and gallery.prompts=0"
                 )
+
+
+def _keep_best(config: RunConfig) -> Iterator[str]:
+    """What would leave every checkpoint within a stage without the score; those of stage borders are kept anyway."""
+    best = config.checkpoint.keep_best
+    if best is None:
+        return
+    task = next((task for task in config.evaluation.tasks if task.task == best.task), None)
+    if task is None:
+        known = " and ".join(task.task for task in config.evaluation.tasks) or "none"
+        yield f"checkpoint.keep_best.task={best.task!r}: the tasks of evaluation.tasks are {known}; add it, or name one"
+        return
+    labels = [reward_label(RewardSpec(reward.name, label=reward.label)) for reward in task.rewards]
+    if best.reward is not None and best.reward not in labels:
+        yield (
+            f"checkpoint.keep_best.reward={best.reward!r}: the evaluation of {best.task} has {', '.join(labels)}; name "
+            "one of these, or null for their weighted sum"
+        )
+    saved, evaluated = config.checkpoint.every, config.evaluation.every
+    lengths = [stage.steps for stage in config.stages if best.task in stage_tasks(stage)]
+    if saved >= 1 and evaluated >= 0 and not any(0 < math.lcm(saved, evaluated) < steps for steps in lengths):
+        yield (
+            f"checkpoint.keep_best: no checkpoint within a stage has a score of {best.task}: with checkpoint.every="
+            f"{saved} and evaluation.every={evaluated} no stage that trains it ({lengths or 'there is none'}) has a "
+            "step, before its last, at which both are due; make one of the two keys a multiple of the other, below the "
+            "stage's steps"
+        )
 
 
 def _rewards(where: str, rewards: list[RewardConfig]) -> Iterator[str]:

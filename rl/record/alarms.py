@@ -1,11 +1,32 @@
-"""Alarms on held-out prompts: a trained task that gets worse, by itself or while the trained reward rises (hacking)."""
+"""Alarms on held-out prompts: a trained task that gets worse, by itself or while the trained reward rises (hacking);
+what an alarm of a run is, and whether it stops the run (`alarms` in a recipe)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from core.statistics import Difference, paired_bootstrap
+from core.stopping import StopRun
+from rl.recipe.schema import AlarmsConfig
 from rl.record.evaluation import TaskScores
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """`names`: keys of `alarms` in the recipe that decide what it does; any of them may stop the run."""
+
+    line: str
+    names: tuple[str, ...]
+
+
+def stop_for(alarms: Sequence[Alarm], config: AlarmsConfig) -> None:
+    """Raise StopRun where the recipe stops for one of them."""
+    for alarm in alarms:
+        stopping = [f"alarms.{name}=" for name in alarm.names if getattr(config, name) == "stop"]
+        if stopping:
+            keys, warn = (" ".join(key + to for key in stopping) for to in ("stop", "warn"))
+            raise StopRun(f"{keys}: {alarm.line}; to go on from here all the same add {warn} to the command")
 
 
 def reward_hacking(stage: str, trained: Sequence[str], before: TaskScores, now: TaskScores) -> list[str]:

@@ -32,6 +32,7 @@ from rollout.sampler import SamplingSpec
 from rollout.worker import Policy
 
 log = logging.getLogger(__name__)
+EVALUATIONS = "evaluations"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Evaluator:
     """Evaluates policies on every task of `evaluation.tasks`, and keeps gallery samples of the first prompts."""
 
     def __init__(self, config: EvaluationConfig, collector: Collector, run_dir: Path, gallery_prompts: int):
-        self.config, self.collector, self.folder = config, collector, run_dir / "evaluations"
+        self.config, self.collector, self.folder = config, collector, run_dir / EVALUATIONS
         self.prompts: dict[str, list[Prompt]] = {task.task: load_task_prompts(task) for task in config.tasks}
         self.gallery_prompts = gallery_prompts
         self.gallery: dict[str, dict[str, list[GallerySample]]] = {}
@@ -153,9 +154,9 @@ class Evaluator:
         return rewards, components, samples
 
     def _read(self, path: Path) -> TaskScores | None:
-        if not path.is_file():
+        scores = read_scores(path)
+        if scores is None:
             return None
-        scores = TaskScores(**json.loads(path.read_text()))
         pictures = path.with_suffix(".npz")
         if pictures.is_file():
             with np.load(pictures, allow_pickle=False) as stored:
@@ -169,6 +170,11 @@ class Evaluator:
 
     def _seed(self, prompt: Prompt) -> int:
         return derive_seed(self.config.seed, "evaluation", prompt.task, prompt.index)
+
+
+def read_scores(path: Path) -> TaskScores | None:
+    """Stored scores, without their pictures; None where there are none."""
+    return TaskScores(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def load_task_prompts(task: EvaluationTaskConfig) -> list[Prompt]:

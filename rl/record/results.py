@@ -18,11 +18,11 @@ from rewards.base import reward_label
 from rewards.recipe import reward_specs
 from rl.recipe.schema import RunConfig
 from rl.recipe.stage_parts import stage_parts, stage_tasks
-from rl.record.alarms import reward_hacking, trained_task_fell
+from rl.record.alarms import Alarm, reward_hacking, trained_task_fell
 from rl.record.evaluation import Evaluator, TaskScores
 from rl.record.gallery import before_after_sheet
 from rl.record.state import RunState
-from rl.record.summary import GuidancePoint, RunSummary, StageSummary
+from rl.record.summary import BestCheckpoint, GuidancePoint, RunSummary, StageSummary
 
 
 class RunResults:
@@ -60,36 +60,43 @@ class RunResults:
             for label in (reward_label(s) for s in reward_specs(task.rewards) if s.weight == 0)
         }
 
-    def cross_task_alarms(self, index: int) -> list[str]:
-        """One line per task that the stage did not train and that dropped by more than the margin.
+    def cross_task_alarms(self, index: int) -> list[Alarm]:
+        """One per task that the stage did not train and that dropped by more than the margin.
 
         In a joint stage every task is another's other task, so all of them are watched.
         """
         stage, margin = self.config.stages[index], self.config.evaluation.cross_task_margin
         trained = stage_tasks(stage)
         return [
-            f"stage {stage.name!r} trained {' and '.join(trained)}, and {task} fell by {-change.mean:.4f} "
-            f"[{change.low:.4f}, {change.high:.4f}] (evaluation.cross_task_margin={margin:g}); consider a higher "
-            "learner.kl_beta, fewer steps, or an earlier checkpoint"
+            Alarm(
+                f"stage {stage.name!r} trained {' and '.join(trained)}, and {task} fell by {-change.mean:.4f} "
+                f"[{change.low:.4f}, {change.high:.4f}] (evaluation.cross_task_margin={margin:g}); consider a higher "
+                "learner.kl_beta, fewer steps, or an earlier checkpoint",
+                ("cross_task",),
+            )
             for task, change in self.stage_changes(index).items()
             if trained != [task] and change.mean is not None and change.mean < -margin
         ]
 
-    def stage_alarms(self, index: int, scores: dict[str, TaskScores]) -> list[str]:
-        """Of each part of stage `index` whose held-out score falls a line per reward that rises meanwhile, or one for
+    def stage_alarms(self, index: int, scores: dict[str, TaskScores]) -> list[Alarm]:
+        """Of each part of stage `index` whose held-out score falls one per reward that rises meanwhile, or one for
         the fall alone."""
-        lines = []
+        alarms: list[Alarm] = []
         for part in stage_parts(self.config.stages[index]):
             if part.task in scores:
                 labels = [reward_label(spec) for spec in reward_specs(part.rewards)]
                 before = self._scores(index - 1)[part.task]
                 now = scores[part.task]
-                lines += reward_hacking(part.label, labels, before, now) or trained_task_fell(
-                    part.label, before, now
-                )
-        return lines
+                hacked = reward_hacking(part.label, labels, before, now)
+                alarms += [Alarm(line, ("reward_hacking", "trained_task")) for line in hacked]
+                if not hacked:
+                    fell = trained_task_fell(part.label, before, now)
+                    alarms += [Alarm(line, ("trained_task",)) for line in fell]
+        return alarms
 
-    def summary(self, state: RunState, *, finished: bool = True) -> RunSummary:
+    def summary(
+        self, state: RunState, *, best: BestCheckpoint | None = None, finished: bool = True
+    ) -> RunSummary:
         """The summary, so far as evaluations are there; also draws the before-and-after sheets."""
         evaluated = [
             i for i, p in enumerate(state.stages) if {"before", f"after_{p.name}"} <= self.moments.keys()
@@ -123,6 +130,7 @@ class RunResults:
             restarts=state.restarts,
             finished=finished,
             changes=tuple(state.changes),
+            best=best,
         )
 
     def write_adapter(self, adapter: Adapter, folder: Path) -> None:

@@ -47,6 +47,24 @@ class GuidancePoint:
 
 
 @dataclass(frozen=True)
+class BestCheckpoint:
+    """A checkpoint folder with its held-out score: of `reward`, or of the whole `task` where that is None."""
+
+    path: str
+    step: int
+    task: str
+    reward: str | None
+    score: float
+
+    def __str__(self) -> str:
+        by = self.task if self.reward is None else f"{self.task}/{self.reward}"
+        return (
+            f"step {self.step}, {by} {_number(self.score)} on held-out prompts; draw with it: "
+            f"python -m models.generate --adapter {self.path}/adapter"
+        )
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """A whole run. `images` were sampled for training and evaluation together; `seconds` is the run's length.
 
@@ -54,6 +72,7 @@ class RunSummary:
     to the base's figures by guidance scale, which tells distilled guidance from a better policy. `version` is
     that of the package, `commit` None outside a git checkout. `finished` False: what the run came to until it stopped.
     `changes`: what the run read that was another at a resume.
+    `best`: by `checkpoint.keep_best`.
     """
 
     name: str
@@ -67,6 +86,7 @@ class RunSummary:
     restarts: int = 0
     finished: bool = True
     changes: tuple[str, ...] = ()
+    best: BestCheckpoint | None = None
 
 
 def run_finished(folder: str | Path) -> bool:
@@ -102,6 +122,8 @@ def print_summary(summary: RunSummary, *, file: TextIO | None = None) -> None:
     console.print(_changes_table(summary))
     if summary.base_guidance:
         console.print(_guidance_table(summary.base_guidance))
+    if summary.best is not None:
+        console.print(Text(f"Best checkpoint: {summary.best}"), soft_wrap=True)
     commit = f", commit {summary.commit[:12]}" if summary.commit else ""
     console.print(
         Text(

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from core.run_status import STATUS_FILE
 from rewards.base import RewardSpec, reward_label
 from rl.record.metrics import METRICS_FILE
-from rl.record.summary import SUMMARY_FILE
+from rl.record.summary import SUMMARY_FILE, BestCheckpoint
 from rl.report.reading import Notes, Record, read_lines, read_object
 
 
@@ -66,6 +66,7 @@ def read_run(path: Path, label: str) -> Run:
     notes: Notes = []
     config = _read_config(path / "config.yaml", notes)
     alarms, summary = path / "alarms.txt", read_object(path / SUMMARY_FILE, notes)
+    notes += _best_checkpoint(summary)
     return Run(
         path=path,
         label=label,
@@ -106,6 +107,14 @@ def reward_name(reward: Any) -> str:
     if not isinstance(reward, dict):
         return "?"
     return reward_label(RewardSpec(str(reward.get("name", "?")), label=reward.get("label")))
+
+
+def _best_checkpoint(summary: Record | None) -> list[str]:
+    """A line for the best checkpoint of `checkpoint.keep_best`, if the summary, of whatever form, names one."""
+    try:
+        return [f"best checkpoint: {BestCheckpoint(**summary['best'])}"]  # type: ignore[index]
+    except (KeyError, TypeError):
+        return []
 
 
 def _stages(config: Record) -> list[PlannedStage]:

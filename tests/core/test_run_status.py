@@ -16,6 +16,7 @@ from pathlib import Path
 import core.run_status
 from core.logs import start_logging
 from core.run_status import watch_run
+from core.stopping import StopRun
 
 start_logging()
 with watch_run(Path(sys.argv[1]), resume=True, stop_timeout_s=float(sys.argv[3])) as watch:
@@ -36,6 +37,8 @@ with watch_run(Path(sys.argv[1]), resume=True, stop_timeout_s=float(sys.argv[3])
         Path(sys.argv[1], "hung").touch()
         with watch.stop.protected():
             time.sleep(60)
+    elif sys.argv[2] == "stops itself":
+        raise StopRun("alarms.cross_task=stop: t2i fell")
     elif sys.argv[2] == "fails":
         raise ValueError("no more disk\\nand more")
     elif sys.argv[2] == "waits":
@@ -116,6 +119,17 @@ def test_a_failure_has_its_cause_and_the_end_its_state(tmp_path):
     assert (status(tmp_path)["state"], status(tmp_path)["cause"]) == ("failed", "ValueError: no more disk")
     start(tmp_path, "ends").communicate(timeout=20)
     assert status(tmp_path)["state"] == "finished" and status(tmp_path)["cause"] is None
+
+
+def test_a_run_that_stops_itself_has_a_code_of_its_own(tmp_path):
+    process = start(tmp_path, "stops itself")
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 3 and "Traceback" not in error
+    found = status(tmp_path)
+    assert (found["state"], found["cause"]) == ("stopped", "alarms.cross_task=stop: t2i fell")
+    assert (
+        f"the run stopped after step 7 ({found['cause']}); continue with: {found['resume_command']}" in error
+    )
 
 
 def test_the_status_is_a_heartbeat_and_signals_are_given_back(tmp_path, monkeypatch):

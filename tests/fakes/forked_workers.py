@@ -33,21 +33,31 @@ _STREAMS = 3
 class WorkerServer:
     """The process that workers are forked from. `python` is for `ray.init(runtime_env={"py_executable": ...})`.
 
-    To be started after Ray, which gives itself 30 s for its own start; workers wait for it.
+    Best started after Ray, which gives itself 30 s for its own start; workers wait for it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "workers"
         self.python = f"{sys.executable} -S -E {__file__} {self._path}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def environment(self) -> dict[str, str]:
+        """For a command whose Ray, its own or a joined one, is to have forked workers: Ray's way to give a job its
+        runtime environment from outside."""
+        return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"py_executable": self.python}})}
 
     def start(self) -> None:
+        """Once: a second call does nothing."""
+        if self._process is not None:
+            return
         command = [sys.executable, __file__, "serve", str(self._path), str(os.getpid())]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment)
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
 def serve(path: str, parent: int) -> None:
@@ -81,6 +91,7 @@ def serve(path: str, parent: int) -> None:
 def become(request: dict[str, Any], streams: list[int]) -> None:
     """Run the worker script that was asked for in this process, and end it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgrp()  # Ray ends the process group of a worker, which must not be that of the tests
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)

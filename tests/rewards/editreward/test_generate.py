@@ -30,6 +30,7 @@ from rewards.editreward.data.generate_config import GenerateSection, load_sectio
 from rewards.editreward.data.generate_plan import draw_settings, plan_edits, plan_jobs
 from rewards.editreward.data.generate_run import edit_type, read_failures
 from rewards.editreward.data.shards import EditSample, read_shard
+from tests.fakes.forked_workers import WorkerServer
 from tests.fakes.tiny_models import make_tiny_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -157,14 +158,14 @@ def test_an_edit_is_what_a_worker_makes_of_its_recorded_settings(place: Path, st
 
 
 def test_killed_with_sigkill_it_goes_on_and_yields_the_same_bytes(
-    place: Path, straight: Path, ray_session: Any
+    place: Path, straight: Path, ray_session: Any, worker_server: WorkerServer
 ) -> None:
     output = place / "killed"
     address = ray_session.get_runtime_context().gcs_address
     process = subprocess.Popen(
         [sys.executable, "-m", "rewards.editreward", "generate", str(place / "recipe.yaml"),
          f"generate.output={output}", "generate.workers=1"],
-        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": address},
+        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": address} | worker_server.environment(),
     )  # fmt: skip
     deadline = time.monotonic() + 300
     while not list(output.glob("*.tar")):

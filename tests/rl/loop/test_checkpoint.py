@@ -199,6 +199,7 @@ def test_the_same_recipe_may_continue():
         {"rollout__workers": 2},
         {"checkpoint__every": 3},
         {"gallery__prompts": 0},
+        {"alarms__trained_task": "stop"},
     ],
 )
 def test_who_does_the_work_may_change(change):

@@ -158,8 +158,8 @@ def test_in_a_joint_stage_every_task_is_anothers_other_task(tmp_path):
                 "t2i": TaskScores(moment, "t2i", "sha", 1.0, 0, [t2i] * 4, {}),
             },
         )
-    (line,) = results.cross_task_alarms(0)
-    assert "stage 'joint' trained edit and t2i, and t2i fell by 0.2000" in line
+    (alarm,) = results.cross_task_alarms(0)
+    assert "stage 'joint' trained edit and t2i, and t2i fell by 0.2000" in alarm.line
 
 
 def test_a_parts_reward_that_rises_alone_is_reported_for_that_part(tmp_path):
@@ -171,8 +171,8 @@ def test_a_parts_reward_that_rises_alone_is_reported_for_that_part(tmp_path):
             rewards = list(trusted + rng) if task == "t2i" else [0.5] * 40
             found[task] = TaskScores(moment, task, "s", 1.0, 4, rewards, {label: list(learned + rng)})
         results.add(moment, found)
-    (line,) = results.stage_alarms(0, results.moments["after_joint"])
-    assert "stage 'joint.t2i'" in line and "geneval_shapes" in line
+    (alarm,) = results.stage_alarms(0, results.moments["after_joint"])
+    assert "stage 'joint.t2i'" in alarm.line and "geneval_shapes" in alarm.line
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from models.lora.targets import DEFAULT_TARGETS
-from rl.recipe.plan import describe_run, measure_model
+from rl.recipe.plan import describe_run, disk_needs, measure_model
 from rl.recipe.schema import (
     EvaluationTaskConfig,
+    KeepBestConfig,
     ModelConfig,
     RehearsalConfig,
     RewardConfig,
@@ -37,6 +38,13 @@ def test_sd35_medium_without_weights(paper):
     assert (size.num_layers, size.hidden_size) == (24, 1536)
     assert (size.image_tokens, size.text_tokens, size.latent_values) == (1024, 333, 16 * 64 * 64)
     assert size.source.startswith("SD3.5-Medium")
+
+
+def test_the_best_checkpoints_take_room_too(paper):
+    size = measure_model(paper)
+    best = replace(paper.checkpoint, keep_best=KeepBestConfig("edit", count=3))
+    more = disk_needs(replace(paper, checkpoint=best), size)["8 checkpoints"]
+    assert more == pytest.approx(disk_needs(paper, size)["5 checkpoints"] / 5 * 8)
 
 
 def test_lora_counts_with_and_without_the_second_attention(paper):

@@ -102,6 +102,7 @@ def test_interpolations_see_defaults_and_overrides(recipe):
     ("key", "expected"),
     [
         ("naem", "unknown key 'naem': did you mean 'name'?"),
+        ("alarms.cross_tasks", "unknown key 'alarms.cross_tasks': did you mean 'alarms.cross_task'?"),
         ("learner.kl_bta", "unknown key 'learner.kl_bta': did you mean 'learner.kl_beta'?"),
         ("stages[1].step", "unknown key 'stages[1].step': did you mean 'stages[1].steps'?"),
         (

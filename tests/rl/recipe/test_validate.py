@@ -11,7 +11,14 @@ import pytest
 
 from rewards.recipe import RewardConfig, ServiceConfig, StagePartConfig
 from rl.recipe import validate
-from rl.recipe.schema import EvaluationTaskConfig, ModelConfig, RehearsalConfig, RunConfig, StageConfig
+from rl.recipe.schema import (
+    EvaluationTaskConfig,
+    KeepBestConfig,
+    ModelConfig,
+    RehearsalConfig,
+    RunConfig,
+    StageConfig,
+)
 from rl.recipe.validate import find_problems
 
 
@@ -150,6 +157,23 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "evaluation size": ({"evaluation__tasks__0__num_prompts": 1}, r"tasks\[0\].num_prompts=1 must be at least 2"),
     "evaluation rewards": ({"evaluation__tasks__0__rewards": []}, "evaluation of edit: rewards is empty"),
     "nothing to draw in a stage": ({"evaluation__tasks": []}, "stage 'edit' trains edit, of which .* no prompts"),
+    "best by a task that is not evaluated": (
+        {"checkpoint__keep_best": KeepBestConfig("edit"), "evaluation__tasks": []},
+        "keep_best.task='edit': the tasks of evaluation.tasks are none",
+    ),
+    "best by a reward that is not there": (
+        {"checkpoint__keep_best": KeepBestConfig("t2i", "shape"), "checkpoint__every": 2, "evaluation__every": 2},
+        "keep_best.reward='shape': the evaluation of t2i has shapes; name one",
+    ),
+    "best of none": (
+        {"checkpoint__keep_best": KeepBestConfig("t2i"), "checkpoint__every": 2},
+        r"has a score of t2i: with checkpoint.every=2 and evaluation.every=0 no stage that trains it \(\[5\]\)",
+    ),
+    "saved and evaluated at different steps": (
+        {"checkpoint__keep_best": KeepBestConfig("t2i"), "checkpoint__every": 2, "evaluation__every": 3},
+        "checkpoint.every=2 and evaluation.every=3 no stage",
+    ),
+    "how many best": ({"checkpoint__keep_best": KeepBestConfig("t2i", count=0)}, "count=0 must be at least 1"),
     "services under one label": (
         {"stages__0__rewards": served("a:judge"), "evaluation__tasks__1__rewards": served("b:judge")},
         r"label 'judge' means a:judge {} in stage 'edit' and b:judge {} in evaluation of t2i",
@@ -199,6 +223,7 @@ CHOICES = {
     "learner.advantage_std": ("group", "batch"),
     "learner.cfg_gradient": ("conditional", "both"),
     "learner.old_log_prob": ("rollout", "replay"),
+    "alarms.reward_hacking": ("warn", "stop"),
     "resources.device": ("cuda", "cpu"),
     "resources.placement": ("shared", "separate", "inprocess"),
 }
@@ -244,6 +269,11 @@ def test_numbers_that_must_be_above_zero(key, value):
         {"stages": joint("edit", "t2i")},
         {"stages": joint("t2i", "edit", steps=5)},
         {"rollout__workers": 16},
+        {
+            "checkpoint__keep_best": KeepBestConfig("t2i", "shapes"),
+            "checkpoint__every": 4,
+            "evaluation__every": 2,
+        },
         {"stages__1__rehearsal": RehearsalConfig(1.0)},
         {"evaluation__tasks": [], "gallery__prompts": 0},
         {"stages__0__rewards": served("a:judge"), "stages__1__rewards": served("a:judge", weight=0.5)},

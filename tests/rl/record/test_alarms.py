@@ -2,8 +2,16 @@
 
 import pytest
 
-from rl.recipe.schema import EvaluationTaskConfig, ModelConfig, RewardConfig, RunConfig, StageConfig
-from rl.record.alarms import reward_hacking, trained_task_fell
+from core.stopping import StopRun
+from rl.recipe.schema import (
+    AlarmsConfig,
+    EvaluationTaskConfig,
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+    StageConfig,
+)
+from rl.record.alarms import Alarm, reward_hacking, stop_for, trained_task_fell
 from rl.record.evaluation import TaskScores
 from rl.record.results import RunResults
 
@@ -68,9 +76,33 @@ def test_a_run_compares_with_the_start_of_the_stage(tmp_path):
     results.add("before", {"edit": evaluated("before", HIGH, LOW)})
     results.add("after_one", {"edit": evaluated("after_one", LOW, LOW)})
     now = {"edit": evaluated("step_7", LOW, HIGH, step=7)}
-    (line,) = results.stage_alarms(0, now)
-    assert line.startswith("reward hacking")
+    (alarm,) = results.stage_alarms(0, now)
+    assert alarm.line.startswith("reward hacking")
+    assert alarm.names == ("reward_hacking", "trained_task"), "the trained task has fallen too"
     assert results.stage_alarms(1, now) == []  # nothing fell over the second stage
     assert results.stage_alarms(1, {}) == []
-    (line,) = results.stage_alarms(0, {"edit": evaluated("step_7", LOW, LOW, step=7)})
-    assert line.startswith("the trained task fell")
+    (alarm,) = results.stage_alarms(0, {"edit": evaluated("step_7", LOW, LOW, step=7)})
+    assert alarm.line.startswith("the trained task fell") and alarm.names == ("trained_task",)
+
+
+@pytest.mark.parametrize(
+    ("stops", "names", "told"),
+    [
+        ({}, ("reward_hacking", "trained_task"), None),
+        ({"cross_task": "stop"}, ("trained_task",), None),
+        ({"trained_task": "stop"}, ("reward_hacking", "trained_task"), "alarms.trained_task={}"),
+        (
+            {"trained_task": "stop", "reward_hacking": "stop"}, ("reward_hacking", "trained_task"),
+            "alarms.reward_hacking={} alarms.trained_task={}",
+        ),
+    ],
+)  # fmt: skip
+def test_an_alarm_stops_a_run_that_asked_for_it(stops, names, told):
+    alarms, config = [Alarm("it fell", names)], AlarmsConfig(**stops)
+    if told is None:
+        return stop_for(alarms, config)
+    with pytest.raises(StopRun) as stopped:
+        stop_for(alarms, config)
+    stop, warn = told.replace("{}", "stop"), told.replace("{}", "warn")
+    assert str(stopped.value) == f"{stop}: it fell; to go on from here all the same add {warn} to the command"
+    return None

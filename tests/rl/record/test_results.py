@@ -38,8 +38,9 @@ def test_changes_are_paired_and_leave_out_what_was_not_scored(results):
 
 def test_the_alarm_names_the_other_task_and_only_a_drop_beyond_the_margin(results):
     assert results.cross_task_alarms(0) == []  # t2i fell by .005, the margin is .05
-    (line,) = results.cross_task_alarms(1)
-    assert "stage 't2i' trained t2i, and edit fell by 0.1000" in line and "cross_task_margin=0.05" in line
+    (alarm,) = results.cross_task_alarms(1)
+    assert "stage 't2i' trained t2i, and edit fell by 0.1000" in alarm.line
+    assert "cross_task_margin=0.05" in alarm.line and alarm.names == ("cross_task",)
     results.config.evaluation.cross_task_margin = 0.2
     assert results.cross_task_alarms(1) == []
 

@@ -2,12 +2,21 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from core.statistics import Difference
-from rl.record.summary import GuidancePoint, RunSummary, StageSummary, duration, print_summary, write_summary
+from rl.record.summary import (
+    BestCheckpoint,
+    GuidancePoint,
+    RunSummary,
+    StageSummary,
+    duration,
+    print_summary,
+    write_summary,
+)
 
 EDIT = Difference(0.361, 0.420, 0.059, 0.038, 0.079, 512)
 T2I = Difference(0.400, 0.387, -0.013, -0.049, 0.020, 500, 12)
@@ -94,6 +103,18 @@ def test_the_table_fits_100_columns_with_wide_content() -> None:
     for figure in ("-87.654 [-99.998, -70.001]", "+9753 [+9000, +9999]", "9000/9999", "76h 42m", "30530"):
         assert figure in text
     assert "…" not in text
+
+
+def test_the_best_checkpoint_is_named_with_its_score_and_its_adapter(tmp_path: Path) -> None:
+    best = BestCheckpoint("/runs/demo/checkpoints/step_000020", 20, "edit", "fit", 0.6123)
+    summary = replace(make_summary(), best=best)
+    assert (
+        "Best checkpoint: step 20, edit/fit 0.612 on held-out prompts; draw with it: python -m models.generate "
+        "--adapter /runs/demo/checkpoints/step_000020/adapter\n" in printed(summary)
+    )
+    document = json.loads(write_summary(summary, tmp_path).read_text())
+    assert BestCheckpoint(**document["best"]) == best
+    assert "Best checkpoint" not in printed(make_summary())
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,18 @@ def test_a_run_that_stopped_says_why_and_how_it_goes_on(tmp_path):
     assert not run["finished"]
 
 
+@pytest.mark.parametrize("score", [0.25, "high"])
+def test_the_best_checkpoint_is_named(tmp_path, score):
+    out = write_run(tmp_path, finish=False)
+    best = {"path": "/r/checkpoints/step_000020", "step": 20, "task": "edit", "reward": None, "score": score}
+    (out / "summary.json").write_text(json.dumps({"finished": False, "best": best}))
+    notes = [note for note in only_run(out)["notes"] if "best" in note]
+    expected = (
+        "best checkpoint: step 20, edit 0.250 on held-out prompts; draw with it: python -m models.generate "
+    )
+    assert notes == ([expected + "--adapter /r/checkpoints/step_000020/adapter"] if score == 0.25 else [])
+
+
 def test_a_run_in_progress_says_so_and_shows_what_there_is(tmp_path):
     out = write_run(tmp_path, finish=False)
     with open(out / "metrics.jsonl", "a") as file:

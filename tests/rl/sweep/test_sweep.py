@@ -223,10 +223,14 @@ def test_a_grid_of_which_nothing_is_finished_has_an_empty_table(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run_in_parallel(folder):
+def run_in_parallel(folder, worker_server):
     """Both rows' runs of a seed at once, each in a process and a Ray of its own."""
     arguments = [str(grid_file(folder, seeds=[0])), "gallery.prompts=0", "--parallel", "2"]
-    assert main(arguments) == 0
+    worker_server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in worker_server.environment().items():
+            patch.setenv(name, value)
+        assert main(arguments) == 0
     return folder / "runs" / "grid", arguments
 
 
