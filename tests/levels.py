@@ -85,6 +85,7 @@ _FILES = {
         rl/recipe/test_recipes.py
         rl/report/test_report.py
         rl/sweep/test_sweep.py
+        rl/test_resume_inputs.py
         rl/test_train_cli.py
         rollout/test_worker.py
         worlds/shapes/scenes/test_prompts.py

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,10 @@ class Workers:
         self.placed.close()
 
 
-def replica_spec(model: ModelConfig, resources: ResourcesConfig) -> ReplicaSpec:
-    """What a replica of the transformer is built from, on any node."""
+def replica_spec(
+    model: ModelConfig, resources: ResourcesConfig, held: Mapping[str, str] | None = None
+) -> ReplicaSpec:
+    """What a replica of the transformer is built from, on any node. `held`: what the base's files must be there."""
     return ReplicaSpec(
         model_path=str(recipes.resolve(model.path)),
         dtype=model.dtype,
@@ -49,11 +51,17 @@ def replica_spec(model: ModelConfig, resources: ResourcesConfig) -> ReplicaSpec:
         lora_targets=tuple(model.lora.targets),
         threads=resources.threads,
         compile=model.compile,
+        held=held or {},
     )
 
 
-def encoder_spec(model: ModelConfig, resources: ResourcesConfig, negative_prompt: str) -> EncoderSpec:
-    """What the encode worker is built from."""
+def encoder_spec(
+    model: ModelConfig,
+    resources: ResourcesConfig,
+    negative_prompt: str,
+    held: Mapping[str, str] | None = None,
+) -> EncoderSpec:
+    """What the encode worker is built from; `held` as for a replica."""
     return EncoderSpec(
         model_path=str(recipes.resolve(model.path)),
         dtype=model.dtype,
@@ -66,6 +74,7 @@ def encoder_spec(model: ModelConfig, resources: ResourcesConfig, negative_prompt
         vlm_path=None if model.vlm is None else str(recipes.resolve(model.vlm)),
         position_mode=model.position_mode,
         negative_prompt=negative_prompt,
+        held=held or {},
     )
 
 
