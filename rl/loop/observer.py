@@ -234,7 +234,7 @@ class Observer:
         tasks: list[str] | None = None,
         guidance_scale: float | None = None,
     ) -> tuple[dict[str, TaskScores], float]:
-        """Scores under `policy`, remembered as those of `moment`, and the seconds they took; counted with the pictures."""
+        """Scores under `policy`, remembered under `moment`, and their seconds, counted with their pictures."""
         state, began = self.state, time.monotonic()
         with self.journal.timed("evaluate", state.step):
             scores = self.evaluator.evaluate(
