@@ -22,10 +22,10 @@ def add_recipe_arguments(
         parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
 
 
-def refuse(what: str, error: Exception) -> int:
+def refuse(what: str, error: Exception, *, code: int = 2) -> int:
     """Say on stderr why a command cannot do what it was asked; its exit code."""
     sys.stderr.write(f"{what}:\n{error}\n")
-    return 2
+    return code
 
 
 def report_dry_run(plan: Sequence[str], problems: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 """`status.json`: what a run folder says about its run, and how that run ends when it is asked to, or fails.
 
     {"state": "running" | "finished" | "stopped" | "failed", "step", "stage", "time", "host", "pid", "cause",
-     "resume_command"}
+     "resume_command", "learner_restarts"}
 
 `time` (Unix seconds) is a heartbeat: a run whose state is `running` and whose time is minutes old was killed.
 """
@@ -44,7 +44,7 @@ class RunWatch:
         self.path = folder / STATUS_FILE
         self._status: dict[str, Any] = {
             "state": "running", "step": None, "stage": None, "time": 0.0, "host": socket.gethostname(),
-            "pid": os.getpid(), "cause": None, "resume_command": command,
+            "pid": os.getpid(), "cause": None, "resume_command": command, "learner_restarts": 0,
         }  # fmt: skip
         self._forward, self._lock, self._ended = heard, threading.RLock(), threading.Event()
         self._exit_by = float("inf")
@@ -58,6 +58,10 @@ class RunWatch:
     def at(self, step: int, stage: str | None = None) -> None:
         """The run has finished `step`."""
         self._write(step=step, stage=stage)
+
+    def restarted(self, times: int) -> None:
+        """The run has replaced lost ranks so many times."""
+        self._write(learner_restarts=times)
 
     def begin(self) -> None:
         """Say that the run is running, from now on with a heartbeat; take over Ctrl-C and SIGTERM."""

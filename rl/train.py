@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.cluster.ranks import RankLost
 from core.command_line import add_recipe_arguments, refuse, report_dry_run
 from core.failures import ClusterError
 from core.logs import start_logging
-from core.recipe import ConfigError, to_yaml
+from core.recipe import ConfigError
 from core.run_lock import hold_run
-from rl.loop.checkpoint import check_same_recipe, find_checkpoint, read_state, set_later_aside
+from rl.loop.checkpoint import begin_at
 from rl.recipe.schema import RunConfig, load_config
 from rl.recipe.validate import broken_rules, find_problems
 
@@ -25,7 +26,8 @@ log = logging.getLogger("rl.train")
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 when the run finished (or the dry run found nothing missing), 2 for a recipe that cannot run, or a
-    cluster that cannot run it. Raises SystemExit with 3 after an alarm that stops it, 130 or 143 after a signal."""
+    cluster that cannot run it, 1 where learner ranks were lost for good. Raises SystemExit with 3 after an alarm that
+    stops it, 130 or 143 after a signal."""
     arguments = _parse(argv)
     start_logging()
     try:
@@ -34,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run(config) if arguments.dry_run else train(config, resume=arguments.resume)
     except (ConfigError, ClusterError) as error:
         return refuse("This recipe cannot run", error)
+    except RankLost as error:
+        return refuse("The run stopped", error, code=1)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -84,35 +88,18 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
 
 def _run(config: RunConfig, reward_sets: list[RewardSet], run_dir: Path, resume: str | None) -> None:
     """Choose where to begin, start the actors and train."""
-    from rl.record.state import RunState
-
-    checkpoint = find_checkpoint(run_dir, resume) if resume else None
-    if checkpoint is not None:
-        if checkpoint.absolute().parent.parent != run_dir:
-            raise ConfigError(
-                [f"checkpoint {checkpoint} belongs to another run than {run_dir}; set output_dir and name"]
-            )
-        check_same_recipe((checkpoint / "config.yaml").read_text(), to_yaml(config))
-        set_later_aside(run_dir, read_state(checkpoint).step)
-        log.info("continuing from %s", checkpoint)
-    elif resume and (run_dir / "config.yaml").is_file():
-        check_same_recipe((run_dir / "config.yaml").read_text(), to_yaml(config))
-    elif resume is None and (run_dir / "metrics.jsonl").exists():
-        raise ConfigError([f"{run_dir} holds an earlier run; add --resume auto, or set another name="])
-    state = read_state(checkpoint) if checkpoint else RunState()
-
     from core.cluster.actors import connect
     from core.run_status import watch_run
     from rl.loop.cluster import start_cluster
-    from rl.loop.controller import Controller
+    from rl.loop.restarts import train_with_restarts
     from rl.recipe.placement import make_plan
 
+    start = begin_at(config, run_dir, resume)
     with watch_run(run_dir, resume=True, stop_timeout_s=config.resources.stop_timeout_s) as watch:
         connect()
         cluster = start_cluster(config, make_plan(config), reward_sets)
         try:
-            fresh = resume is None
-            Controller(config, cluster, run_dir, state, checkpoint, fresh=fresh, watch=watch).run()
+            train_with_restarts(config, cluster, run_dir, start, fresh=resume is None, watch=watch)
         finally:
             cluster.workers.close()
 

@@ -138,6 +138,7 @@ _FILES = {
         rl/learner/test_group.py
         rl/loop/test_judge_run.py::test_a_server_dead
         rl/loop/test_judge_run.py::test_an_outage
+        rl/loop/test_run.py::test_a_lost_learner
         rl/loop/test_run.py::test_killed
         rl/loop/test_run.py::test_a_run_that_is_stopped
     """,

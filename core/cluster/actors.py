@@ -39,6 +39,11 @@ def connect(*, worker_logs: bool = True) -> bool:
         else:
             log.info("RAY_ADDRESS is not set: starting Ray on this machine alone")
             ray.init(address="local", include_dashboard=False, log_to_driver=worker_logs)
+    except SystemExit as error:  # how Ray answers a SIGTERM while it starts
+        if error.code == signal.SIGTERM and callable(handler):
+            signal.signal(signal.SIGTERM, handler)
+            handler(signal.SIGTERM, None)
+        raise
     except Exception as error:  # Ray has no class of its own for this
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = f"join RAY_ADDRESS={address}" if address else "start Ray on this machine"
@@ -138,6 +143,12 @@ class PlacedActors:
             placed = kind.options(**actor_options(actor, self.group, restarts=restarts), **options)
             started.append(make(placed, actor.index))
         return started
+
+    def stop(self, role: str) -> None:
+        """End the actors of `role`, for others to be started in their place: Ray has no room for these before the
+        processes of the old ones are gone, and with them their GPUs and what they hold of the object store."""
+        for actor in self.by_role.pop(role, []):
+            ray.kill(actor)
 
     def close(self) -> None:
         """Stop every actor and give the resources back."""

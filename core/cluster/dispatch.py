@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,7 @@ class _Flight:
     worker: Worker
     refs: tuple[Any, ...]
     deadline: float
+    wanted: bool = True
 
 
 class Dispatcher:
@@ -82,8 +84,16 @@ class Dispatcher:
     def outstanding(self, role: str | None = None) -> int:
         """Calls (of one role) submitted and not yet returned by `wait`."""
         pools = self._pools if role is None else [role]
-        flying = sum(flight.call.role in pools for flight in self._flights.values())
+        flying = sum(flight.wanted and flight.call.role in pools for flight in self._flights.values())
         return flying + sum(len(self._pools[r].queue) + len(self._pools[r].finished) for r in pools)
+
+    def abandon(self) -> None:
+        """Forget every call that was submitted; those under way end without a result."""
+        for pool in self._pools.values():
+            pool.queue.clear()
+            pool.finished.clear()
+        for flight in self._flights.values():
+            flight.wanted = False
 
     def finished(self, role: str) -> bool:
         """Whether `wait` would return a call of `role` at once."""
@@ -168,7 +178,7 @@ class Dispatcher:
             return
         flight = self._land(ref)
         call, worker = flight.call, flight.worker
-        finished = self._pools[call.role].finished
+        finished = self._pools[call.role].finished if flight.wanted else deque[Done]()
         try:
             finished.append(Done(call, flight.refs, ray.get(ref, timeout=60)))
             worker.failures = 0
@@ -180,13 +190,13 @@ class Dispatcher:
                 finished.append(Done(call, (), None, failure=lost))
             elif isinstance(error.cause, InfrastructureFailure):
                 self._recover(call.role, worker, _first_line(error.cause), restarted=False)
-                self._again(call, worker, _first_line(error.cause))
-            else:
+                self._again(flight, _first_line(error.cause))
+            elif flight.wanted:
                 raise error.as_instanceof_cause() from error
         except (RayActorError, GetTimeoutError, ObjectLostError) as error:
             cause = f"{type(error).__name__}: {_first_line(error)}"
             self._recover(call.role, worker, cause, restarted=True)
-            self._again(call, worker, cause)
+            self._again(flight, cause)
 
     def _land(self, ref: Any) -> _Flight:
         flight = self._flights.pop(ref)
@@ -196,7 +206,10 @@ class Dispatcher:
             worker.deadline = max(worker.deadline, time.monotonic() + self._start_timeout_s)
         return flight
 
-    def _again(self, call: Call, worker: Worker, cause: str) -> None:
+    def _again(self, flight: _Flight, cause: str) -> None:
+        if not flight.wanted:
+            return
+        call, worker = flight.call, flight.worker
         call.tried.append(worker.index)
         call.causes.append(cause)
         if len(call.tried) >= _MAX_TRIES:
@@ -226,8 +239,8 @@ class Dispatcher:
             if flight.worker is worker:
                 self._land(ref)
                 if now > flight.deadline:
-                    self._again(flight.call, worker, cause)
-                else:
+                    self._again(flight, cause)
+                elif flight.wanted:
                     self.redispatched += 1
                     self._pools[role].queue.appendleft(flight.call)
 

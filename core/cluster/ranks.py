@@ -16,10 +16,25 @@ from core.logs import start_logging
 
 MakeRank = Callable[[int], Any]
 """Builds the rank of a number. Sent to Ray's actors, so it imports what it needs when it is called."""
+LOOK_S = 5.0
+"""How long a dead rank is looked for when another one fails: its neighbours' collectives may fail before Ray tells."""
+_MACHINE_ERRORS = {
+    "OutOfMemoryError",
+    "AcceleratorError",
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+}
+"""Names of torch's classes: of the card, and of the connections between ranks (NCCL, rendezvous). gloo has none."""
 
 
 class RankLost(RuntimeError):
-    """A rank failed or could not start. All share one optimizer, so the run stops; `--resume auto` continues it."""
+    """A rank died, hangs or could not start, or its machine failed. All share one optimizer, so it ends the training of
+    all; fresh ranks, or `--resume auto`, continue from the last checkpoint."""
+
+
+class RanksBlind(RankLost):
+    """Ranks do not see the run's folder, which fresh ones would not either."""
 
 
 @dataclass
@@ -61,28 +76,86 @@ def gather(calls: list[Any], method: str, timeout_s: float) -> list[Any]:
     """Results of one call to every rank, in rank order.
 
     The first failure ends the wait for the others, which would sit in a collective. Raises what a rank raised, and
-    RankLost for one that died or did not answer in time.
+    RankLost for one that died, did not answer in time, or whose machine failed (`_MACHINE_ERRORS`).
     """
     import ray
+    from ray.exceptions import RayError, RayTaskError
 
-    pending, deadline = list(calls), time.monotonic() + timeout_s
+    pending, deadline, answers = list(calls), time.monotonic() + timeout_s, {}
     while pending:
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
+            late = [calls.index(call) for call in pending]
             raise RankLost(
-                f"{method} took longer than {timeout_s:g} s on {len(pending)} of {len(calls)} ranks "
+                f"{method} took longer than {timeout_s:g} s on {len(pending)} of {len(calls)} ranks ({late}) "
                 "(resources.call_timeout_s, resources.start_timeout_s); continue with --resume auto"
             )
         try:
+            answers[ready[0]] = ray.get(ready[0], timeout=60)
+        except RayTaskError as error:
+            cause = error.as_instanceof_cause()
+            _look_for_the_dead(calls, pending, method)
+            if _of_the_machine(cause):
+                raise RankLost(
+                    f"rank {calls.index(ready[0])} failed in {method} ({type(error.cause).__name__}: "
+                    f"{_first_line(error.cause)}); continue with --resume auto"
+                ) from error
+            raise cause from error
+        except RayError as error:
+            raise _died(calls.index(ready[0]), method, error) from error
+    return [answers[call] for call in calls]
+
+
+def rendezvous(first: Any, timeout_s: float) -> tuple[str, int]:
+    """Address and port at which all ranks meet, from the actor of rank 0 once it is up. Raises RankLost."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    try:
+        return ray.get(first.address.remote(), timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise RankLost(
+            f"rank 0 did not start within resources.start_timeout_s={timeout_s:g} s; see `ray status` for room"
+        ) from error
+    except RayError as error:
+        raise _died(0, "its start", error) from error
+
+
+def _look_for_the_dead(calls: list[Any], pending: list[Any], method: str) -> None:
+    """Raise RankLost where one of the ranks that have not answered dies within LOOK_S."""
+    import ray
+    from ray.exceptions import RayActorError, RayError
+
+    deadline = time.monotonic() + LOOK_S
+    while pending:
+        ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return
+        try:
             ray.get(ready[0], timeout=60)
-        except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from error
-        except ray.exceptions.RayActorError as error:
-            raise RankLost(
-                f"rank {calls.index(ready[0])} died in {method} ({str(error).splitlines()[0]}); its cause is in Ray's "
-                "log (out of memory is the usual one); continue with --resume auto"
-            ) from error
-    return ray.get(calls, timeout=60)
+        except RayActorError as error:
+            raise _died(calls.index(ready[0]), method, error) from error
+        except RayError:
+            continue
+
+
+def _died(rank: int, method: str, error: BaseException) -> RankLost:
+    """Ray's account names the process's end, or the node's, on a line of its own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = next((line for line in lines if "because" in line), lines[0] if lines else type(error).__name__)
+    return RankLost(
+        f"rank {rank} died in {method} ({cause.partition(' Some common causes')[0]}); Ray's log may say more (out of "
+        "memory is the usual cause); continue with --resume auto"
+    )
+
+
+def _of_the_machine(cause: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(cause).__mro__}
+    return bool(names & _MACHINE_ERRORS) or "third_party/gloo" in str(cause)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 class LocalRank:
@@ -127,8 +200,7 @@ class RayRanks:
                 "rank", ray.remote(RankActor), lambda kind, rank: kind.remote(make, rank), restarts=0
             )
             limit = resources.start_timeout_s
-            address, port = ray.get(self.actors[0].address.remote(), timeout=limit)
-            self._call("setup", (address, port), limit)
+            self._call("setup", rendezvous(self.actors[0], limit), limit)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         return self._call(method, args, self.resources.call_timeout_s)

@@ -27,7 +27,7 @@ from core.checkpoints import (
     publish_step,
     set_aside,
 )
-from core.cluster.ranks import MakeRank, RankLost, RankResources, Ranks, start_ranks
+from core.cluster.ranks import MakeRank, RankResources, Ranks, RanksBlind, start_ranks
 from core.files import atomic_write_json, atomic_write_text
 from core.progress import Progress
 from core.recipe import flat, to_yaml
@@ -65,7 +65,7 @@ class SupervisedRun(ABC):
     """Runs ranks that are set up, from `state` on; a run that is not `fresh` drops its records after that step."""
 
     def __init__(self, recipe: Any, ranks: Ranks, state: Any, *, end: int, log_every: int, fresh: bool):
-        """`end`: the step at which this run stops. Raises RankLost for ranks that do not see the run's folder."""
+        """`end`: the step at which this run stops. Raises RanksBlind for ranks that do not see the run's folder."""
         self.recipe, self.ranks, self.state = recipe, ranks, state
         self.end, self.log_every = end, log_every
         self._saved_step = state.step
@@ -73,7 +73,7 @@ class SupervisedRun(ABC):
         seen = ranks.call("sees", str(self.folder))
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
-            raise RankLost(
+            raise RanksBlind(
                 f"ranks {blind} do not see {self.folder}: output_dir must lie on a file system that all nodes share"
             )
         self.scalars = ScalarLog(self.folder, resume_step=None if fresh else state.step)

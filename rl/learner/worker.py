@@ -13,7 +13,7 @@ import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from core.cluster.process_group import free_port, join_process_group
-from core.cluster.ranks import RankLost, gather
+from core.cluster.ranks import RanksBlind, gather, rendezvous
 from core.failures import ObjectsLost
 from models.conditioning import Conditioning
 from models.lora.attach import Adapter, hash_state
@@ -178,16 +178,20 @@ class LearnerGroup:
     def __init__(self, actors: Sequence[Any], *, call_timeout_s: float, start_timeout_s: float):
         self.actors = list(actors)
         self._timeout_s = call_timeout_s
-        address, port = ray.get(self.actors[0].address.remote(), timeout=start_timeout_s)
+        address, port = rendezvous(self.actors[0], start_timeout_s)
         gather([actor.setup.remote(address, port) for actor in self.actors], "setup", start_timeout_s)
 
     def check_sees(self, folder: Path) -> None:
-        """Raise RankLost naming the ranks whose node does not share the run's folder."""
+        """Raise RanksBlind naming the ranks whose node does not share the run's folder."""
         blind = [rank for rank, sees in enumerate(self._all("sees", str(folder))) if not sees]
         if blind:
-            raise RankLost(
+            raise RanksBlind(
                 f"learner ranks {blind} do not see {folder}: output_dir must lie on a file system that all nodes share"
             )
+
+    def check_alive(self) -> None:
+        """Raise RankLost unless every rank answers."""
+        self._all("ready")
 
     def begin_stage(self) -> None:
         self._all("begin_stage")

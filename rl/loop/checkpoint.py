@@ -17,8 +17,9 @@ from typing import Any
 
 from core.checkpoints import CHECKPOINTS, resume_folder, set_aside, step_folders
 from core.files import atomic_write_json, atomic_write_text, new_folder
-from core.recipe import ConfigError
+from core.recipe import ConfigError, to_yaml
 from rewards.loading import free_params
+from rl.recipe.schema import RunConfig
 from rl.record.state import RunState, StageProgress
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,24 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     Raises CheckpointError as `core.checkpoints.resume_folder` does.
     """
     return resume_folder(run_dir, resume, checkpoints(run_dir))
+
+
+def begin_at(config: RunConfig, run_dir: Path, resume: str | None) -> tuple[Path | None, RunState]:
+    """The checkpoint to go on from (None: from step 0) and its state; later ones are set aside. Raises ConfigError."""
+    checkpoint = find_checkpoint(run_dir, resume) if resume else None
+    if checkpoint is not None:
+        if checkpoint.absolute().parent.parent != run_dir:
+            raise ConfigError(
+                [f"checkpoint {checkpoint} belongs to another run than {run_dir}; set output_dir and name"]
+            )
+        check_same_recipe((checkpoint / "config.yaml").read_text(), to_yaml(config))
+        set_later_aside(run_dir, read_state(checkpoint).step)
+        log.info("continuing from %s", checkpoint)
+    elif resume and (run_dir / "config.yaml").is_file():
+        check_same_recipe((run_dir / "config.yaml").read_text(), to_yaml(config))
+    elif resume is None and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError([f"{run_dir} holds an earlier run; add --resume auto, or set another name="])
+    return checkpoint, read_state(checkpoint) if checkpoint else RunState()
 
 
 def set_later_aside(run_dir: Path, step: int) -> None:

@@ -3,7 +3,7 @@
 what the loop waits for         bounded by
 ------------------------------  -----------------------------------------------
 a chunk or a score              resources.call_timeout_s, then the worker is restarted
-the learner's ranks             resources.call_timeout_s, then the run stops
+the learner's ranks             resources.call_timeout_s, then fresh ones (rl/loop/restarts.py)
 the replicas' receipts          resources.call_timeout_s together, then silent ones are restarted
 a worker coming back            resources.start_timeout_s, then it is given up
 """

@@ -82,7 +82,8 @@ class Observer:
             redo_evaluation=at_border or state.unseen,
         )
         self.results = RunResults(config, self.evaluator, run_dir)
-        self._worker_events, self._saved_step = (0, 0), state.step
+        self._worker_events = rollout.dispatcher.restarts, rollout.dispatcher.redispatched
+        self._saved_step = state.step
 
     def begin_run(self, policy: Policy) -> None:
         """Evaluate before the first stage; a resumed run reads what the first one measured."""

@@ -300,6 +300,10 @@ class ResourcesConfig:
     """Longest that a run asked to stop (Ctrl-C, SIGTERM) takes to save, in seconds; then it leaves without."""
     max_restarts: AtLeast0 = 3
     """Times that a worker is started again after it died."""
+    learner_restarts: AtLeast0 = 3
+    """Times that a lost learner rank (killed, hanging, machine failed, out of memory) has all ranks started again, from
+    the last checkpoint. 3: a lost node should not idle all others until morning; a step that kills each time must end.
+    """
     min_rollout_workers: Count = 1
     """Rollout workers that must be alive, or the run stops."""
 

@@ -128,6 +128,7 @@ class RunResults:
             total=total,
             base_guidance=self._guidance(),
             restarts=state.restarts,
+            learner_restarts=state.learner_restarts,
             finished=finished,
             best=best,
         )

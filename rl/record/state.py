@@ -37,3 +37,4 @@ class RunState:
     stages: list[StageProgress] = field(default_factory=list)
     unseen: bool = False
     skipped_updates: int = 0
+    learner_restarts: int = 0

@@ -83,6 +83,7 @@ class RunSummary:
     total: Mapping[str, Difference] = field(default_factory=dict)
     base_guidance: Mapping[str, tuple[GuidancePoint, ...]] = field(default_factory=dict)
     restarts: int = 0
+    learner_restarts: int = 0
     finished: bool = True
     best: BestCheckpoint | None = None
 
@@ -123,10 +124,11 @@ def print_summary(summary: RunSummary, *, file: TextIO | None = None) -> None:
     if summary.best is not None:
         console.print(Text(f"Best checkpoint: {summary.best}"), soft_wrap=True)
     commit = f", commit {summary.commit[:12]}" if summary.commit else ""
+    learner = f"{summary.learner_restarts} learner restarts, " if summary.learner_restarts else ""
     console.print(
         Text(
             f"{summary.images:,} images in {duration(summary.seconds)}, {summary.restarts} worker restarts, "
-            f"version {summary.version}{commit}"
+            f"{learner}version {summary.version}{commit}"
         )
     )
 

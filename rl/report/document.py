@@ -71,6 +71,7 @@ def _run_entry(
         "images": number(summary.get("images")),
         "seconds": number(summary.get("seconds")),
         "restarts": number(summary.get("restarts")),
+        "learnerRestarts": number(summary.get("learner_restarts")),
         "commit": summary.get("commit") if isinstance(summary.get("commit"), str) else None,
         "train": table,
         "evaluation": evaluation_curves(run, scores),

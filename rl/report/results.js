@@ -84,6 +84,7 @@ function headline(report) {
     single.images !== null && `${single.images.toLocaleString('en')} images`,
     single.seconds !== null && duration(single.seconds),
     single.restarts && plural(single.restarts, 'worker restart'),
+    single.learnerRestarts && plural(single.learnerRestarts, 'learner restart'),
     single.commit && `commit ${single.commit.slice(0, 12)}`,
   ];
   return [el('h1', null, single ? single.label : 'Comparison of runs'),

@@ -1,12 +1,17 @@
 """Joining a cluster: what cannot be joined is one sentence with the address and what to look at."""
 
+import json
+import os
+import signal
 import socket
+import sys
 
 import pytest
 import ray
 
 from core.cluster.actors import connect
 from core.failures import ClusterError
+from core.run_status import STATUS_FILE, watch_run
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +44,18 @@ def test_what_ray_says_is_one_sentence(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(ClusterError, match="^cannot start Ray on this machine: the token is wrong; see"):
         connect()
+
+
+def test_a_stop_while_ray_starts_is_a_stop(monkeypatch, tmp_path):
+    def init(**_):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left, watch_run(tmp_path, resume=True):
+        connect()
+    assert left.value.code == 143
+    assert json.loads((tmp_path / STATUS_FILE).read_text())["state"] == "stopped"
+    assert signal.getsignal(signal.SIGTERM) is before

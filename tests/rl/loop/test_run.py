@@ -11,6 +11,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+import ray
 import yaml
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from core.recipe import ConfigError
 from models.components import load_transformer
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
+from rl.loop import controller as loop
 from rl.loop.checkpoint import find_checkpoint
 from rl.loop.controller import Controller
 from rl.recipe.schema import load_config
@@ -215,6 +217,47 @@ def test_killed_workers_change_nothing(straight, tmp_path):
     assert final_hash(tmp_path) == final_hash(folder)
     second = [r for r in records(tmp_path) if "loss/total" in r][1]
     assert second["workers/redispatched_chunks"] >= 2  # a chunk and a score
+
+
+def die_on(monkeypatch, owner, name):
+    """SIGKILL the only learner rank when `owner.name` is called for the second time."""
+    groups, inner, calls = [], getattr(owner, name), []
+    begin = Controller.__init__
+
+    def watched(self, config, cluster, *args, **options):
+        groups.append(cluster.learner)
+        begin(self, config, cluster, *args, **options)
+
+    def killing(*args, **options):
+        calls.append(name)
+        if len(calls) == 2:
+            info = ray.get(groups[-1].actors[0].ready.remote(), timeout=60)
+            os.kill(int(info.worker.rpartition(":")[2]), signal.SIGKILL)
+        return inner(*args, **options)
+
+    monkeypatch.setattr(Controller, "__init__", watched)
+    monkeypatch.setattr(owner, name, killing)
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "overrides"),
+    [
+        (Controller, "_guard", ()),  # before the second step's update; back to the checkpoint of the first
+        (loop, "group_requests", ("resources.placement=inprocess", "checkpoint.every=100")),  # while it samples; to 0
+    ],
+    ids=["shared", "inprocess"],
+)  # fmt: skip
+def test_a_lost_learner_rank_changes_nothing(straight, tmp_path, monkeypatch, owner, name, overrides):
+    folder, recipe = straight
+    groups_of = die_on(monkeypatch, owner, name)
+    run(recipe, f"output_dir={tmp_path / 'runs'}", *overrides)
+    assert len(groups_of) == 2, "the ranks were not replaced"
+    assert final_hash(tmp_path) == final_hash(folder)
+    assert learned(tmp_path) == learned(folder)
+    assert groups(tmp_path) == groups(folder)
+    assert (status(tmp_path)["state"], status(tmp_path)["learner_restarts"]) == ("finished", 1)
+    assert json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())["learner_restarts"] == 1
 
 
 def status(folder):

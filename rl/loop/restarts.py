@@ -1,0 +1,63 @@
+"""A lost learner rank costs a run the steps since its last checkpoint: fresh ranks go on there, within the run.
+
+RankLost ──► what is left of the group ends ──► a new one in the same bundles ──► as `--resume auto` would go on
+
+Rollout, encode and reward workers live on. What a rank itself raised (LogProbMismatch, a bug) is not RankLost and ends
+the run: fresh ranks would compute it again.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from core.cluster.dispatch import PoolExhausted
+from core.cluster.ranks import RankLost, RanksBlind
+from core.run_status import RunWatch
+from rl.loop.checkpoint import begin_at
+from rl.loop.cluster import Cluster
+from rl.loop.controller import Controller
+from rl.recipe.schema import RunConfig
+from rl.record.state import RunState
+
+log = logging.getLogger(__name__)
+Start = tuple[Path | None, RunState]
+
+
+def train_with_restarts(
+    config: RunConfig, cluster: Cluster, run_dir: Path, start: Start, *, fresh: bool, watch: RunWatch
+) -> None:
+    """Train from `start` to the run's end.
+
+    Raises RankLost when a rank is lost once more than `resources.learner_restarts` allows, and what else ends a run.
+    """
+    allowed, (checkpoint, state) = config.resources.learner_restarts, start
+    for restarts in range(allowed + 1):
+        try:
+            if restarts:
+                cluster.restart_learner()
+            _run(Controller(config, cluster, run_dir, state, checkpoint, fresh=fresh, watch=watch), cluster)
+            return
+        except RankLost as error:
+            if isinstance(error, RanksBlind) or watch.stopping:
+                raise
+            if restarts == allowed:
+                raise RankLost(f"{error}; resources.learner_restarts={allowed} are used up") from error
+            log.error("learner restart %d of %d: %s", restarts + 1, allowed, error)
+        gc.collect()  # the error's frames held references to the step's trajectories
+        lost, fresh = state, False
+        checkpoint, state = begin_at(config, run_dir, "auto")
+        state = replace(state, restarts=lost.restarts, learner_restarts=lost.learner_restarts + 1)
+        watch.restarted(restarts + 1)
+        log.warning("the run goes back from step %d to step %d", lost.step, state.step)
+
+
+def _run(controller: Controller, cluster: Cluster) -> None:
+    """Raises RankLost too where no worker can sample because the ranks that do are gone (placement inprocess)."""
+    try:
+        controller.run()
+    except PoolExhausted:
+        cluster.learner.check_alive()
+        raise

@@ -1,0 +1,81 @@
+"""What has learner ranks started again, and what ends the run at once."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from core.cluster.dispatch import PoolExhausted
+from core.cluster.ranks import RankLost, RanksBlind
+from rl.loop import restarts
+from rl.recipe.schema import ResourcesConfig, RunConfig
+from rl.record.state import RunState
+
+
+class Learner:
+    def __init__(self, dead):
+        self.dead = dead
+
+    def check_alive(self):
+        if self.dead:
+            raise RankLost("rank 0 died in ready")
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """Trains with a controller that raises these errors one after the other, then ends; tells where each one began."""
+
+    def trained(*errors, allowed=3, dead=False, stopping=False):
+        begun, told, left = [], [], list(errors)
+
+        class Controller:
+            def __init__(self, config, cluster, run_dir, state, checkpoint, *, fresh, watch):
+                begun.append((checkpoint, state.learner_restarts, state.restarts, fresh))
+
+            def run(self):
+                if left:
+                    raise left.pop(0)
+
+        monkeypatch.setattr(restarts, "Controller", Controller)
+        monkeypatch.setattr(restarts, "begin_at", lambda *args: ("step_2", RunState(step=2)))
+        cluster = SimpleNamespace(learner=Learner(dead), restart_learner=lambda: told.append("restart"))
+        watch = SimpleNamespace(stopping=stopping, restarted=told.append)
+        config = RunConfig(name="x", resources=ResourcesConfig(learner_restarts=allowed))
+        start = None, RunState(step=3, restarts=5)
+        try:
+            restarts.train_with_restarts(config, cluster, tmp_path, start, fresh=True, watch=watch)
+        finally:
+            trained.begun, trained.told = begun, told
+
+    return trained
+
+
+def test_a_lost_rank_goes_on_from_the_last_checkpoint_and_is_counted(train):
+    train(RankLost("rank 1 died"), RankLost("rank 2 died"))
+    assert train.begun == [(None, 0, 5, True), ("step_2", 1, 5, False), ("step_2", 2, 5, False)]
+    assert train.told == [1, "restart", 2, "restart"]
+
+
+def test_one_loss_more_than_allowed_stops_by_the_rank(train):
+    losses = [RankLost("rank 1 died"), RankLost("rank 2 died in update")]
+    with pytest.raises(RankLost, match="rank 2 died in update; resources.learner_restarts=1 are used up"):
+        train(*losses, allowed=1)
+
+
+@pytest.mark.parametrize("error", [ValueError("loss is nan"), RanksBlind("ranks [1] do not see")])
+def test_what_fresh_ranks_would_meet_again_stops_at_once(train, error):
+    with pytest.raises(type(error)):
+        train(error)
+    assert train.told == []
+
+
+def test_a_run_that_is_to_stop_is_not_begun_again(train):
+    with pytest.raises(RankLost):
+        train(RankLost("rank 1 died"), stopping=True)
+    assert train.told == []
+
+
+def test_ranks_that_sample_are_lost_where_no_worker_is_left(train):
+    train(PoolExhausted("0 rollout workers are left"), dead=True)
+    assert train.told == [1, "restart"]
+    with pytest.raises(PoolExhausted):
+        train(PoolExhausted("0 reward workers are left"), dead=False)
