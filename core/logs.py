@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import recipes
+
 
 def start_logging() -> None:
     """INFO and above to stderr in one format; libraries' own line for every request and lock is left out."""
@@ -32,17 +34,26 @@ def submitted_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def relative_path_problems(paths: Mapping[str, str | Path | None]) -> list[str]:
+def relative_path_problems(
+    paths: Mapping[str, str | Path | None], read: Mapping[str, str | None] | None = None
+) -> list[str]:
     """One line for each relative path under a submitted job: its driver runs in a temporary copy of the working
     directory, where results would be lost, and which other nodes do not see.
 
-    paths: what messages begin with, such as `output_dir='runs'`, and the path; None is left out.
+    paths: what messages begin with, such as `output_dir='runs'`, and the path; None is left out. read: the same of
+    what is only read, which may also be packaged.
     """
     if not submitted_job():
         return []
     return [
         f"{named} is relative, and a submitted job runs in a temporary copy of the working directory; give an absolute "
         "path that every node sees"
-        for named, path in paths.items()
+        for named, path in (*paths.items(), *_unpackaged(read or {}))
         if path is not None and not Path(path).is_absolute()
+    ]
+
+
+def _unpackaged(paths: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    return [
+        (named, path) for named, path in paths.items() if path is not None and not recipes.is_packaged(path)
     ]

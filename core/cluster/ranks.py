@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.cluster.process_group import free_port
+from core.keys import Count, Device, Positive
 from core.logs import start_logging
 
 MakeRank = Callable[[int], Any]
@@ -35,17 +37,26 @@ class RanksBlind(RankLost):
     """Ranks do not see the run's folder, which fresh ones would not either."""
 
 
-class RankResources(Protocol):
-    """What each rank gets, and for how long is waited; all keys of a recipe's `resources`."""
+@dataclass
+class RankResources:
+    """What each rank takes, and for how long is waited."""
 
-    @property
-    def device(self) -> str: ...
-
-    rank_cpus: float
-    placement_timeout_s: float
-    start_timeout_s: float
-    call_timeout_s: float
-    stop_timeout_s: float
+    device: Device = "cuda"
+    """Where ranks run."""
+    rank_cpus: Positive = 8.0
+    """Ray's logical CPUs of a rank."""
+    threads: Count = 4
+    """CPU threads that a rank really uses."""
+    placement_timeout_s: Positive = 600.0
+    """Longest wait for the cluster's resources, in seconds."""
+    start_timeout_s: Positive = 1800.0
+    """Longest wait for a rank to be ready, in seconds."""
+    collective_timeout_s: Positive = 1800.0
+    """Longest wait of a rank for the others, in seconds."""
+    call_timeout_s: Positive = 7200.0
+    """Longest wait for a rank's answer, in seconds."""
+    stop_timeout_s: Positive = 600.0
+    """Longest that a run asked to stop (Ctrl-C, SIGTERM) takes to save, in seconds; then it leaves without."""
 
 
 class Ranks(Protocol):

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +24,7 @@ from core.cluster.process_group import join_process_group
 from core.inputs import check_files
 from core.training.ema import ShardedAverage
 from core.training.optimization import trained_parameters
-from core.training.schedule import Schedule, lr_factor
+from core.training.schedule import AdamW, lr_factor
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +34,6 @@ MOST_SKIPPED = 3
 ENGINE = "engine"
 GRADIENT_BUCKET = 30_000_000
 """Gradients reduced at once: .12 GB in float32, where DeepSpeed's own 5e8 take 1 GB and more beside a small adapter."""
-
-
-class AdamW(Schedule, Protocol):
-    """A recipe's section of the update."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    gradient_clip: float
 
 
 @dataclass(frozen=True)

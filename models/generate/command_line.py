@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from core.cluster.pool import PoolSpec
@@ -31,29 +30,17 @@ def add_machine_options(group: Any) -> None:
 
 
 def machine_problems(args: argparse.Namespace, paths: Sequence[str]) -> list[str]:
-    """Machine options out of range, and those of the options `paths` that a submitted job cannot take.
-
-    Its driver runs in a temporary copy of the working directory, which other nodes do not see.
-    """
-    import recipes
-    from core.logs import submitted_job
+    """Machine options out of range, and those of the options `paths` that a submitted job cannot take."""
+    from core.logs import relative_path_problems
 
     problems = []
     if args.workers < 0:
         problems.append(f"--workers {args.workers}: must be 0 (this process) or more")
     if args.threads is not None and args.threads < 1:
         problems.append(f"--threads {args.threads}: must be 1 or more")
-    if not submitted_job():
-        return problems
-    for name in paths:
-        given = getattr(args, name)
-        for path in given if isinstance(given, list) else [given]:
-            if path is not None and not Path(path).is_absolute() and not recipes.is_packaged(path):
-                problems.append(
-                    f"--{name.replace('_', '-')} {path} is relative, and a submitted job runs in a temporary copy of "
-                    "the working directory; give an absolute path that every node sees"
-                )
-    return problems
+    given = [(name.replace("_", "-"), getattr(args, name)) for name in paths]
+    each = [(name, path) for name, one in given for path in (one if isinstance(one, list) else [one])]
+    return problems + relative_path_problems({}, read={f"--{name} {path}": path for name, path in each})
 
 
 def machine_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,20 +11,20 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from core.cluster.ranks import RankResources
 from core.keys import (
     AtLeast0,
     Count,
     Decay,
-    Device,
     FolderName,
     Guidance,
     ModelDtype,
-    NonNegative,
     PositionMode,
     Positive,
     Seed,
     ZeroStage,
 )
+from core.training.schedule import AdamW
 from pretrain.data.config import DataConfig
 
 
@@ -91,23 +91,9 @@ class ReferencesSection:
 
 
 @dataclass
-class OptimizationSection:
-    """AdamW; linear warm-up, then a cosine; no weight decay on 1-D parameters."""
+class OptimizationSection(AdamW):
+    """How weights move, and their average."""
 
-    lr: Positive = 1e-4
-    """Peak learning rate."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay of the mean gradient and of the mean squared one."""
-    eps: Positive = 1e-8
-    """Term against division by zero."""
-    weight_decay: NonNegative = 0.05
-    """Decoupled weight decay."""
-    gradient_clip: Positive = 1.0
-    """Norm that gradients are clipped to."""
-    warmup_fraction: Decay = 0.01
-    """Share of the steps in which the rate rises."""
-    final_lr_fraction: Decay = 0.0
-    """Share of the peak that the cosine ends at."""
     ema_decay: Decay = 0.9999
     """What remains of the averaged weights at each step."""
 
@@ -137,29 +123,13 @@ class SamplesSection:
 
 
 @dataclass
-class ResourcesSection:
+class ResourcesSection(RankResources):
     """Ranks and what each of them takes."""
 
     ranks: Count = 8
     """Data-parallel ranks."""
-    device: Device = "cuda"
-    """Where they run."""
     card: Literal["a100", "h100", "h200"] | None = None
     """GPU whose peak MFU is measured on; null: no MFU."""
-    rank_cpus: Positive = 8.0
-    """Ray's logical CPUs of a rank."""
-    threads: Count = 4
-    """CPU threads that a rank really uses."""
-    placement_timeout_s: Positive = 600.0
-    """Longest wait for the cluster's resources, in seconds."""
-    start_timeout_s: Positive = 1800.0
-    """Longest wait for a rank to be ready, in seconds."""
-    collective_timeout_s: Positive = 1800.0
-    """Longest wait of a rank for the others, in seconds."""
-    call_timeout_s: Positive = 7200.0
-    """Longest wait for a rank's answer, in seconds."""
-    stop_timeout_s: Positive = 600.0
-    """Longest that a run asked to stop (Ctrl-C, SIGTERM) takes to save, in seconds; then it leaves without."""
 
 
 @dataclass

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import recipes
 from core.failures import DataError
 from core.inputs import folder_files, hash_files, stamp_files
-from core.logs import submitted_job
+from core.logs import relative_path_problems
 from core.output import output_problems
 from models.folders import METAQUERY_PARTS, PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
 from models.preflight import conditioner_problems
@@ -126,15 +125,11 @@ def _cache_problems(recipe: FlowRecipe) -> Iterator[str]:
 
 
 def _path_problems(recipe: FlowRecipe) -> Iterator[str]:
-    """Under a submitted job the driver runs in a temporary copy, where relative results would be lost."""
-    if not submitted_job():
-        return
-    paths = {
-        "output_dir": recipe.output_dir, "model.path": recipe.model.path, "model.vlm": recipe.model.vlm,
+    read = {
+        "model.path": recipe.model.path, "model.vlm": recipe.model.vlm,
         "model.conditioner": recipe.model.conditioner, "data.cache_dir": recipe.data.cache_dir or None,
     }  # fmt: skip
-    for key, path in paths.items():
-        if path is not None and not Path(path).is_absolute():
-            if key != "output_dir" and recipes.is_packaged(path):
-                continue
-            yield f"{key}={path!r} is relative, and a submitted job runs in a temporary copy; give an absolute path"
+    yield from relative_path_problems(
+        {f"output_dir={recipe.output_dir!r}": recipe.output_dir},
+        read={f"{key}={path!r}": path for key, path in read.items()},
+    )

@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 from annotated_types import MinLen
 from omegaconf import MISSING
 
+from core.cluster.ranks import RankResources
 from core.keys import (
     AtLeast0,
     AtLeast2,
     Count,
     Decay,
-    Device,
     Finite,
     FolderName,
     ModelDtype,
@@ -29,6 +29,7 @@ from core.keys import (
     Share,
     ZeroStage,
 )
+from core.training.schedule import AdamW
 
 OTHER_SECTIONS = ("generate", "label", "serve")
 """Sections of the same file that other commands read."""
@@ -120,25 +121,14 @@ class RankingSection:
 
 
 @dataclass
-class OptimizationSection:
-    """AdamW; linear warm-up, then a cosine."""
+class OptimizationSection(AdamW):
+    """How the weights move; the head at a rate of its own."""
 
     lr: Positive = 1e-5
-    """Peak learning rate."""
     head_lr: Positive | None = None
     """That of the head; null: `lr`."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay of the mean gradient and of the mean squared one."""
-    eps: Positive = 1e-8
-    """Term against division by zero."""
-    weight_decay: NonNegative = 0.05
-    """Decoupled weight decay."""
-    gradient_clip: Positive = 1.0
-    """Norm that gradients are clipped to."""
     warmup_fraction: Decay = 0.03
-    """Share of the steps in which the rate rises."""
     final_lr_fraction: Share = 0.1
-    """Share of the peak that the cosine ends at."""
 
 
 @dataclass
@@ -222,28 +212,6 @@ class EvaluateSection:
 
 
 @dataclass
-class ResourcesSection:
-    """What each rank takes."""
-
-    device: Device = "cuda"
-    """Where ranks run."""
-    rank_cpus: Positive = 8.0
-    """Ray's logical CPUs of a rank."""
-    threads: Count = 4
-    """CPU threads that a rank really uses."""
-    placement_timeout_s: Positive = 600.0
-    """Longest wait for the cluster's resources, in seconds."""
-    start_timeout_s: Positive = 1800.0
-    """Longest wait for a rank to be ready, in seconds."""
-    collective_timeout_s: Positive = 1800.0
-    """Longest wait of a rank for the others, in seconds."""
-    call_timeout_s: Positive = 7200.0
-    """Longest wait for a rank's answer, in seconds."""
-    stop_timeout_s: Positive = 600.0
-    """Longest that a run asked to stop (Ctrl-C, SIGTERM) takes to save, in seconds; then it leaves without."""
-
-
-@dataclass
 class Header:
     """The keys that all commands share. Everything is written under `output_dir/name`."""
 
@@ -268,4 +236,4 @@ class Recipe(Header):
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
-    resources: ResourcesSection = field(default_factory=ResourcesSection)
+    resources: RankResources = field(default_factory=RankResources)

@@ -11,9 +11,8 @@ import asyncio
 import importlib.util
 import time
 from collections.abc import Callable, Collection
-from pathlib import Path
 
-from core.logs import submitted_job
+from core.logs import relative_path_problems
 from rewards.judge.asking import InFlight, MissingKeyError, Sender, read_key
 from rewards.judge.budget import NANO, Budget, price_of
 from rewards.judge.cache import FileAnswers, Fingerprint, MemoryAnswers, as_cached, identify
@@ -199,10 +198,5 @@ def _problems_here(settings: JudgeSettings) -> list[str]:
     if settings.mode != "replay" and importlib.util.find_spec("openai") is None:
         problems.append("the package openai is not installed; install unipic-rl[judge]")
     # Ray unpacks a submitted job into a temporary folder, where paid answers and their count would be lost.
-    for key, path in (("cache", settings.cache), ("ledger", settings.ledger)):
-        if path and submitted_job() and not Path(path).is_absolute():
-            problems.append(
-                f"{key} {path!r} is relative, and a submitted job runs in a temporary copy of the working "
-                "directory; give an absolute path that every node sees"
-            )
-    return problems
+    paths = {"cache": settings.cache, "ledger": settings.ledger}
+    return problems + relative_path_problems({f"{key} {path!r}": path or None for key, path in paths.items()})

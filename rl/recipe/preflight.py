@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipes
-from core.logs import submitted_job
+from core.logs import relative_path_problems
 from core.output import output_problems
 from core.prompts import Prompt, PromptFileError, load_prompts, load_reference
 from core.recipe import value_problems
@@ -58,21 +58,14 @@ def preflight(config: RunConfig) -> Preflight:
 
 
 def _check_paths(config: RunConfig) -> list[str]:
-    """Under a submitted job the driver runs in a temporary copy, where relative results would be lost."""
-    paths = {"output_dir": config.output_dir, "model.path": config.model.path}
-    if config.model.vlm is not None:
-        paths["model.vlm"] = config.model.vlm
+    read = {"model.path": config.model.path, "model.vlm": config.model.vlm}
     parts = [part for stage in config.stages for part in stage_parts(stage) if part.prompts]
-    paths |= {f"prompts of stage {part.label!r}": part.prompts for part in parts}
-    paths |= {f"prompts of evaluation {task.task!r}": task.prompts for task in config.evaluation.tasks}
-    if not submitted_job():
-        return []
-    return [
-        f"{key}={path!r} is relative, and a submitted job runs in a temporary copy of the working directory; "
-        "give an absolute path that every node sees"
-        for key, path in paths.items()
-        if not Path(path).is_absolute() and (key == "output_dir" or not recipes.is_packaged(path))
-    ]
+    read |= {f"prompts of stage {part.label!r}": part.prompts for part in parts}
+    read |= {f"prompts of evaluation {task.task!r}": task.prompts for task in config.evaluation.tasks}
+    return relative_path_problems(
+        {f"output_dir={config.output_dir!r}": config.output_dir},
+        read={f"{key}={path!r}": path for key, path in read.items()},
+    )
 
 
 def _check_output(config: RunConfig, needs: dict[str, float] | None) -> list[str]:

@@ -21,7 +21,7 @@ import recipes
 from core.command_line import add_recipe_arguments
 from core.failures import ClusterError
 from core.files import file_sha256
-from core.logs import submitted_job
+from core.logs import relative_path_problems
 from core.output import output_problems
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError
@@ -79,13 +79,8 @@ def check(header: Header, section: GenerateSection) -> list[Prompt]:
         )
     problems += [f"generate.model: {p}" for p in check_model_folder(recipes.resolve(section.model))]
     problems += output_problems("generate.output", output_folder(header, section))
-    if submitted_job():
-        paths = {"output_dir": header.output_dir, "generate.output": section.output or header.output_dir}
-        problems += [
-            f"{key}={path!r} is relative, and a submitted job runs in a temporary copy; give an absolute path"
-            for key, path in paths.items()
-            if not Path(path).expanduser().is_absolute()
-        ]
+    paths = {"output_dir": header.output_dir, "generate.output": section.output or header.output_dir}
+    problems += relative_path_problems({f"{key}={p!r}": Path(p).expanduser() for key, p in paths.items()})
     if problems:
         raise ConfigError(problems)
     return prompts[: section.num_prompts or None]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import recipes
 from core.command_line import add_recipe_arguments, report_dry_run
 from core.failures import ClusterError, DataError
-from core.logs import submitted_job
+from core.logs import relative_path_problems
 from core.output import output_problems
 from core.recipe import ConfigError
 from core.run_lock import hold_run
@@ -87,14 +87,10 @@ def preflight(recipe: Recipe) -> list[str]:
     except DataError as error:
         problems.append(str(error))
     problems += output_problems(f"output_dir={recipe.output_dir!r}", recipe.run_dir, needs)
-    if submitted_job():
-        paths = {"output_dir": recipe.output_dir, "model.path": recipe.model.path}
-        problems += [
-            f"{key}={path!r} is relative, and a submitted job runs in a temporary copy; give an absolute path"
-            for key, path in paths.items()
-            if not Path(path).is_absolute() and (key == "output_dir" or not recipes.is_packaged(path))
-        ]
-    return problems
+    return problems + relative_path_problems(
+        {f"output_dir={recipe.output_dir!r}": recipe.output_dir},
+        read={f"model.path={recipe.model.path!r}": recipe.model.path},
+    )
 
 
 def _begin(recipe: Recipe, resume: str | None, accept: bool) -> tuple[Path | None, TrainState, Reading]:
