@@ -296,9 +296,10 @@ class Dispatcher:
             log.info("%s worker %d is back", role, worker.index)
 
     def _pause_s(self) -> float:
-        """Until the next worker has rested, at most `_POLL_S`."""
-        due = [worker.probe_at - time.monotonic() for _, worker in self._resting()]
-        return max(0.0, min([_POLL_S, *due]))
+        """Until the next worker has rested or the next call is late, at most `_POLL_S`."""
+        due = [worker.probe_at for _, worker in self._resting()]
+        due += [flight.deadline for flight in self._flights.values()]
+        return max(0.0, min(_POLL_S, min(due, default=float("inf")) - time.monotonic()))
 
     def _enforce_deadlines(self) -> None:
         now = time.monotonic()
