@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import glob
 import hashlib
 import json
 import logging
@@ -28,6 +27,7 @@ from rewards.editreward.data.shards import (
     EditSample,
     Member,
     SampleError,
+    find_shards,
     read_sample,
     shard_members,
 )
@@ -96,20 +96,13 @@ def split_of(source: str, data: DataSection) -> str:
     return "validation" if place < data.test_share + data.validation_share else "train"
 
 
-def shard_patterns(recipe: Recipe) -> list[str]:
-    """Where the labelled edits of a recipe are."""
-    return recipe.data.shards or [str(recipe.run_dir / "labelled" / "*.tar")]
-
-
-def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """Files that paths and globs name, sorted. Raises DataError for a pattern without a file."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        matches = glob.glob(str(recipes.resolve(pattern)))
-        if not matches:
-            raise DataError(f"data.shards: no file matches {pattern!r}")
-        found |= {Path(match) for match in matches}
-    return sorted(found)
+def labelled_shards(recipe: Recipe) -> list[Path]:
+    """The labelled edits of a recipe. Raises DataError for a pattern without a file."""
+    patterns = recipe.data.shards or [str(recipe.run_dir / "labelled" / "*.tar")]
+    shards, problems = find_shards("data.shards", patterns)
+    if problems:
+        raise DataError("; ".join(problems))
+    return shards
 
 
 def load_corpus(recipe: Recipe, index_dir: Path | None = None) -> Corpus:
@@ -121,7 +114,7 @@ def load_corpus(recipe: Recipe, index_dir: Path | None = None) -> Corpus:
     are named), or for a split without samples.
     """
     index_dir = index_dir or recipe.run_dir / "index"
-    shards = find_shards(shard_patterns(recipe))
+    shards = labelled_shards(recipe)
     pending = [shard for shard in shards if not _cached(shard, index_dir)]
     if pending:
         _index_all(pending, index_dir, recipe.data.index_workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Le
@@ -36,16 +35,6 @@ class LabelSection:
     """Share of the edits that are asked about twice, to see how far the judge agrees with itself."""
     give_up_after_s: Positive = 600.0
     """Seconds of silence at the endpoint after which the run stops."""
-
-
-def input_patterns(header: Header, section: LabelSection) -> list[str]:
-    """Where the edits are."""
-    return section.shards or [str(header.run_dir / "edits" / "*.tar")]
-
-
-def output_folder(header: Header, section: LabelSection) -> Path:
-    """Where the labelled shards go."""
-    return Path(section.output).expanduser().absolute() if section.output else header.run_dir / "labelled"
 
 
 def judge_settings(header: Header, section: LabelSection) -> JudgeSettings:

@@ -56,7 +56,7 @@ def preflight(recipe: Recipe) -> list[str]:
     """What would stop the run, found without loading weights or decoding pictures."""
     from models.folders import check_vlm_folder
     from models.qwen25_vl import read_chat_template
-    from rewards.editreward.data.index import find_shards, shard_patterns
+    from rewards.editreward.data.index import labelled_shards
     from rewards.editreward.train.plan import disk_needs, measure
 
     folder = recipes.resolve(recipe.model.path)
@@ -71,7 +71,7 @@ def preflight(recipe: Recipe) -> list[str]:
     with contextlib.suppress(ValueError):  # LoRA targets that match nothing, which the plan tells
         needs = None if problems else disk_needs(recipe, measure(recipe))
     try:
-        find_shards(shard_patterns(recipe))
+        labelled_shards(recipe)
     except DataError as error:
         problems.append(str(error))
     problems += output_problems(f"output_dir={recipe.output_dir!r}", recipe.run_dir, needs)

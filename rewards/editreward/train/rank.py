@@ -28,17 +28,6 @@ TRAINABLE_FILE = "trainable.safetensors"
 
 
 @dataclass(frozen=True)
-class StepFigures:
-    """One optimizer step as a rank saw it: mean losses of its samples, the global gradient norm, the learning rate."""
-
-    step: int
-    regression: float
-    ranking: float
-    gradient_norm: float
-    learning_rate: float
-
-
-@dataclass(frozen=True)
 class LabelledBatch:
     """batch; target [B, K] as z-scores; the group of each sample."""
 
@@ -116,9 +105,17 @@ class TrainRank(SupervisedRank):
 
     def figures(
         self, parts: Sequence[tuple[float, float]], gradient_norm: float, learning_rate: float
-    ) -> StepFigures:
+    ) -> dict[str, float]:
+        """One optimizer step as this rank saw it: mean losses of its samples, global gradient norm, learning rate."""
         regression, ranking = (sum(each / len(parts) for each in side) for side in zip(*parts, strict=True))
-        return StepFigures(self.step, regression, ranking, gradient_norm, learning_rate)
+        return {
+            "step": self.step,
+            "train/loss": regression + self.recipe.train.ranking.weight * ranking,
+            "train/regression": regression,
+            "train/ranking": ranking,
+            "train/gradient_norm": gradient_norm,
+            "train/learning_rate": learning_rate,
+        }
 
     def _loader(self, data: EncodedEntries, order: Any) -> Iterator[LabelledBatch]:
         workers = self.recipe.train.loader_workers
