@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from core.recipe_help import add_help_config
+from core.run_status import ACCEPT_CHANGES
 
 
 def add_recipe_arguments(
     parser: argparse.ArgumentParser, example: str, schema: type, *, dry_run: str = "", resume: bool = False
 ) -> None:
-    """Recipe and overrides, `--help-config`, `--dry-run` if there is a help text for it, and `--resume`."""
+    """Recipe and overrides, `--help-config`, `--dry-run` if there is a help text for it, `--resume` with its flag."""
     add_help_config(parser, schema)
     parser.add_argument("recipe", help=f"YAML file, for example {example}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
@@ -20,6 +21,10 @@ def add_recipe_arguments(
         parser.add_argument("--dry-run", action="store_true", help=dry_run)
     if resume:
         parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue a run of the same recipe")
+        parser.add_argument(
+            ACCEPT_CHANGES, action="store_true",
+            help="with --resume: go on though prompts, rewards, data or base weights are others than they were",
+        )  # fmt: skip
 
 
 def refuse(what: str, error: Exception, *, code: int = 2) -> int:

@@ -93,13 +93,18 @@ def _files(folder: Path) -> list[str]:
 
 @contextmanager
 def new_folder(final: str | Path) -> Iterator[Path]:
-    """A folder to fill under a temporary name beside `final`; `publish_folder` makes it `final` when the block ends."""
+    """A folder to fill under a temporary name beside `final`; `publish_folder` makes it `final` when the block ends,
+    and an error removes it."""
     final = Path(final)
     tmp = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    yield tmp
-    publish_folder(tmp, final)
+    try:
+        yield tmp
+        publish_folder(tmp, final)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
 
 
 def publish_folder(tmp: str | Path, final: str | Path) -> dict[str, str]:

@@ -34,6 +34,12 @@ def folder_name(value: str) -> str:
     return value
 
 
+class MovesBits:
+    """Marks a key that a resumed run may change, though another value rounds otherwise."""
+
+
+MOVES_BITS = MovesBits()
+
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Finite = Annotated[float, BeforeValidator(_no_bool), AllowInfNan(False)]
 

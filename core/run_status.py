@@ -26,6 +26,8 @@ from core.stopping import Stopping, StopRun
 
 log = logging.getLogger(__name__)
 STATUS_FILE = "status.json"
+ACCEPT_CHANGES = "--accept-changes"
+"""The flag of a command that continues with other data, weights or rewards; of one resume alone."""
 STOP_TIMEOUT_S = 120.0
 STOPPED_ITSELF = 3
 """Exit code of a run that ended by StopRun."""
@@ -169,7 +171,7 @@ def resume_command(*, resume: bool) -> str:
         for word in words:
             if kept[-1:] == ["--resume"]:
                 kept.pop()
-            elif not word.startswith("--resume="):
+            elif not word.startswith("--resume=") and word != ACCEPT_CHANGES:
                 kept.append(word)
         words = [*kept, "--resume", "auto"]
     return shlex.join(words)

@@ -1,6 +1,5 @@
 """One attempt at one reward: it gets its own copy of the batch, a time limit, and its answer is checked."""
 
-import asyncio
 import copy
 import functools
 import inspect
@@ -44,13 +43,13 @@ async def call_reward(loaded: LoadedReward, batch: RewardBatch) -> RewardOutput:
 
     Raises what the reward raises, TimeoutError after `timeout_s` (for a served reward, which has its own way
     with `timeout_s`, after the longest waits on top), and RewardContractError when the answer is not one number
-    or None per image.
+    or None per image. Time in which other calls of the reward had their turn is not counted.
     """
     call = functools.partial(loaded.function, **batch.keywords(), **loaded.arguments)
     if _is_async(loaded):
         service = loaded.spec.service
-        async with asyncio.timeout(loaded.spec.timeout_s + (service.longest_wait_s if service else 0)):
-            answer = await call()
+        limit_s = loaded.spec.timeout_s + (service.longest_wait_s if service else 0)
+        answer = await loaded.overlapping.run(call, limit_s)
     else:
         answer = await loaded.thread.run(call, loaded.spec.timeout_s)
     if not isinstance(answer, RewardOutput):

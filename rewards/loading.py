@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from rewards.base import DEFAULT_TIMEOUT_S, RewardLoadError, RewardSpec, reward_label, spec_problems
+from rewards.overlap import OverlappingCalls
 from rewards.thread import RewardThread
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ class LoadedReward:
     """A reward ready to be called.
 
     `function` takes the protocol's keywords and `arguments`. `owner` is the instance when the reward is a
-    class (the place of the optional `check` and `readiness`), else None. `thread` runs a blocking reward.
+    class (the place of the optional `check` and `readiness`), else None. `thread` runs a blocking reward, which may
+    share it with others; `overlapping` keeps the time of an async one.
     """
 
     spec: RewardSpec
@@ -64,6 +66,7 @@ class LoadedReward:
     arguments: Mapping[str, Any]
     owner: object | None
     thread: RewardThread = field(default_factory=RewardThread, compare=False)
+    overlapping: OverlappingCalls = field(default_factory=OverlappingCalls, compare=False)
 
 
 def load_reward(spec: RewardSpec) -> LoadedReward:
@@ -211,7 +214,9 @@ def _bind(spec: RewardSpec, found: Any, source: RewardSource) -> LoadedReward:
     _check_signature(
         spec, function, f"{found.__name__}.{'__call__' if function is owner else 'score'}", PROTOCOL_KEYWORDS
     )
-    return LoadedReward(spec, reward_label(spec), source, function, {}, owner)
+    shared = getattr(owner, "thread", None)
+    thread = shared if isinstance(shared, RewardThread) else RewardThread()
+    return LoadedReward(spec, reward_label(spec), source, function, {}, owner, thread)
 
 
 def _check_signature(

@@ -112,12 +112,13 @@ async def score_reward(
 def longest_score_s(spec: RewardSpec) -> float:
     """Seconds within which `score_reward` ends whatever happens: every attempt to its limit, and the waits in between.
 
-    A blocking attempt that was left behind by its limit is waited for, up to that limit, before the next one starts.
+    Before a blocking attempt starts, one that was left behind is waited for, up to the same limit. Where n calls are
+    under way at once, all others may have their turn before each attempt, so that it ends within n times as long.
     """
     waits_s = (spec.attempts - 1) * LONGEST_RETRY_AFTER_S
     if spec.service is not None:
         return waits_s + spec.attempts * (spec.timeout_s + spec.service.longest_wait_s)
-    return waits_s + (2 * spec.attempts - 1) * spec.timeout_s
+    return waits_s + 2 * spec.attempts * spec.timeout_s
 
 
 def combine(

@@ -67,7 +67,7 @@ class RewardScorer:
     async def ping(self) -> RewardWorkerInfo:
         """Answers as soon as the rewards are loaded."""
         sources = {
-            name: {loaded.label: loaded.source for loaded in rewards}
+            name: {loaded.label: getattr(loaded.owner, "served_source", loaded.source) for loaded in rewards}
             for name, rewards in self._rewards.items()
         }
         return RewardWorkerInfo(f"{os.uname().nodename}:{os.getpid()}", sources)

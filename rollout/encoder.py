@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -11,9 +12,11 @@ import torch
 from PIL import Image
 
 from core.failures import DataFailure
+from core.inputs import check_files
 from core.prompts import Prompt, load_reference
 from models.components import load_vae, torch_dtype
 from models.conditioning import Conditioning
+from models.folders import TEXT_PARTS
 from models.latents import encode_images, image_to_tensor
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import PositionMode
@@ -28,7 +31,8 @@ class EncoderSpec:
 
     height, width: px at which pictures are edited where a call names no size.
     `vlm_path`: the Qwen2.5-VL of a MetaQuery model, None for Kontext and its text encoders; `position_mode` and
-    `negative_prompt` matter with it alone.
+    `negative_prompt` matter with it alone. `held`: sha256 of files below `model.path/` and `model.vlm/` as the driver
+    has them, which this node's must match.
     """
 
     model_path: str
@@ -42,6 +46,7 @@ class EncoderSpec:
     vlm_path: str | None = None
     position_mode: PositionMode = "flat"
     negative_prompt: str = ""
+    held: Mapping[str, str] = field(default_factory=dict)
 
 
 class Encoder:
@@ -54,6 +59,10 @@ class Encoder:
     def __init__(self, spec: EncoderSpec):
         torch.set_num_threads(spec.threads)
         self.spec, self._name = spec, f"{os.uname().nodename}:{os.getpid()}"
+        parts = (*TEXT_PARTS, "vae") if spec.vlm_path is None else ("conditioner", "vae")
+        check_files(spec.held, "model.path", spec.model_path, parts)
+        if spec.vlm_path is not None:
+            check_files(spec.held, "model.vlm", spec.vlm_path)
         dtype = torch_dtype(spec.dtype)
         options: Any = {"dtype": dtype, "device": spec.device, "cache_bytes": spec.cache_bytes}
         self.text: SD3TextEncoder | MetaQueryEncoder

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from core.failures import DataFailure
+from core.inputs import check_files
 from core.seeds import derive_seed
 from models.compiling import compile_blocks
 from models.components import load_scheduler, load_transformer, load_vae, torch_dtype
@@ -42,7 +43,8 @@ ROLLOUT_ADAPTER = "rollout"
 class ReplicaSpec:
     """What a replica is built from; enough for a restarted actor to build itself again.
 
-    height, width: px of what a request without a size of its own asks for.
+    height, width: px of what a request without a size of its own asks for. `held`: sha256 of `model.path/...` files as
+    the driver has them, which this node's must match; what is not in it is not compared.
     """
 
     model_path: str
@@ -55,6 +57,11 @@ class ReplicaSpec:
     lora_targets: tuple[str, ...]
     threads: int
     compile: bool = False
+    held: Mapping[str, str] = field(default_factory=dict)
+
+    def check_base(self) -> None:
+        """Raise ClusterError where this node has another base than the driver."""
+        check_files(self.held, "model.path", self.model_path, ("transformer", "vae", "scheduler"))
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ class RolloutEngine:
         self.worker = f"{os.uname().nodename}:{os.getpid()}"
         dtype = torch_dtype(spec.dtype)
         if transformer is None:
+            spec.check_base()
             transformer = load_transformer(spec.model_path, dtype=dtype, device=spec.device)
             attach_rollout_adapter(transformer, spec)
             if spec.compile:

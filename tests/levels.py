@@ -85,6 +85,7 @@ _FILES = {
         rl/recipe/test_recipes.py
         rl/report/test_report.py
         rl/sweep/test_sweep.py
+        rl/test_resume_inputs.py
         rl/test_train_cli.py
         rollout/test_worker.py
         worlds/shapes/scenes/test_prompts.py
@@ -118,6 +119,7 @@ _FILES = {
         worlds/shapes/training/test_vlm_folder.py
     """,
     "chaos": """
+        chaos
         core/test_dispatch.py
         core/test_ranks.py::test_a_dead_rank
         core/test_ranks.py::test_answers_come
@@ -139,7 +141,6 @@ _FILES = {
         rl/loop/test_judge_run.py::test_a_server_dead
         rl/loop/test_judge_run.py::test_an_outage
         rl/loop/test_run.py::test_a_lost_learner
-        rl/loop/test_run.py::test_killed
         rl/loop/test_run.py::test_a_run_that_is_stopped
     """,
     "docs": """

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _MAX_TRIES = 5
 _POLL_S = 5.0
 _ASK_AGAIN_S = 0.5
+_SIGN_OF_LIFE_S = 10.0
 
 
 class PoolExhausted(RuntimeError):
@@ -59,7 +60,10 @@ class Dispatcher:
         self.restarts = 0
         self.redispatched = 0
         self.limits_s: dict[str, float] = {}
-        """By role, the longest that a call may take where that is not `call_timeout_s`."""
+        """By role, the longest that a call may take by itself where that is not `call_timeout_s`."""
+        self.silence_s: dict[str, float] = {}
+        """By role, how long a worker that has calls may leave its method `ping`, which runs beside them, unanswered."""
+        self._pings: dict[Worker, tuple[Any, float]] = {}
 
     def add_pool(self, role: str, handles: list[Any], *, floor: int = 1, max_in_flight: int = 2) -> None:
         """Actors of one role; each must have a `ready` method that answers when it can work."""
@@ -147,6 +151,7 @@ class Dispatcher:
                 self._take(ref)
         else:
             time.sleep(pause_s)
+        self._look_for_life()
         self._enforce_deadlines()
 
     def _fill(self) -> None:
@@ -168,8 +173,10 @@ class Dispatcher:
             getattr(worker.handle, call.method).options(num_returns=call.num_returns).remote(*call.args)
         )
         refs = tuple(returned) if call.num_returns > 1 else (returned,)
-        # It may have to wait for the worker's other calls.
-        limit = self.limits_s.get(call.role, self._call_timeout_s) * worker.in_flight
+        # It may have to wait for the worker's other calls; where they overlap, for later ones too.
+        own = self.limits_s.get(call.role)
+        calls = worker.in_flight if own is None else self._pools[call.role].max_in_flight
+        limit = (self._call_timeout_s if own is None else own) * calls
         self._flights[refs[0]] = _Flight(call, worker, refs, time.monotonic() + limit)
 
     def _take(self, ref: Any) -> None:
@@ -228,9 +235,9 @@ class Dispatcher:
         worker.rest(cause, restarted=restarted, now=time.monotonic(), limit_s=self._start_timeout_s)
         log.warning("%s worker %d is out of service until it answers: %s", role, worker.index, cause)
 
-    def _restart(self, role: str, worker: Worker, cause: str) -> None:
+    def _restart(self, role: str, worker: Worker, cause: str, *, all_late: bool = False) -> None:
         """End a worker that hangs, and with it all its calls: one whose arguments are still on their way would not
-        fail by itself. Calls that are not late are made again without a mark."""
+        fail by itself. Calls that are not late are made again without a mark; `all_late`: any may be the cause."""
         now = time.monotonic()
         log.error("%s worker %d is restarted: %s", role, worker.index, cause)
         ray.kill(worker.handle, no_restart=False)
@@ -238,11 +245,29 @@ class Dispatcher:
         for ref, flight in reversed(list(self._flights.items())):
             if flight.worker is worker:
                 self._land(ref)
-                if now > flight.deadline:
+                if all_late or now > flight.deadline:
                     self._again(flight, cause)
                 elif flight.wanted:
                     self.redispatched += 1
                     self._pools[role].queue.appendleft(flight.call)
+
+    def _look_for_life(self) -> None:
+        """Ask workers that have calls for a sign of life, and restart one that has not given it in time."""
+        for role, limit_s in self.silence_s.items():
+            for worker in self._pools[role].workers:
+                ref, due = self._pings.pop(worker, (None, 0.0))
+                now = time.monotonic()
+                if not worker.in_flight or worker.state == "dead":
+                    continue
+                if ref is None:
+                    asked = (worker.handle.ping.remote(), now + limit_s) if now >= due else (None, due)
+                    self._pings[worker] = asked
+                elif ray.wait([ref], num_returns=1, timeout=0, fetch_local=False)[0]:
+                    self._pings[worker] = (None, now + _SIGN_OF_LIFE_S)
+                elif now > due:
+                    self._restart(role, worker, f"no sign of life for {limit_s:g} s", all_late=True)
+                else:
+                    self._pings[worker] = (ref, due)
 
     def _resting(self) -> Iterator[tuple[str, Worker]]:
         """Workers that are to be asked. A call that one still has would keep its answer waiting."""

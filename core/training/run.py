@@ -1,6 +1,7 @@
 """A supervised training run as seen from the driver: advance, log, then whatever is due. The ranks do the work.
 
 run_dir/recipe.yaml                   the resolved recipe
+run_dir/inputs.json                   what it reads beside it, by content, and what of that changed at a resume
 run_dir/metrics.jsonl, tensorboard/   see `core/scalars.py`
 run_dir/checkpoints/step_*            exact state, the newest few
 run_dir/status.json                   see `core/run_status.py`
@@ -10,10 +11,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -29,6 +31,7 @@ from core.checkpoints import (
 )
 from core.cluster.ranks import MakeRank, RankResources, Ranks, RanksBlind, start_ranks
 from core.files import atomic_write_json, atomic_write_text
+from core.inputs import Inputs, compare_inputs, software
 from core.progress import Progress
 from core.recipe import flat, to_yaml
 from core.run_lock import check_held
@@ -36,7 +39,7 @@ from core.run_status import RunWatch, watch_run
 from core.scalars import ScalarLog
 
 log = logging.getLogger(__name__)
-RECIPE, STATE = "recipe.yaml", "state.json"
+RECIPE, STATE, INPUTS = "recipe.yaml", "state.json", "inputs.json"
 
 
 class RunRecipe(Protocol):
@@ -53,6 +56,14 @@ class RunState:
     """Where a run stands: optimizer steps done. What a training adds to it is saved with every checkpoint."""
 
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a run reads beside its recipe, and a line for each of that which was another at a resume."""
+
+    inputs: Inputs = field(default_factory=Inputs)
+    changes: tuple[str, ...] = ()
 
 
 R = TypeVar("R", bound=RunRecipe)
@@ -130,6 +141,8 @@ class SupervisedRun(ABC):
             self.ranks.call(method, str(folder))
             atomic_write_text(folder / RECIPE, to_yaml(self.recipe))
             atomic_write_json(folder / STATE, asdict(self.state))
+            if (self.folder / INPUTS).is_file():
+                shutil.copyfile(self.folder / INPUTS, folder / INPUTS)
             if more is not None:
                 more(folder)
 
@@ -160,6 +173,17 @@ def read_state(checkpoint: Path, kind: type[S]) -> S:
     return kind(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
 
 
+def check_reading(checkpoint: Path | None, step: int, held: Mapping[str, str], *, accept: bool) -> Reading:
+    """What a run reads now, held against what its checkpoint of `step` read. Raises ConfigError as `compare_inputs`."""
+    inputs = Inputs(dict(held), software())
+    if checkpoint is None:
+        return Reading(inputs)
+    known = checkpoint / INPUTS
+    document = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    lines = compare_inputs(Inputs.read(document), inputs, step=step, accept=accept)
+    return Reading(inputs, (*document.get("changes", ()), *lines))
+
+
 def train_on_ranks(
     recipe: RunRecipe,
     make_rank: MakeRank,
@@ -169,8 +193,13 @@ def train_on_ranks(
     *,
     checkpoint: Path | None,
     step: int,
+    reading: Reading | None = None,
+    roots: Mapping[str, str] | None = None,
 ) -> Any:
     """Write the recipe, start the ranks, bring them to the checkpoint, train to the end; returns the run's state.
+
+    reading: kept in the run's folder and with every checkpoint. roots: folders of the recipe, by what names of
+    `reading.inputs` begin with; ranks on other nodes must have the same bytes there.
 
     What an earlier course of the run saved behind the checkpoint is set aside first.
     """
@@ -178,9 +207,13 @@ def train_on_ranks(
         folders = [recipe.run_dir / CHECKPOINTS, recipe.run_dir / BEST]
         set_aside(recipe.run_dir, [path for folder in folders for path in later_steps(folder, step)])
     atomic_write_text(recipe.run_dir / RECIPE, to_yaml(recipe))
+    if reading is not None:
+        atomic_write_json(recipe.run_dir / INPUTS, asdict(reading))
     with watch_run(recipe.run_dir, resume=True, stop_timeout_s=resources.stop_timeout_s) as watch:
         ranks = start_ranks(make_rank, count, resources)
         try:
+            if count > 1 and reading is not None:
+                ranks.call("check_files", reading.inputs.held, dict(roots or {}))
             if checkpoint is not None:
                 ranks.call("load", str(checkpoint), step)
                 log.info("continuing from %s", checkpoint)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.cluster.process_group import join_process_group
+from core.inputs import check_files
 from core.training.ema import ShardedAverage
 from core.training.optimization import trained_parameters
 from core.training.schedule import AdamW, lr_factor
@@ -118,6 +119,11 @@ class SupervisedRank(ABC):
     def sees(self, folder: str) -> bool:
         """Whether this node has the run's folder: every rank writes its part of a checkpoint there."""
         return Path(folder).is_dir()
+
+    def check_files(self, held: Mapping[str, str], roots: Mapping[str, str]) -> None:
+        """See `core.inputs.check_files`, for each of these folders."""
+        for name, folder in roots.items():
+            check_files(held, name, folder)
 
     def advance(self, to_step: int) -> list[Any]:
         """Train up to, and without, 0-based step `to_step`; the figures of every step."""

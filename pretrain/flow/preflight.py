@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import recipes
 from core.failures import DataError
+from core.inputs import folder_files, hash_files, stamp_files
 from core.logs import relative_path_problems
 from core.output import output_problems
-from models.folders import METAQUERY_PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
+from models.folders import METAQUERY_PARTS, PARTS, TEXT_PARTS, check_model_folder, check_vlm_folder
 from models.preflight import conditioner_problems
 from models.sizes import geometry
 from pretrain.data.buckets import areas, bucket_size
@@ -30,6 +32,27 @@ def preflight(recipe: FlowRecipe) -> list[str]:
     if not problems:
         problems += [*_fit_problems(recipe), *_size_problems(recipe), *_cache_problems(recipe)]
     return problems
+
+
+def model_folders(recipe: FlowRecipe) -> dict[str, str]:
+    """Folders of the model, by key."""
+    model = recipe.model
+    folders = {"model.path": model.path, "model.vlm": model.vlm, "model.conditioner": model.conditioner}
+    return {key: folder for key, folder in folders.items() if folder is not None}
+
+
+def held_inputs(recipe: FlowRecipe) -> dict[str, str]:
+    """Identity of all that a sound recipe reads: models by their bytes, sources by path, size and time of each file."""
+    files: dict[str, Path] = {}
+    for key, folder in model_folders(recipe).items():
+        parts = {"model.path": PARTS, "model.conditioner": METAQUERY_PARTS[3:]}.get(key, (".",))
+        files |= folder_files(key, folder, parts)
+    sources = {
+        f"data.sources[{i}]": stamp_files(source_files(source))
+        for i, source in enumerate(recipe.data.sources)
+        if source.kind != "shapes"
+    }
+    return hash_files(files) | sources
 
 
 def _model_problems(recipe: FlowRecipe) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,30 +87,30 @@ class EditReward:
             if problems:
                 return problems
         source, result = (Image.new("RGB", (64, 64), colour) for colour in ("grey", "darkred"))
-        output = await self.score(
-            images=[result], prompts=["make it red"], references=[source], metadata=[{}]
-        )
+        trial = {"images": [result], "prompts": ["make it red"], "references": [source], "metadata": [{}]}
+        if self.mode == "served":
+            output = await self._score_served(**trial)
+        else:
+            output = await asyncio.to_thread(self._score_here, **trial)
         return [] if output.scores[0] is not None else ["a trial edit was not scored; see the log"]
 
-    async def score(
-        self,
-        *,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        references: Sequence[Image.Image | None],
-        metadata: Sequence[Mapping[str, Any]],
-    ) -> RewardOutput:
-        """Score all edits at once.
+    @property
+    def score(self) -> Callable[..., Any]:
+        """Score all edits at once: an async function, but a blocking one where the model is in this process, so that
+        calls take turns and the time limit of each begins with its own pass through the model.
 
         Components: the prediction of every dimension in label units. Raises FatalRewardError for a sample
         without a reference, and when no later call can succeed.
         """
-        if any(reference is None for reference in references):
-            raise FatalRewardError(
-                "reward editreward judges edits, and these samples have no reference picture"
-            )
-        edits = list(zip(references, images, prompts, strict=True))
-        raw = await (self._ask_servers(edits) if self.mode == "served" else self._compute(edits))
+        return self._score_served if self.mode == "served" else self._score_here
+
+    async def _score_served(self, **batch: Any) -> RewardOutput:
+        return self._output(await self._ask_servers(_edits(**batch)))
+
+    def _score_here(self, **batch: Any) -> RewardOutput:
+        return self._output(self._compute(_edits(**batch)))
+
+    def _output(self, raw: Sequence[list[float] | None]) -> RewardOutput:
         settings = self._loaded_card().settings
         units = [None if outputs is None else settings.label_units(outputs) for outputs in raw]
         return RewardOutput(
@@ -142,16 +142,13 @@ class EditReward:
             log.warning("editreward: the edit %r is not scored: %s", instruction[:80], error)
             return None
 
-    async def _compute(self, edits: Sequence[tuple[Any, Any, str]]) -> list[list[float] | None]:
-        def compute() -> list[list[float] | None]:
-            with self._lock:  # one batch at a time, also when a call was left behind by its time limit
-                if self._local is None:
-                    from rewards.editreward.client_local import LocalModel
+    def _compute(self, edits: Sequence[tuple[Any, Any, str]]) -> list[list[float] | None]:
+        with self._lock:  # the probe of a worker may meet a call that its time limit left behind
+            if self._local is None:
+                from rewards.editreward.client_local import LocalModel
 
-                    self._local = LocalModel(self._loaded_card(), self.device, self.batch_size)
-                return self._local.outputs(edits)
-
-        return await asyncio.to_thread(compute)
+                self._local = LocalModel(self._loaded_card(), self.device, self.batch_size)
+            return self._local.outputs(edits)
 
     def _server_side(self) -> Replicas:
         if self._replicas is None:
@@ -185,3 +182,16 @@ class EditReward:
 
 
 _VALUES = TypeAdapter(EditReward)
+
+
+def _edits(
+    *,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    references: Sequence[Image.Image | None],
+    metadata: Sequence[Mapping[str, Any]],
+) -> list[tuple[Any, Any, str]]:
+    """(source, result, instruction) of each sample. Raises FatalRewardError where one has no source."""
+    if any(reference is None for reference in references):
+        raise FatalRewardError("reward editreward judges edits, and these samples have no reference picture")
+    return list(zip(references, images, prompts, strict=True))

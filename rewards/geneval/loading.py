@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rewards.base import FatalRewardError
 from rewards.geneval.detection import ColorClassifier, Detector
 from rewards.geneval.settings import EMBEDDED, DetectorSettings
+from rewards.thread import RewardThread
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,12 @@ def load_colors(rule: str, clip: str | None, device: str) -> ColorClassifier:
     """The colour rule; `detector` is that of the shapes world. Raises FatalRewardError."""
     with _turn:
         return _colors(rule, clip, device)
+
+
+@cache
+def thread_of(detector: str) -> RewardThread:
+    """The thread of all rewards with this detector: none waits for another's pass while its own clock runs."""
+    return RewardThread()
 
 
 @cache

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput
 from rewards.geneval.detection import NO_COLOR, ColorClassifier, ColorQuestion, Detection, Detector
-from rewards.geneval.loading import COLOR_RULES, load_colors, load_detector
+from rewards.geneval.loading import COLOR_RULES, load_colors, load_detector, thread_of
 from rewards.geneval.rules import TAGS, GenEvalResult, check_record, evaluate
 from rewards.geneval.settings import PUBLISHED_SCALE, DetectorSettings, folder_problems
 
@@ -56,6 +56,7 @@ class GenEval:
             trust_checkpoint=trust_checkpoint,
         )
         self.colors, self.clip = colors, clip
+        self.thread = thread_of(repr(self.settings))
 
     def check(self) -> list[str]:
         """Problems of the configuration: values, paths, packages. Loads no model."""

@@ -7,7 +7,7 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from rewards.base import RetryableRewardError
+from rewards.base import RetryableRewardError, RewardOutput
 from rewards.service.faults import Fault, fault_of
 from rewards.service.hosting import HostedReward, get_ready
 from rewards.service.metrics import ServiceMetrics
@@ -123,7 +123,7 @@ class RewardService:
                 if call.fingerprint != reward.fingerprint:
                     raise Fault(Cause.OTHER_REWARD, f"the service scores with {_identity(reward)}")
                 timeout_s, start = call.timeout_s, time.monotonic()
-                output = await reward.score(batch, timeout_s)
+                output = await _while_wanted(request, reward.score(batch, timeout_s))
         except ClientDisconnect:
             raise
         except Exception as error:  # a reward is foreign code and may raise anything
@@ -188,3 +188,22 @@ async def _read_body(request: Request, limit: int) -> bytes:
     except TimeoutError as error:
         raise RetryableRewardError(f"the request did not arrive within {BODY_S:g} s") from error
     return b"".join(parts)
+
+
+async def _while_wanted(request: Request, scoring: Coroutine[Any, Any, RewardOutput]) -> RewardOutput:
+    """The result of `scoring`, which is cancelled when the caller hangs up: then it does not begin where it still waits
+    for its turn. Raises ClientDisconnect."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, gone = asyncio.ensure_future(scoring), asyncio.ensure_future(hung_up())
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()

@@ -18,6 +18,7 @@ import httpx
 from PIL import Image
 
 from rewards.base import FatalRewardError, RewardOutput, RewardSpec, reward_label
+from rewards.loading import RewardSource
 from rewards.service.endpoints import Connections, Endpoint, Endpoints, url_problem, wait_until
 from rewards.service.faults import Away, read_answer, read_output
 from rewards.service.wire import (
@@ -48,6 +49,12 @@ class ServedReward:
         self._endpoints = Endpoints(self.urls)
         self._connections = Connections(keepalive_s=30)
         self._source: tuple[str, str | None] | None = None  # first URL to answer, sha256 of the reward's file
+
+    @property
+    def served_source(self) -> RewardSource:
+        """The file that the services score with, once one has answered."""
+        url, sha256 = self._source or (None, None)
+        return RewardSource(self._spec.name, url, sha256)
 
     def check(self) -> list[str]:
         """Problems of the `service` block; nothing is sent."""

@@ -64,6 +64,7 @@ class Learner:
         self.replica, self.config, self.sampling = replica, config, spec.sampling
         self.dtype = torch_dtype(replica.dtype)
         torch.manual_seed(seed)
+        replica.check_base()
         transformer = load_transformer(replica.model_path, dtype=self.dtype, device=replica.device)
         lora: dict[str, Any] = {
             "rank": replica.lora_rank,

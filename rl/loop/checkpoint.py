@@ -11,15 +11,18 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from core.checkpoints import CHECKPOINTS, resume_folder, set_aside, step_folders
 from core.files import atomic_write_json, atomic_write_text, new_folder
+from core.inputs import Inputs, compare_inputs
+from core.keys import MOVES_BITS
 from core.recipe import ConfigError, to_yaml
 from rewards.loading import free_params
-from rl.recipe.schema import RunConfig
+from rl.recipe.schema import ResourcesConfig, RunConfig
 from rl.record.state import RunState, StageProgress
 
 log = logging.getLogger(__name__)
@@ -27,6 +30,11 @@ log = logging.getLogger(__name__)
 # Keys that may differ between the run that wrote a checkpoint and the one that continues it: who does the work,
 # how often it is looked at and what it stops for, never what is computed.
 _FREE_KEYS = ("output_dir", "resources.", "rollout.workers", "checkpoint.", "gallery.", "alarms.")
+_MOVING_BITS = [
+    f"resources.{name}"
+    for name, hint in get_type_hints(ResourcesConfig, include_extras=True).items()
+    if MOVES_BITS in getattr(hint, "__metadata__", ())
+]
 _REWARD_KEY = re.compile(r"((?:stages\.\d+(?:\.parts\.\d+)?|evaluation\.tasks\.\d+)\.rewards\.\d+\.)(.+)")
 _FREE_REWARD_KEYS = ("timeout_s", "attempts", "max_missing_share", "constant_steps", "service")
 
@@ -59,7 +67,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
 
 
 def begin_at(config: RunConfig, run_dir: Path, resume: str | None) -> tuple[Path | None, RunState]:
-    """The checkpoint to go on from (None: from step 0) and its state; later ones are set aside. Raises ConfigError."""
+    """The checkpoint to go on from (None: from step 0) and its state. Writes nothing. Raises ConfigError."""
     checkpoint = find_checkpoint(run_dir, resume) if resume else None
     if checkpoint is not None:
         if checkpoint.absolute().parent.parent != run_dir:
@@ -67,8 +75,6 @@ def begin_at(config: RunConfig, run_dir: Path, resume: str | None) -> tuple[Path
                 [f"checkpoint {checkpoint} belongs to another run than {run_dir}; set output_dir and name"]
             )
         check_same_recipe((checkpoint / "config.yaml").read_text(), to_yaml(config))
-        set_later_aside(run_dir, read_state(checkpoint).step)
-        log.info("continuing from %s", checkpoint)
     elif resume and (run_dir / "config.yaml").is_file():
         check_same_recipe((run_dir / "config.yaml").read_text(), to_yaml(config))
     elif resume is None and (run_dir / "metrics.jsonl").exists():
@@ -95,11 +101,21 @@ def checkpoints(run_dir: Path) -> dict[Path, int]:
 def read_state(folder: Path) -> RunState:
     """The run state of a verified checkpoint."""
     document = json.loads((folder / "state.json").read_text())
-    return RunState(**{**document, "stages": [StageProgress(**entry) for entry in document["stages"]]})
+    stages = [StageProgress(**entry) for entry in document["stages"]]
+    return RunState(**{**document, "stages": stages, "inputs": Inputs.read(document)})
+
+
+def take_served(state: RunState, served: Mapping[str, str], *, accept: bool) -> None:
+    """Compare what services say of the code of their rewards with what they said before. Raises ConfigError."""
+    before = {name: digest for name, digest in state.inputs.held.items() if name in served}
+    if before:
+        state.changes += compare_inputs(Inputs(before), Inputs(dict(served)), step=state.step, accept=accept)
+    state.inputs.held.update(served)
 
 
 def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:
-    """Raise ConfigError naming each key that would change what is computed after a resume."""
+    """Raise ConfigError naming each key that would change what is computed after a resume; the log names those that
+    change its rounding alone."""
     import yaml
 
     saved, current = _flat(yaml.safe_load(saved_yaml)), _flat(yaml.safe_load(current_yaml))
@@ -111,6 +127,12 @@ def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+    for key in _MOVING_BITS:
+        if saved.get(key) != current.get(key):
+            log.warning(
+                "key '%s' was %r and is %r now: the run goes on, but not to the bit as it would have",
+                key, saved.get(key), current.get(key),
+            )  # fmt: skip
 
 
 def _free(key: str, current: dict[str, Any]) -> bool:

@@ -6,9 +6,14 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from core.cluster.actors import PlacedActors, wait_ready
 from core.cluster.placement import RL_REMEDY, ResourcePlan, describe_plan
-from rewards.base import RewardSet
+from core.inputs import Inputs
+from rewards.base import RewardSet, reward_label
+from rewards.inputs import code_name
+from rewards.worker import RewardWorkerInfo
 from rl.learner.learner import LearnerSpec
 from rl.learner.worker import LearnerGroup, LearnerWorker
 from rl.recipe.placement import plan_title
@@ -21,12 +26,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Cluster:
-    """Running actors of all roles; `spec` is what each learner rank is built from."""
+    """Running actors of all roles; `spec` is what each learner rank is built from, `served` the sha256 of
+    the code of served rewards, by the name of their identity."""
 
     workers: Workers
     learner: LearnerGroup
     spec: LearnerSpec
     resources: ResourcesConfig
+    served: dict[str, str]
 
     def restart_learner(self) -> None:
         """Replace all ranks by fresh ones in the same bundles. Raises RankLost where they do not come up in time."""
@@ -54,26 +61,34 @@ def training_spec(config: RunConfig) -> SamplingSpec:
     )
 
 
-def start_cluster(config: RunConfig, plan: ResourcePlan, reward_sets: list[RewardSet]) -> Cluster:
-    """Place and start all actors. Raises ClusterError, naming what is short, when it cannot in the stated time."""
+def start_cluster(
+    config: RunConfig, plan: ResourcePlan, reward_sets: list[RewardSet], inputs: Inputs
+) -> Cluster:
+    """Place and start all actors. Raises ClusterError, naming what is short, when it cannot in the stated time, and
+    where a node has another base model than this one (`inputs`)."""
     resources = config.resources
     for line in describe_plan(plan, plan_title(resources)):
         log.info(line)
     key = "resources.placement_timeout_s"
     with PlacedActors(plan, "the plan", RL_REMEDY, resources.placement_timeout_s, key=key) as placed:
-        inprocess, replica = resources.placement == "inprocess", replica_spec(config.model, resources)
+        inprocess, replica = (
+            resources.placement == "inprocess",
+            replica_spec(config.model, resources, inputs.held),
+        )
         spec = LearnerSpec(
             replica, config.learner, training_spec(config), config.seed, inprocess,
             config.model.gradient_checkpointing, collective_timeout_s=resources.call_timeout_s,
         )  # fmt: skip
         ranks = _place_ranks(placed, spec)
         workers = start_workers(
-            placed, replica, encoder_spec(config.model, resources, config.rollout.negative_prompt), reward_sets,
-            resources, ranks=ranks if inprocess else None, floor=1 if inprocess else resources.min_rollout_workers,
+            placed, replica, encoder_spec(config.model, resources, config.rollout.negative_prompt, inputs.held),
+            reward_sets, resources, ranks=ranks if inprocess else None,
+            floor=1 if inprocess else resources.min_rollout_workers,
         )  # fmt: skip
         learner = _join(ranks, resources)
         wait_ready(placed.by_role, resources.start_timeout_s)
-        return Cluster(workers, learner, spec, resources)
+        info = ray.get(placed.by_role["reward"][0].ping.remote(), timeout=60)
+        return Cluster(workers, learner, spec, resources, _served(reward_sets, info))
 
 
 def _place_ranks(placed: PlacedActors, spec: LearnerSpec) -> list[Any]:
@@ -87,3 +102,14 @@ def _join(ranks: list[Any], resources: ResourcesConfig) -> LearnerGroup:
     return LearnerGroup(
         ranks, call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s
     )
+
+
+def _served(reward_sets: list[RewardSet], info: RewardWorkerInfo) -> dict[str, str]:
+    """What services say of the code of their rewards, where it is a file."""
+    found = {}
+    for reward_set in reward_sets:
+        for spec in reward_set.rewards:
+            sha256 = info.sources[reward_set.name][reward_label(spec)].sha256
+            if spec.service is not None and sha256 is not None:
+                found[code_name(spec)] = sha256
+    return found

@@ -86,7 +86,9 @@ class Observer:
         self._saved_step = state.step
 
     def begin_run(self, policy: Policy) -> None:
-        """Evaluate before the first stage; a resumed run reads what the first one measured."""
+        """Evaluate before the first stage; a resumed run reads what the first one measured, and says what changed."""
+        if self.state.changes:
+            self.journal.alarms(self.state.changes)
         scales = {f"before_guidance_{scale:g}": scale for scale in self.config.evaluation.baseline_guidance}
         if self.resumed:
             finished = [f"after_{stage.name}" for stage in self.config.stages[: self.state.stage]]

@@ -16,7 +16,7 @@ from pathlib import Path
 from core.cluster.dispatch import PoolExhausted
 from core.cluster.ranks import RankLost, RanksBlind
 from core.run_status import RunWatch
-from rl.loop.checkpoint import begin_at
+from rl.loop.checkpoint import begin_at, set_later_aside
 from rl.loop.cluster import Cluster
 from rl.loop.controller import Controller
 from rl.recipe.schema import RunConfig
@@ -49,7 +49,11 @@ def train_with_restarts(
         gc.collect()  # the error's frames held references to the step's trajectories
         lost, fresh = state, False
         checkpoint, state = begin_at(config, run_dir, "auto")
-        state = replace(state, restarts=lost.restarts, learner_restarts=lost.learner_restarts + 1)
+        set_later_aside(run_dir, state.step)
+        state = replace(
+            state, restarts=lost.restarts, learner_restarts=lost.learner_restarts + 1,
+            inputs=lost.inputs, changes=lost.changes,
+        )  # fmt: skip
         watch.restarted(restarts + 1)
         log.warning("the run goes back from step %d to step %d", lost.step, state.step)
 

@@ -14,6 +14,7 @@ from annotated_types import Ge, Le
 from omegaconf import MISSING
 
 from core.keys import (
+    MOVES_BITS,
     AtLeast0,
     AtLeast2,
     Count,
@@ -264,11 +265,11 @@ class AlarmsConfig:
 
 @dataclass
 class ResourcesConfig:
-    """Who gets what. CPUs and GPUs are Ray's logical ones, for each process."""
+    """Who gets what. CPUs and GPUs are Ray's logical ones, for each process. A resume may change all of it."""
 
-    device: Device = "cuda"
+    device: Annotated[Device, MOVES_BITS] = "cuda"
     """Where models run."""
-    placement: Literal["shared", "separate", "inprocess"] = "shared"
+    placement: Annotated[Literal["shared", "separate", "inprocess"], MOVES_BITS] = "shared"
     """shared: ranks and rollout workers take turns on a GPU; separate: GPUs of their own; inprocess: ranks sample."""
     rollout_cpus: NonNegative = 2.0
     """CPUs of a rollout worker."""
@@ -276,7 +277,7 @@ class ResourcesConfig:
     """CPUs of a learner rank."""
     reward_cpus: NonNegative = 2.0
     """CPUs of a reward worker."""
-    reward_gpus: NonNegative = 0.0
+    reward_gpus: Annotated[NonNegative, MOVES_BITS] = 0.0
     """GPUs of a reward worker; a part of one joins a learner's under placement shared."""
     reward_workers: Count = 2
     """Processes that score."""
@@ -286,9 +287,9 @@ class ResourcesConfig:
     """Processes that encode prompts."""
     encode_cpus: NonNegative = 2.0
     """CPUs of one of them."""
-    encode_gpus: NonNegative = 0.0
+    encode_gpus: Annotated[NonNegative, MOVES_BITS] = 0.0
     """GPUs of one of them; under placement shared it joins a learner's."""
-    threads: Count = 4
+    threads: Annotated[Count, MOVES_BITS] = 4
     """CPU threads that each process really uses."""
     placement_timeout_s: Positive = 600.0
     """Longest wait for the cluster's resources, in seconds."""

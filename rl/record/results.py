@@ -130,6 +130,7 @@ class RunResults:
             restarts=state.restarts,
             learner_restarts=state.learner_restarts,
             finished=finished,
+            changes=tuple(state.changes),
             best=best,
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from core.inputs import Inputs
+
 
 @dataclass
 class StageProgress:
@@ -24,7 +26,8 @@ class RunState:
     """Stage `stage` (index) has `stages[stage].steps` finished steps; `step` counts over all stages.
 
     All sampling is a pure function of seed, stage and step, so no random-number state is kept. `unseen`: evaluation and
-    pictures of the last step are still to be made, since the run was stopped before.
+    pictures of the last step are still to be made, since the run was stopped before. `inputs`: what the run reads
+    beside its recipe; `changes`: a line for each of them that was another at a resume.
     """
 
     stage: int = 0
@@ -38,3 +41,5 @@ class RunState:
     unseen: bool = False
     skipped_updates: int = 0
     learner_restarts: int = 0
+    inputs: Inputs = field(default_factory=Inputs)
+    changes: list[str] = field(default_factory=list)

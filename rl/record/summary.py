@@ -71,6 +71,7 @@ class RunSummary:
     `total` maps task to the change from before the first stage to after the last. `base_guidance` maps task
     to the base's figures by guidance scale, which tells distilled guidance from a better policy. `version` is
     that of the package, `commit` None outside a git checkout. `finished` False: what the run came to until it stopped.
+    `changes`: what the run read that was another at a resume.
     `best`: by `checkpoint.keep_best`.
     """
 
@@ -85,6 +86,7 @@ class RunSummary:
     restarts: int = 0
     learner_restarts: int = 0
     finished: bool = True
+    changes: tuple[str, ...] = ()
     best: BestCheckpoint | None = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from rollout.encoder import EncoderSpec, EncodeWorker
 from rollout.engine import ReplicaSpec
 from rollout.worker import RolloutWorker
 
+SILENCE_S = 120.0
+"""After so long without a sign of life a reward worker's event loop hangs. Threads leave it running; a library that
+holds the interpreter for longer than this in one call does not."""
 BESIDE_S = 120.0
 """What a call to a reward worker may take beside its rewards: pictures from the object store, references."""
 
@@ -33,8 +36,10 @@ class Workers:
         self.placed.close()
 
 
-def replica_spec(model: ModelConfig, resources: ResourcesConfig) -> ReplicaSpec:
-    """What a replica of the transformer is built from, on any node."""
+def replica_spec(
+    model: ModelConfig, resources: ResourcesConfig, held: Mapping[str, str] | None = None
+) -> ReplicaSpec:
+    """What a replica of the transformer is built from, on any node. `held`: what the base's files must be there."""
     return ReplicaSpec(
         model_path=str(recipes.resolve(model.path)),
         dtype=model.dtype,
@@ -46,11 +51,17 @@ def replica_spec(model: ModelConfig, resources: ResourcesConfig) -> ReplicaSpec:
         lora_targets=tuple(model.lora.targets),
         threads=resources.threads,
         compile=model.compile,
+        held=held or {},
     )
 
 
-def encoder_spec(model: ModelConfig, resources: ResourcesConfig, negative_prompt: str) -> EncoderSpec:
-    """What the encode worker is built from."""
+def encoder_spec(
+    model: ModelConfig,
+    resources: ResourcesConfig,
+    negative_prompt: str,
+    held: Mapping[str, str] | None = None,
+) -> EncoderSpec:
+    """What the encode worker is built from; `held` as for a replica."""
     return EncoderSpec(
         model_path=str(recipes.resolve(model.path)),
         dtype=model.dtype,
@@ -63,12 +74,14 @@ def encoder_spec(model: ModelConfig, resources: ResourcesConfig, negative_prompt
         vlm_path=None if model.vlm is None else str(recipes.resolve(model.vlm)),
         position_mode=model.position_mode,
         negative_prompt=negative_prompt,
+        held=held or {},
     )
 
 
 def score_limit_s(reward_sets: Sequence[RewardSet], resources: ResourcesConfig) -> float:
-    """After how long a reward worker that scores is taken to hang: its rewards end by themselves before that."""
-    longest_s = [longest_score_s(spec) for reward_set in reward_sets for spec in reward_set.rewards]
+    """After how long a reward worker that scores one group is taken to hang: its rewards end by themselves before that,
+    also where those of a set share a model and take turns."""
+    longest_s = [sum(map(longest_score_s, reward_set.rewards)) for reward_set in reward_sets]
     return max([resources.call_timeout_s, *(limit_s + BESIDE_S for limit_s in longest_s)])
 
 
@@ -91,7 +104,7 @@ def start_workers(
     rewards = placed.start(
         "reward", RewardWorker,
         lambda kind, _: kind.remote(reward_sets, threads=resources.threads, workers=resources.reward_workers),
-        restarts=restarts, max_concurrency=resources.reward_concurrency,
+        restarts=restarts, max_concurrency=resources.reward_concurrency + 1,  # and its sign of life
     )  # fmt: skip
     encoders = placed.start("encode", EncodeWorker, lambda kind, _: kind.remote(encoder), restarts=restarts)
     dispatcher = Dispatcher(
@@ -100,5 +113,6 @@ def start_workers(
     dispatcher.add_pool("rollout", ranks or sampling, floor=floor)
     dispatcher.add_pool("reward", rewards, max_in_flight=resources.reward_concurrency)
     dispatcher.add_pool("encode", encoders)
+    dispatcher.silence_s["reward"] = SILENCE_S
     dispatcher.limits_s["reward"] = score_limit_s(reward_sets, resources)
     return Workers(placed, dispatcher)

@@ -109,6 +109,28 @@ def test_a_deadline_ends_the_call_itself_and_charges_no_other():
     assert hung.kills == [False] and other.kills == [] and done[1].call.tried == []
 
 
+def test_a_call_that_overlaps_with_later_ones_has_time_for_these_from_the_start():
+    actor = Actor(PENDING)
+    made = dispatcher(actor)
+    made.limits_s["rollout"] = 100.0
+    made.submit(Call("rollout", 0, "work", ()))
+    (flight,) = made._flights.values()
+    assert 190 < flight.deadline - time.monotonic() <= 200, "two may be under way at once"
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_worker_without_a_sign_of_life_loses_its_calls_long_before_their_limit(alive):
+    """One that answers beside its calls may take as long as these may."""
+    slow, other = Actor(PENDING), Actor("a")
+    for actor, sign in ((slow, True if alive else PENDING), (other, True)):
+        actor.ping = SimpleNamespace(remote=lambda sign=sign: Ref(sign))
+    made = dispatcher(slow, other, call_timeout_s=0.5 if alive else 3600.0)
+    made.silence_s["rollout"] = 0.05
+    (done,) = finish(made, 1)
+    assert done.result == "a" and done.call.tried == [0] and slow.kills == [False] and other.kills == []
+    assert ("call_timeout_s" if alive else "no sign of life for 0.05 s") in done.call.causes[0]
+
+
 def test_calls_beside_a_late_one_are_made_again_without_a_mark():
     actor = Actor(PENDING, PENDING, "a", "b")
     made = dispatcher(actor, call_timeout_s=0.1)

@@ -14,6 +14,7 @@ from core.files import (
     atomic_write_text,
     file_sha256,
     folder_manifest,
+    new_folder,
     publish_folder,
     verify_folder,
 )
@@ -38,6 +39,37 @@ def test_mode_bits_follow_the_umask(tmp_path: Path) -> None:
     atomic_write_bytes(tmp_path / "atomic", b"")
     (tmp_path / "plain").write_bytes(b"")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_whose_filling_fails_leaves_the_old_one_and_no_litter(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "step_1") as folder:
+        make_folder(folder)
+    with pytest.raises(OSError, match="disk full"), new_folder(tmp_path / "step_1") as folder:
+        (folder / "state.json").write_text("{")
+        raise OSError("disk full")
+    assert os.listdir(tmp_path) == ["step_1"] and verify_folder(tmp_path / "step_1") == []
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_folder_cut_or_flipped_anywhere_is_not_sound(tmp_path: Path, how: str) -> None:
+    """At 50 places, spread over every file and the manifest."""
+    folder = tmp_path / "step_1"
+    with new_folder(folder) as filled:
+        make_folder(filled)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    tried = 0
+    for path, size in zip(files, sizes, strict=True):
+        sound = path.read_bytes()
+        for offset in sorted({size * k // 24 for k in range(24)}):
+            wrong = bytearray(sound)
+            wrong[offset] ^= 1 << offset % 8
+            path.write_bytes(sound[:offset] if how == "cut" else bytes(wrong))
+            problems = verify_folder(folder)
+            assert problems and str(folder) in problems[0], (path, offset)
+            tried += 1
+        path.write_bytes(sound)
+    assert tried == 50 and verify_folder(folder) == []
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

@@ -144,7 +144,9 @@ def test_the_status_is_a_heartbeat_and_signals_are_given_back(tmp_path, monkeypa
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("given", [[], ["--resume", "runs/a/checkpoints/step_1"], ["--resume=auto"]])
+@pytest.mark.parametrize(
+    "given", [[], ["--resume", "runs/a/checkpoints/step_1"], ["--resume=auto"], ["--accept-changes"]]
+)
 def test_the_resume_command_is_the_command_with_resume_auto(monkeypatch, given):
     monkeypatch.setattr(
         sys, "orig_argv", ["/venv/python", "-m", "rl.train", "my recipe.yaml", *given, "seed=1"]

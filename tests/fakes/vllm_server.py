@@ -19,6 +19,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 500.0
+ONE_PROCESS_LESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""vLLM's engine core runs the model itself, instead of in a worker that imports everything for a third time."""
 
 
 @contextlib.contextmanager
@@ -40,6 +42,7 @@ def vllm_server(model: Path, log: Path, *options: str, name: str = "tiny") -> It
         k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTEST_", "MASTER_", "LOCAL_RANK"))
     }
     environment = kept | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment |= ONE_PROCESS_LESS
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -74,7 +77,9 @@ class Serving:
         words = ["--port", "0", "--ready-file", str(self.ready), "--start-timeout-s", str(START_TIMEOUT_S)]
         command = [sys.executable, "-m", "rewards.editreward", "serve", str(folder), *words]
         with open(self.log, "wb") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=os.environ | ONE_PROCESS_LESS
+            )
         wait_for(lambda: self.ready.is_file() or self.process.poll() is not None, START_TIMEOUT_S)
         assert self.ready.is_file(), self.log.read_text()[-3000:]
         (self.url,) = json.loads(self.ready.read_text())["urls"]
@@ -84,9 +89,9 @@ class Serving:
 
     def kill_server(self) -> None:
         """End vLLM's HTTP server outright."""
-        for child in self.below():
-            if "vllm.entrypoints.openai.api_server" in child.cmdline()[2:3]:
-                child.kill()
+        word = "vllm.entrypoints.openai.api_server"
+        for server in [child for child in self.below() if alive(child) and word in child.cmdline()[2:3]]:
+            server.kill()
 
     def stop(self) -> None:
         """SIGTERM, and everything below the command is to end with it."""

@@ -33,7 +33,7 @@ def test_the_table_names_what_is_there(entry: str) -> None:
 
 def test_the_longest_entry_counts() -> None:
     assert level_of("tests/rl/loop/test_run.py::test_x[a]") == "e2e"
-    assert level_of("tests/rl/loop/test_run.py::test_killed_workers_change_nothing") == "chaos"
+    assert level_of("tests/rl/loop/test_run.py::test_a_run_that_is_stopped_and_then_fails") == "chaos"
     assert level_of("tests/core/test_new.py::test_x") == "unit"
     assert level_of("tests/core/test_new.py::test_x", ["ray_session"]) == "component"
     assert set(TABLE.values()) | {"unit"} == set(LEVELS)

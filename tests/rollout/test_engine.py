@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core.failures import DataFailure
+from core.failures import ClusterError, DataFailure
+from core.inputs import folder_files, hash_files
 from models.lora.attach import Adapter, adapter_parameters, adapter_state, attach_lora, hash_state
 from models.pipeline import KontextPipeline
 from rollout.encoder import Encoder, EncoderSpec
@@ -80,6 +81,18 @@ def test_samples_carry_the_policy_they_came_from(engine):
     assert images.dtype == "uint8"
     assert trajectory.steps == (0, 1)
     assert trajectory.log_probs.shape == (2, 2)
+
+
+def test_a_replica_with_another_base_than_the_driver_does_not_start(replica_spec):
+    held = hash_files(folder_files("model.path", replica_spec.model_path))
+    replace(replica_spec, held=held).check_base()
+    other = dict.fromkeys(held, "0" * 64)
+    with pytest.raises(
+        ClusterError, match="other bytes than the driver .*model.path/transformer/config.json"
+    ):
+        RolloutEngine(replace(replica_spec, held=other))
+    with pytest.raises(ClusterError, match="model.path/tokenizer_3/"):
+        Encoder(EncoderSpec(replica_spec.model_path, "float32", "cpu", 32, 32, 16, 0, 1, held=other))
 
 
 def test_samples_tell_when_the_weights_changed_after_they_were_loaded(engine):

@@ -1,4 +1,4 @@
-"""`python -m rewards.editreward train RECIPE [key=value ...] [--dry-run] [--resume auto|CHECKPOINT]`."""
+"""`python -m rewards.editreward train RECIPE [key=value ...] [--dry-run] [--resume auto|PATH [--accept-changes]]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import recipes
 from core.command_line import add_recipe_arguments, report_dry_run
@@ -18,6 +20,10 @@ from core.run_lock import hold_run
 from rewards.editreward.config import Recipe
 from rewards.editreward.settings import FILE, SettingsError
 from rewards.editreward.validate import load_recipe
+
+if TYPE_CHECKING:
+    from core.training.run import Reading
+    from rewards.editreward.train.run import TrainState
 
 log = logging.getLogger("rewards.editreward.train.command")
 REFUSALS = (ConfigError, DataError, SettingsError, ClusterError)
@@ -37,11 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0: trained, or the dry run found nothing missing (2: it did)."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    return dry_run(recipe) if arguments.dry_run else train(recipe, resume=arguments.resume)
+    command = dry_run if arguments.dry_run else train
+    return command(recipe, resume=arguments.resume, accept=arguments.accept_changes)
 
 
-def dry_run(recipe: Recipe) -> int:
-    """Print the plan and what is missing."""
+def dry_run(recipe: Recipe, *, resume: str | None = None, accept: bool = False) -> int:
+    """Print the plan and what is missing, or keeps the run from being continued."""
     from rewards.editreward.train.plan import describe
 
     plan, problems = [], preflight(recipe)
@@ -49,6 +56,11 @@ def dry_run(recipe: Recipe) -> int:
         plan = describe(recipe)
     except ValueError as error:
         problems.append(str(error))
+    if resume and not problems:
+        try:
+            _begin(recipe, resume, accept)
+        except ConfigError as error:
+            problems = error.problems
     return report_dry_run(plan, problems)
 
 
@@ -81,29 +93,42 @@ def preflight(recipe: Recipe) -> list[str]:
     )
 
 
-def train(recipe: Recipe, *, resume: str | None = None) -> int:
+def _begin(recipe: Recipe, resume: str | None, accept: bool) -> tuple[Path | None, TrainState, Reading]:
+    """The checkpoint to continue from, if any, where the run stands, and what it reads. Raises ConfigError."""
+    from core.inputs import folder_files, hash_files, stamp_files
+    from core.training.run import check_reading, find_checkpoint, read_state
+    from rewards.editreward.data.index import find_shards, shard_patterns
+    from rewards.editreward.train.run import FREE, TrainState
+
+    checkpoint = find_checkpoint(recipe, resume, load_recipe, free=FREE)
+    held = hash_files(folder_files("model.path", recipe.model.path))
+    held["data.shards"] = stamp_files(find_shards(shard_patterns(recipe)))
+    state = read_state(checkpoint, TrainState) if checkpoint else TrainState()
+    return checkpoint, state, check_reading(checkpoint, state.step, held, accept=accept)
+
+
+def train(recipe: Recipe, *, resume: str | None = None, accept: bool = False) -> int:
     """Check, then train to the end of the run in a folder that no other process writes."""
     problems = preflight(recipe)
     if problems:
         raise ConfigError(problems)
     with hold_run(recipe.run_dir):
-        _train(recipe, resume)
+        _train(recipe, resume, accept)
     return 0
 
 
-def _train(recipe: Recipe, resume: str | None) -> None:
+def _train(recipe: Recipe, resume: str | None, accept: bool) -> None:
     """Index the data, start the ranks, train."""
     from core.files import atomic_write_json, atomic_write_text
-    from core.training.run import find_checkpoint, read_state, train_on_ranks
+    from core.training.run import train_on_ranks
     from models.qwen25_vl import read_chat_template, read_token_pixels
     from rewards.editreward.data.index import label_statistics, load_corpus, whole_groups
     from rewards.editreward.processing import EditProcessor
     from rewards.editreward.train.rank import TrainRank
-    from rewards.editreward.train.run import FREE, TrainingRun, TrainState
+    from rewards.editreward.train.run import TrainingRun
     from rewards.editreward.validate import make_settings
 
-    checkpoint = find_checkpoint(recipe, resume, load_recipe, free=FREE)
-    state = read_state(checkpoint, TrainState) if checkpoint else TrainState()
+    checkpoint, state, reading = _begin(recipe, resume, accept)
     run_dir, base = recipe.run_dir, recipes.resolve(recipe.model.path)
     corpus = load_corpus(recipe)
     lines = corpus.lines()
@@ -135,5 +160,7 @@ def _train(recipe: Recipe, resume: str | None) -> None:
         lambda ranks: TrainingRun(recipe, settings, ranks, validation, state, fresh=resume is None),
         checkpoint=checkpoint,
         step=state.step,
+        reading=reading,
+        roots={"model.path": recipe.model.path},
     )
     log.info("step %d done; best validation %s at step %d", done.step, done.best_score, done.best_step)

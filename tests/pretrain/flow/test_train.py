@@ -52,7 +52,7 @@ def test_stopping_and_resuming_changes_no_bit(straight, tmp_path, tiny_model, ti
     assert train(recipe, resume="auto") == 0
     assert records(recipe) == records(straight) and len(records(straight)) == 2
     mine, theirs = last_checkpoint(recipe), last_checkpoint(straight)
-    for name in ("average_rank_000.safetensors", "average.json", "state.json"):
+    for name in ("average_rank_000.safetensors", "average.json", "state.json", "inputs.json"):
         assert (mine / name).read_bytes() == (theirs / name).read_bytes()
     left, right = (
         torch.load(folder / "engine" / "mp_rank_00_model_states.pt", weights_only=True)["module"]

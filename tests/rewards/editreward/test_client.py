@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
 import os
@@ -20,10 +21,12 @@ import pytest
 from PIL import Image
 
 from rewards.base import FatalRewardError, RewardSet, RewardSpec
+from rewards.calling import RewardBatch
 from rewards.checks import try_reward
 from rewards.editreward.client import EditReward
 from rewards.editreward.model_folder import read_card
 from rewards.loading import default_timeout_s, load_reward
+from rewards.scoring import score_group
 from tests.fakes.tiny_editreward import DIMENSIONS, make_tiny_editreward, tiny_settings
 from tests.fakes.vllm_server import START_TIMEOUT_S, Serving, wait_for
 
@@ -57,7 +60,8 @@ def edits(count: int) -> dict[str, list[Any]]:
 
 
 def score(reward: EditReward, batch: dict[str, list[Any]]) -> Any:
-    return asyncio.run(reward.score(**batch))
+    output = reward.score(**batch)
+    return asyncio.run(output) if inspect.isawaitable(output) else output
 
 
 def test_fifty_edits_score_the_same_through_vllm_and_in_process(folder: Path, url: str) -> None:
@@ -123,6 +127,32 @@ def test_the_builtin_passes_check_and_readiness_by_both_ways(folder: Path, url: 
         assert loaded.label == "editreward"
         rewards = RewardSet("s", "edit", [loaded.spec])
         assert asyncio.run(try_reward(loaded, rewards, probe=True)) == []
+
+
+def test_groups_that_queue_for_the_model_in_process_are_scored_in_one_pass_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four at once take .25 s each, and a call may take .6 s: its clock begins with its pass."""
+    passes = []
+
+    class SlowModel:
+        def __init__(self, *_: Any) -> None: ...
+
+        def outputs(self, edits: list[Any]) -> list[list[float]]:
+            passes.append(len(edits))
+            time.sleep(0.25)
+            return [[0.0] * 3] * len(edits)
+
+    monkeypatch.setattr("rewards.editreward.client_local.LocalModel", SlowModel)
+    params = {"model": str(folder), "mode": "inprocess"}
+    loaded = load_reward(RewardSpec("editreward", params=params, timeout_s=0.6))
+    batch = RewardBatch(**edits(2))
+
+    async def four() -> list[Any]:
+        return await asyncio.gather(*(score_group(k, [loaded], batch) for k in range(4)))
+
+    assert all(None not in group.rewards for group in asyncio.run(four()))
+    assert passes == [2] * 4
 
 
 def answered(url: str) -> int:

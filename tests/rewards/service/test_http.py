@@ -158,6 +158,39 @@ def test_a_fatal_error_is_fatal_through_http(service, odd_name, what, kind, text
         group_of(loaded, odd_batch(what))
 
 
+def test_a_caller_who_hangs_up_in_the_queue_has_nothing_scored(tmp_path):
+    """A blocking reward takes one call after the other; the second caller leaves while it waits."""
+    path = tmp_path / "gated.py"
+    path.write_text(
+        "import threading\nseen, gate = [], threading.Event()\n"
+        "def gated(*, images, prompts, references, metadata):\n"
+        "    if images[0].size == (8, 8):\n"
+        "        seen.append(prompts[0])\n"
+        "        gate.wait(30)\n"
+        "    return [1.0] * len(images)\n"
+    )
+    name = f"{path}:gated"
+    running = ServiceThread(RewardSet("set", "t2i", [RewardSpec(name)], height=32, width=32)).ready()
+    state = load_reward(RewardSpec(name)).function.__globals__
+    loaded = load_reward(served(RewardSpec(name), running.url))
+
+    async def leave():
+        first = asyncio.ensure_future(call_reward(loaded, odd_batch("first")))
+        while not state["seen"]:
+            await asyncio.sleep(0.01)
+        second = asyncio.ensure_future(call_reward(loaded, odd_batch("second")))
+        await asyncio.sleep(0.3)
+        second.cancel()
+        await asyncio.sleep(0.2)
+        state["gate"].set()
+        return await first, await call_reward(loaded, odd_batch("third"))
+
+    answers = asyncio.run(leave())
+    running.stop()
+    assert [answer.scores for answer in answers] == [[1.0] * 4] * 2
+    assert state["seen"] == ["first", "third"]
+
+
 def body_for(name, what="fine", *, timeout_s=20.0, size=8):
     batch = odd_batch(what)
     images = [image.resize((size, size)) for image in batch.images]

@@ -207,6 +207,22 @@ def test_who_does_the_work_may_change(change):
 
 
 @pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"resources__threads": 1}, ["resources.threads"]),
+        (
+            {"resources__device": "cpu", "resources__encode_gpus": 0.5},
+            ["resources.device", "resources.encode_gpus"],
+        ),
+        ({"resources__reward_workers": 5, "resources__encode_workers": 3, "rollout__workers": 2}, []),
+    ],
+)
+def test_the_log_names_what_moves_the_bits(change, named, caplog):
+    check_same_recipe(recipe(), recipe(**change))
+    assert [record.args[0] for record in caplog.records] == named
+
+
+@pytest.mark.parametrize(
     ("change", "key", "was", "now"),
     [
         ({"seed": 1}, "seed", 0, 1),

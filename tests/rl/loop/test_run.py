@@ -1,6 +1,5 @@
 """Whole runs on a real Ray with a real DeepSpeed learner, at tiny size, compared bit for bit."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -9,10 +8,8 @@ import threading
 import time
 
 import numpy as np
-import psutil
 import pytest
 import ray
-import yaml
 from safetensors.torch import load_file
 
 from core.checkpoints import CheckpointError
@@ -27,17 +24,6 @@ from rl.recipe.schema import load_config
 from rl.record.summary import run_finished
 from rl.train import train
 from tests.fakes.tiny_run import tiny_recipe
-
-SLOW_REWARD = '''
-import time
-
-def redness(*, images, prompts, references, metadata):
-    """Slow on purpose, so that a worker can be killed in the middle of a step."""
-    import numpy as np
-    time.sleep(0.4)
-    return [float((np.asarray(i, dtype=float)[..., 0] - np.asarray(i, dtype=float)[..., 1]).mean() / 510 + 0.5)
-            for i in images]
-'''
 
 
 def run(recipe, *overrides, resume=None):
@@ -168,55 +154,6 @@ def test_a_group_in_chunks_branches_from_one_trajectory(tmp_path, ray_session):
     assert len(steps) == 4 and all(r["gate/log_prob_gap_max"] <= 1e-6 for r in steps)
     spread = [np.std(record["rewards"]) for record in map(json.loads, groups(tmp_path).splitlines())]
     assert min(spread) > 0
-
-
-def first_process(title):
-    """A worker of this session's Ray: another run on the machine has workers of the same names."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if " ".join(process.cmdline()).startswith(title):
-                return process.pid
-    return None
-
-
-def kill_in_the_middle(out, killed):
-    """SIGKILL a rollout worker as the second step begins, and a reward worker while it scores that step."""
-    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 240
-    while time.monotonic() < deadline and not (metrics.exists() and '"time/evaluate"' in metrics.read_text()):
-        time.sleep(0.05)
-    pids = [first_process(title) for title in ("ray::Replica", "ray::RewardScorer")]
-    while time.monotonic() < deadline and '"loss/total"' not in metrics.read_text():
-        time.sleep(0.002)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
-        time.sleep(0.6)
-
-
-def test_killed_workers_change_nothing(straight, tmp_path):
-    folder, recipe = straight
-    slow = tmp_path / "slow.py"
-    slow.write_text(SLOW_REWARD)
-    document = yaml.safe_load(recipe.read_text())
-    for part in [*document["stages"], *document["evaluation"]["tasks"]]:
-        part["rewards"] = [{"name": f"{slow}:redness"}]
-    document |= {"output_dir": str(tmp_path / "runs")}
-    document["rollout"]["workers"] = 2
-    document["resources"]["reward_workers"] = 2
-    document["checkpoint"]["every"] = 100
-    document["gallery"]["prompts"] = 0
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
-    killed = []
-    killer = threading.Thread(
-        target=kill_in_the_middle, args=(tmp_path / "runs" / "tiny", killed), daemon=True
-    )
-    killer.start()
-    run(tmp_path / "recipe.yaml")
-    killer.join(timeout=120)
-    assert len(killed) == 2
-    assert final_hash(tmp_path) == final_hash(folder)
-    second = [r for r in records(tmp_path) if "loss/total" in r][1]
-    assert second["workers/redispatched_chunks"] >= 2  # a chunk and a score
 
 
 def die_on(monkeypatch, owner, name):

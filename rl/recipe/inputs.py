@@ -1,0 +1,45 @@
+"""What a run reads beside its recipe: prompts, reference images, the base model, the code of rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import recipes
+from core.files import file_sha256
+from core.inputs import Inputs, folder_files, hash_files, hash_together, software
+from core.prompts import load_prompts
+from models.folders import METAQUERY_PARTS, PARTS
+from rewards.base import RewardSet
+from rewards.inputs import code_name, reward_inputs
+from rl.recipe.reward_sets import scored_parts
+from rl.recipe.schema import ModelConfig, RunConfig
+
+MODEL, VLM = "model.path", "model.vlm"
+"""What names of the base model's files begin with."""
+
+
+def run_inputs(config: RunConfig, reward_sets: Sequence[RewardSet], known: Inputs) -> Inputs:
+    """Those of a run in which `preflight` found nothing wrong. `known`: what the run read before, which stands for
+    served rewards until they have answered."""
+    held: dict[str, str] = {}
+    for part in scored_parts(config):
+        if not part.prompts or f"prompts {part.prompts}" in held:
+            continue
+        path = recipes.resolve(part.prompts)
+        held[f"prompts {part.prompts}"] = file_sha256(path)
+        pictures = {p.reference for p in load_prompts(path, part.task) if p.reference}  # type: ignore[arg-type]
+        files = [picture for picture in pictures if not picture.startswith("data:")]
+        if files:
+            held[f"reference images of {part.prompts}"] = hash_together(map(Path, files), path.parent)
+    for spec in (spec for reward_set in reward_sets for spec in reward_set.rewards):
+        held |= reward_inputs(spec)
+        if spec.service is not None and (name := code_name(spec)) in known.held:
+            held[name] = known.held[name]
+    return Inputs(held | hash_files(_model_files(config.model)), software())
+
+
+def _model_files(model: ModelConfig) -> dict[str, Path]:
+    if model.vlm is None:
+        return folder_files(MODEL, model.path, PARTS)
+    return folder_files(MODEL, model.path, METAQUERY_PARTS) | folder_files(VLM, model.vlm)
