@@ -97,12 +97,12 @@ def _begin(recipe: Recipe, resume: str | None, accept: bool) -> tuple[Path | Non
     """The checkpoint to continue from, if any, where the run stands, and what it reads. Raises ConfigError."""
     from core.inputs import folder_files, hash_files, stamp_files
     from core.training.run import check_reading, find_checkpoint, read_state
-    from rewards.editreward.data.index import find_shards, shard_patterns
+    from rewards.editreward.data.index import labelled_shards
     from rewards.editreward.train.run import FREE, TrainState
 
     checkpoint = find_checkpoint(recipe, resume, load_recipe, free=FREE)
     held = hash_files(folder_files("model.path", recipe.model.path))
-    held["data.shards"] = stamp_files(find_shards(shard_patterns(recipe)))
+    held["data.shards"] = stamp_files(labelled_shards(recipe))
     state = read_state(checkpoint, TrainState) if checkpoint else TrainState()
     return checkpoint, state, check_reading(checkpoint, state.step, held, accept=accept)
 
