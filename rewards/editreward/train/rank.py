@@ -124,7 +124,10 @@ class TrainRank(SupervisedRank):
             # Not fork: threads of gloo, NCCL and Ray are alive here. The server imports once for all loaders.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            waiting = {"timeout": self.settings.collective_timeout_s, "multiprocessing_context": context}
+            waiting = {
+                "timeout": self.recipe.resources.collective_timeout_s,
+                "multiprocessing_context": context,
+            }
         return iter(
             DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=data.collate, **waiting)
         )
@@ -163,7 +166,7 @@ class TrainRank(SupervisedRank):
 
 def trainer_settings(recipe: Recipe) -> TrainerSettings:
     """The recipe as the trainer reads it."""
-    train, resources = recipe.train, recipe.resources
+    train = recipe.train
     return TrainerSettings(
         ranks=train.ranks,
         steps=train.steps,
@@ -171,9 +174,7 @@ def trainer_settings(recipe: Recipe) -> TrainerSettings:
         micro_batch_size=train.micro_batch_size,
         optimization=train.optimization,
         dtype=recipe.model.dtype,
-        device=resources.device,
-        threads=resources.threads,
-        collective_timeout_s=resources.collective_timeout_s,
+        resources=recipe.resources,
         zero_stage=train.zero_stage,
     )
 
