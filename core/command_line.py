@@ -27,6 +27,14 @@ def add_recipe_arguments(
         )  # fmt: skip
 
 
+def positive(text: str) -> int:
+    """The type of an argument that is a whole number of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
 def refuse(what: str, error: Exception, *, code: int = 2) -> int:
     """Say on stderr why a command cannot do what it was asked; its exit code."""
     sys.stderr.write(f"{what}:\n{error}\n")
