@@ -106,10 +106,11 @@ class LearnerRank:
 
     def update(self, learning_rate: float) -> tuple[list[UpdateStats], float, float]:
         """Train on what was fetched, at this rate. Returns statistics, start time and seconds."""
-        started = time.time()
+        started, began = time.time(), time.perf_counter()
         shares, self.shares = self.shares, []
         self._learner().set_learning_rate(learning_rate)
-        return self._learner().update(shares), started, time.time() - started
+        stats = self._learner().update(shares)
+        return stats, started, time.perf_counter() - began
 
     def adapter(self, version: int, *, shipped: bool) -> Adapter | None:
         """The live adapter (to sample with), or the shipped one (to evaluate and save); None off rank 0."""
