@@ -95,8 +95,8 @@ def later_steps(folder: Path, step: int) -> list[Path]:
     return [path for path, number in step_folders(folder).items() if number > step]
 
 
-def set_aside(run_dir: Path, later: Sequence[Path]) -> None:
-    """Move what belongs to steps that will be done again to `run_dir/abandoned/N/`, the last one first."""
+def set_aside(run_dir: Path, later: Sequence[Path], *, why: str = "of steps that will be done again") -> None:
+    """Move what the run will do again, or can no longer use, to `run_dir/abandoned/N/`, the last one first."""
     if not later:
         return
     home = next(home for number in count(1) if not (home := run_dir / ABANDONED / f"{number}").exists())
@@ -104,7 +104,7 @@ def set_aside(run_dir: Path, later: Sequence[Path]) -> None:
         target = home / path.relative_to(run_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, target)
-        log.warning("%s is of steps that will be done again; it was moved to %s", path, target)
+        log.warning("%s is %s; it was moved to %s", path, why, target)
 
 
 def check_same_keys(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import recipes
 from core.files import file_sha256
 from core.inputs import PACKAGES, folder_files, hash_files, hash_together
-from rewards.base import RewardSpec
+from rewards.base import RewardLoadError, RewardSpec
 from rewards.loading import BUILTIN_REWARDS, free_params
 
 
@@ -33,6 +34,16 @@ def reward_inputs(spec: RewardSpec) -> dict[str, str]:
         elif "/" in value and path.is_dir():
             files |= folder_files(f"{value} of reward {spec.name}: ", value)
     return _code(spec) | hash_files(files)
+
+
+def check_inputs(spec: RewardSpec, held: Mapping[str, str]) -> None:
+    """Raise RewardLoadError unless this node has what the run began with (`held`); what that does not name passes."""
+    other = [name for name, digest in reward_inputs(spec).items() if held.get(name, digest) != digest]
+    if other:
+        raise RewardLoadError(
+            f"{os.uname().nodename}: {', '.join(other)} is another than when the run began: put it back, or stop the "
+            "run and resume it with --accept-changes"
+        )
 
 
 def _code(spec: RewardSpec) -> dict[str, str]:

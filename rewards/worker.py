@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from core.prompts import Prompt, load_reference
 from rewards.base import RewardLoadError, RewardSet, RewardSpec, reward_label
 from rewards.calling import RewardBatch
 from rewards.checks import try_reward
+from rewards.inputs import check_inputs
 from rewards.loading import LoadedReward, RewardSource, load_reward, set_problems
 from rewards.scoring import GroupScore, score_group
 
@@ -43,10 +44,18 @@ class RewardScorer:
     their weights and labels.
     """
 
-    def __init__(self, reward_sets: Sequence[RewardSet], *, threads: int = 1, workers: int = 1) -> None:
-        """Load every reward. `workers`: how many of these actors share what a reward may ask of an endpoint.
+    def __init__(
+        self,
+        reward_sets: Sequence[RewardSet],
+        *,
+        threads: int = 1,
+        workers: int = 1,
+        held: Mapping[str, str] | None = None,
+    ) -> None:
+        """Load every reward. `workers`: how many of these actors share what a reward may ask of an endpoint; `held`:
+        what the code and files of rewards must be, on every node and after each restart.
 
-        Raises RewardLoadError for a bad set or the first bad reward.
+        Raises RewardLoadError for a bad set, the first bad reward, or code that is another.
         """
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for numeric libraries that load from here on
         self._sets = {reward_set.name: reward_set for reward_set in reward_sets}
@@ -56,6 +65,8 @@ class RewardScorer:
             problems = set_problems(reward_set.rewards)
             if problems:
                 raise RewardLoadError(f"reward set {reward_set.name!r}: " + "; ".join(problems))
+            for spec in reward_set.rewards:
+                check_inputs(spec, held or {})
             self._rewards[reward_set.name] = [_load_once(spec, loaded) for spec in reward_set.rewards]
         for reward in loaded:
             if hasattr(reward.owner, "share_rates"):

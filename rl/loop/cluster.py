@@ -83,7 +83,7 @@ def start_cluster(
         workers = start_workers(
             placed, replica, encoder_spec(config.model, resources, config.rollout.negative_prompt, inputs.held),
             reward_sets, resources, ranks=ranks if inprocess else None,
-            floor=1 if inprocess else resources.min_rollout_workers,
+            floor=1 if inprocess else resources.min_rollout_workers, held=inputs.held,
         )  # fmt: skip
         learner = _join(ranks, resources)
         wait_ready(placed.by_role, resources.start_timeout_s)

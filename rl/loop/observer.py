@@ -25,6 +25,7 @@ from rl.loop.best import best_checkpoints
 from rl.loop.checkpoint import save_checkpoint
 from rl.loop.schedule import ScheduledPart
 from rl.loop.step import group_fates, reward_metrics, update_metrics
+from rl.recipe.inputs import evaluation_identity
 from rl.recipe.schema import RunConfig, StageConfig
 from rl.recipe.stage_parts import stage_tasks
 from rl.record.alarms import Alarm, stop_for
@@ -73,7 +74,10 @@ class Observer:
     ):
         self.config, self.learner, self.rollout, self.state = config, learner, rollout, state
         self.run_dir, self.resumed = run_dir, resumed
-        self.evaluator = Evaluator(config.evaluation, rollout, run_dir, config.gallery.prompts)
+        self.evaluator = Evaluator(
+            config.evaluation, rollout, run_dir, config.gallery.prompts,
+            inputs_sha256=evaluation_identity(config, state.inputs.held),
+        )  # fmt: skip
         at_border = bool(state.stages) and state.stages[-1].steps == config.stages[state.stage].steps
         self.journal = Journal(
             run_dir,
@@ -89,6 +93,7 @@ class Observer:
         """Evaluate before the first stage; a resumed run reads what the first one measured, and says what changed."""
         if self.state.changes:
             self.journal.alarms(self.state.changes)
+        self.evaluator.set_others_aside()
         scales = {f"before_guidance_{scale:g}": scale for scale in self.config.evaluation.baseline_guidance}
         if self.resumed:
             finished = [f"after_{stage.name}" for stage in self.config.stages[: self.state.stage]]

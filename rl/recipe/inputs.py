@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import recipes
@@ -12,6 +14,7 @@ from core.prompts import load_prompts
 from models.folders import METAQUERY_PARTS, PARTS
 from rewards.base import RewardSet
 from rewards.inputs import code_name, reward_inputs
+from rewards.recipe import reward_specs
 from rl.recipe.reward_sets import scored_parts
 from rl.recipe.schema import ModelConfig, RunConfig
 
@@ -37,6 +40,20 @@ def run_inputs(config: RunConfig, reward_sets: Sequence[RewardSet], known: Input
         if spec.service is not None and (name := code_name(spec)) in known.held:
             held[name] = known.held[name]
     return Inputs(held | hash_files(_model_files(config.model)), software())
+
+
+def evaluation_identity(config: RunConfig, held: Mapping[str, str]) -> str:
+    """One sha256 of what scores on held-out prompts depend on beside the adapter and the recipe's keys: scores of
+    another identity do not compare."""
+    tasks = config.evaluation.tasks
+    rewards = tuple(f" of reward {spec.name}" for task in tasks for spec in reward_specs(task.rewards))
+    names = {f"{kind}{task.prompts}" for task in tasks for kind in ("prompts ", "reference images of ")}
+    found = {
+        name: digest
+        for name, digest in held.items()
+        if name in names or name.startswith((MODEL, VLM)) or any(reward in name for reward in rewards)
+    }
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _model_files(model: ModelConfig) -> dict[str, Path]:

@@ -1,7 +1,8 @@
 """Evaluation on held-out prompts: the same prompts, seeds, ODE steps and guidance each time, so pairs compare.
 
 Results are kept per prompt in `evaluations/<moment>/<task>.json`, with the gallery's images in `<task>.npz`; a
-resumed run reuses them only if they were made with the very adapter that would be evaluated again.
+resumed run reuses them only if they were made with the very adapter that would be evaluated again, and sets those
+aside that were made with other prompts, weights or rewards: they compare with nothing that comes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 import recipes
+from core.checkpoints import set_aside
 from core.files import atomic_write_json
 from core.prompts import Prompt, load_prompts, load_reference
 from core.seeds import derive_seed
@@ -46,13 +48,24 @@ class TaskScores:
     step: int
     rewards: list[float | None]
     components: dict[str, list[float | None]]
+    inputs_sha256: str = ""
 
 
 class Evaluator:
     """Evaluates policies on every task of `evaluation.tasks`, and keeps gallery samples of the first prompts."""
 
-    def __init__(self, config: EvaluationConfig, collector: Collector, run_dir: Path, gallery_prompts: int):
-        self.config, self.collector, self.folder = config, collector, run_dir / EVALUATIONS
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        collector: Collector,
+        run_dir: Path,
+        gallery_prompts: int,
+        *,
+        inputs_sha256: str = "",
+    ):
+        """`inputs_sha256`: identity of what is read from files (`rl/recipe/inputs.py`)."""
+        self.config, self.collector, self.run_dir = config, collector, run_dir
+        self.folder, self.inputs_sha256 = run_dir / EVALUATIONS, inputs_sha256
         self.prompts: dict[str, list[Prompt]] = {
             task.task: load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]
             for task in config.tasks
@@ -81,16 +94,22 @@ class Evaluator:
                 results[task] = self._run(path, moment, task, policy, step, guidance)
         return results
 
+    def set_others_aside(self) -> None:
+        """Move evaluations away that were made with other prompts, weights or rewards."""
+        others = {
+            path.parent
+            for path in self.folder.glob("*/*.json")
+            if json.loads(path.read_text()).get("inputs_sha256", "") != self.inputs_sha256
+        }
+        why = "of other held-out prompts, weights or rewards than there are now, and compares with nothing that comes"
+        set_aside(self.run_dir, sorted(others), why=why)
+
     def read(self, moment: str) -> dict[str, TaskScores]:
-        """Stored scores of a moment. Raises FileNotFoundError naming the file that a resumed run lacks."""
-        results = {}
-        for task in self.prompts:
-            path = self.folder / moment / f"{task}.json"
-            stored = self._read(path)
-            if stored is None:
-                raise FileNotFoundError(f"{path}: the evaluation of an earlier part of this run is missing")
-            results[task] = stored
-        return results
+        """Stored scores of a moment; without the tasks that were not evaluated with what there is now."""
+        found = {task: self._read(self.folder / moment / f"{task}.json") for task in self.prompts}
+        for task in (task for task, scores in found.items() if scores is None):
+            log.warning("there is no evaluation %s of %s: nothing is compared with it", moment, task)
+        return {task: scores for task, scores in found.items() if scores is not None}
 
     def sample_gallery(self, task: str, policy: Policy, step: int) -> list[GallerySample]:
         """The first held-out prompts alone, with the evaluation's seeds: the same pictures across steps."""
@@ -101,7 +120,9 @@ class Evaluator:
         self, path: Path, moment: str, task: str, policy: Policy, step: int, guidance: float
     ) -> TaskScores:
         rewards, components, samples = self._sample(task, self.prompts[task], policy, step, guidance)
-        scores = TaskScores(moment, task, policy.sha256, guidance, step, rewards, components)
+        scores = TaskScores(
+            moment, task, policy.sha256, guidance, step, rewards, components, self.inputs_sha256
+        )
         self.gallery.setdefault(task, {})[moment] = samples
         path.parent.mkdir(parents=True, exist_ok=True)
         if samples:

@@ -34,7 +34,8 @@ class RunResults:
 
     def add(self, moment: str, scores: dict[str, TaskScores]) -> None:
         """Remember an evaluation; moments are `before`, `after_<stage>`, `step_<n>`."""
-        self.moments[moment] = scores
+        if scores:
+            self.moments[moment] = scores
 
     def change_since_before(self, task: str, scores: TaskScores) -> Difference | None:
         """Paired change of a task since before the first stage; None at that moment itself."""
@@ -57,6 +58,7 @@ class RunResults:
                 before[task.task].components[label], after[task.task].components[label]
             )
             for task in self.config.evaluation.tasks
+            if task.task in before and task.task in after
             for label in (reward_label(s) for s in reward_specs(task.rewards) if s.weight == 0)
         }
 
@@ -83,10 +85,9 @@ class RunResults:
         the fall alone."""
         alarms: list[Alarm] = []
         for part in stage_parts(self.config.stages[index]):
-            if part.task in scores:
+            before, now = self._scores(index - 1).get(part.task), scores.get(part.task)
+            if before is not None and now is not None:
                 labels = [reward_label(spec) for spec in reward_specs(part.rewards)]
-                before = self._scores(index - 1)[part.task]
-                now = scores[part.task]
                 hacked = reward_hacking(part.label, labels, before, now)
                 alarms += [Alarm(line, ("reward_hacking", "trained_task")) for line in hacked]
                 if not hacked:
@@ -98,9 +99,7 @@ class RunResults:
         self, state: RunState, *, best: BestCheckpoint | None = None, finished: bool = True
     ) -> RunSummary:
         """The summary, so far as evaluations are there; also draws the before-and-after sheets."""
-        evaluated = [
-            i for i, p in enumerate(state.stages) if {"before", f"after_{p.name}"} <= self.moments.keys()
-        ]
+        evaluated = [i for i, p in enumerate(state.stages) if f"after_{p.name}" in self.moments]
         stages = tuple(
             StageSummary(
                 progress.name,
@@ -155,7 +154,8 @@ class RunResults:
             )
 
     def _scores(self, index: int) -> dict[str, TaskScores]:
-        return self.moments["before" if index < 0 else f"after_{self.config.stages[index].name}"]
+        """Empty where there are none, or only of other prompts, weights or rewards."""
+        return self.moments.get("before" if index < 0 else f"after_{self.config.stages[index].name}", {})
 
     def _guidance(self) -> dict[str, tuple[GuidancePoint, ...]]:
         points: dict[str, list[GuidancePoint]] = {}
@@ -179,7 +179,9 @@ class RunResults:
 
 
 def _changes(before: dict[str, TaskScores], after: dict[str, TaskScores]) -> dict[str, Difference]:
-    return {task: paired_bootstrap(before[task].rewards, after[task].rewards) for task in after}
+    return {
+        task: paired_bootstrap(before[task].rewards, after[task].rewards) for task in after if task in before
+    }
 
 
 def _point(scores: TaskScores) -> GuidancePoint:

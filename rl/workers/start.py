@@ -94,16 +94,20 @@ def start_workers(
     *,
     ranks: list[Any] | None = None,
     floor: int = 1,
+    held: Mapping[str, str] | None = None,
 ) -> Workers:
     """Start the workers that the plan has room for; they need not have answered yet.
 
-    ranks: actors that sample in place of rollout workers. floor: how many that sample must be left.
+    ranks: actors that sample in place of rollout workers. floor: how many that sample must be left. held: what the
+    code of rewards must be.
     """
     restarts = resources.max_restarts
     sampling = placed.start("rollout", RolloutWorker, lambda kind, _: kind.remote(replica), restarts=restarts)
     rewards = placed.start(
         "reward", RewardWorker,
-        lambda kind, _: kind.remote(reward_sets, threads=resources.threads, workers=resources.reward_workers),
+        lambda kind, _: kind.remote(
+            reward_sets, threads=resources.threads, workers=resources.reward_workers, held=held
+        ),
         restarts=restarts, max_concurrency=resources.reward_concurrency + 1,  # and its sign of life
     )  # fmt: skip
     encoders = placed.start("encode", EncodeWorker, lambda kind, _: kind.remote(encoder), restarts=restarts)

@@ -10,6 +10,7 @@ from PIL import Image
 from core.failures import DataFailure
 from core.prompts import Prompt
 from rewards.base import FatalRewardError, RewardLoadError, RewardSet, RewardSpec
+from rewards.inputs import reward_inputs
 from rewards.worker import RewardScorer, RewardWorker
 
 CODE = """
@@ -156,3 +157,14 @@ def test_a_bad_set_is_named_when_the_worker_is_made(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises(RewardLoadError, match="reward set 'stage/edit': no reward has a weight"):
         RewardScorer([RewardSet("stage/edit", "edit", [])])
+
+
+def test_a_worker_that_starts_again_takes_no_other_code(reward_file):
+    path = reward_file(CODE)
+    held = {name: value for spec in sets(path)[0].rewards for name, value in reward_inputs(spec).items()}
+    RewardScorer(sets(path), threads=3, held=held)
+    path.write_text(path.read_text().replace("level / 10", "level / 5"))
+    with pytest.raises(
+        RewardLoadError, match=f"code of reward {path}:level is another than when the run began"
+    ):
+        RewardScorer(sets(path), threads=3, held=held)

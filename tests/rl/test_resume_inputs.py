@@ -18,6 +18,7 @@ from rewards.worker import RewardWorkerInfo
 from rl.loop.checkpoint import find_checkpoint, read_state, save_checkpoint, take_served
 from rl.loop.cluster import _served
 from rl.loop.observer import Observer
+from rl.recipe.inputs import evaluation_identity
 from rl.recipe.preflight import preflight
 from rl.recipe.schema import load_config
 from rl.record.state import RunState
@@ -126,6 +127,16 @@ def test_what_changed_is_refused_by_name_or_accepted_aloud(recipe, capsys, kind)
     assert name in change and change.endswith("accepted by --accept-changes")
 
 
+@pytest.mark.parametrize("kind", CHANGES)
+def test_scores_on_held_out_prompts_are_of_the_prompts_weights_and_rewards_they_were_made_with(recipe, kind):
+    config = config_of(recipe)
+    before = evaluation_identity(config, begin(recipe).inputs.held)
+    CHANGES[kind][0](recipe.parent)
+    after = evaluation_identity(config, begin(recipe, accept=True).inputs.held)
+    trained_alone = ("a module that a reward imports", "a file that a reward is given")
+    assert (after == before) == (kind in trained_alone)
+
+
 def test_nothing_changed_continues_with_the_very_state(recipe, capsys):
     assert command(recipe) == 0
     assert "continues after step 1" in capsys.readouterr().out
@@ -162,7 +173,7 @@ def test_accepted_changes_are_alarms_which_the_report_shows(tmp_path):
     observer.journal = SimpleNamespace(alarms=lines.extend)
     observer.config = SimpleNamespace(evaluation=SimpleNamespace(baseline_guidance=[]), stages=[])
     observer.evaluator, observer.results = (
-        SimpleNamespace(read=lambda moment: {}),
+        SimpleNamespace(read=lambda moment: {}, set_others_aside=lambda: None),
         SimpleNamespace(add=lambda *_: None),
     )
     observer.begin_run(None)

@@ -25,7 +25,7 @@ def test_the_pictures_of_the_untrained_model_are_counted_with_their_own_evaluati
         return taken
 
     observer.config, observer.run_dir, observer.state, observer.resumed = config, tmp_path, RunState(), None
-    observer.evaluator = SimpleNamespace(evaluate=evaluate, gallery={})
+    observer.evaluator = SimpleNamespace(evaluate=evaluate, gallery={}, set_others_aside=lambda: None)
     observer.rollout = SimpleNamespace(take_images=take_images, spans=["a span"])
     observer.results = RunResults(config, observer.evaluator, tmp_path)
     observer.journal = SimpleNamespace(

@@ -30,13 +30,17 @@ class OneBadPrompt:
         yield from sample(requests)
 
 
-def scores(tmp_path, texts):
+def evaluator_of(tmp_path, texts, **identity):
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     task = EvaluationTaskConfig(task="t2i", prompts=str(tmp_path / "p.jsonl"), num_prompts=len(texts))
-    workers = OneBadPrompt()
-    evaluator = Evaluator(EvaluationConfig(tasks=[task], batch_size=4), workers, tmp_path / "run", 0)
-    return evaluator.evaluate("before", Policy(1, "a", ()), 0)["t2i"], workers.seeds
+    config = EvaluationConfig(tasks=[task], batch_size=4)
+    return Evaluator(config, OneBadPrompt(), tmp_path / "run", 0, **identity)
+
+
+def scores(tmp_path, texts):
+    evaluator = evaluator_of(tmp_path, texts)
+    return evaluator.evaluate("before", Policy(1, "a", ()), 0)["t2i"], evaluator.collector.seeds
 
 
 def test_a_prompt_that_cannot_be_drawn_takes_no_other_of_its_batch_along(tmp_path, caplog):
@@ -46,3 +50,17 @@ def test_a_prompt_that_cannot_be_drawn_takes_no_other_of_its_batch_along(tmp_pat
     assert f"{tmp_path}/p.jsonl:2 is not scored: cannot be drawn" in caplog.text
     _, before = scores(tmp_path / "whole", ["0", "1", "2", "3", "4", "5"])
     assert seeds.items() <= before.items()
+
+
+def test_scores_of_other_prompts_weights_or_rewards_are_set_aside_and_made_again(tmp_path, caplog):
+    first = evaluator_of(tmp_path, ["1", "2"], inputs_sha256="then")
+    kept = first.evaluate("before", Policy(1, "a", ()), 0)
+    again = evaluator_of(tmp_path, ["1", "2"], inputs_sha256="then")
+    again.set_others_aside()
+    assert again.read("before") == kept
+    now = evaluator_of(tmp_path, ["3", "4"], inputs_sha256="now")
+    now.set_others_aside()
+    assert "before is of other held-out prompts, weights or rewards" in caplog.text
+    assert (tmp_path / "run" / "abandoned" / "1" / "evaluations" / "before" / "t2i.json").is_file()
+    assert now.read("before") == {} and "nothing is compared with it" in caplog.text
+    assert now.evaluate("before", Policy(1, "a", ()), 0)["t2i"].rewards == [3.0, 4.0]

@@ -63,3 +63,12 @@ def test_a_reward_of_weight_0_is_a_second_opinion_on_every_change(results):
     assert results.independent_changes(-1, 0)["edit/edit_shapes_template"].mean == pytest.approx(0.1)
     over_all = results.independent_changes(-1, 1)["edit/edit_shapes_template"]
     assert over_all.mean == pytest.approx(-0.1) and over_all.missing == 1
+
+
+def test_what_was_not_measured_with_the_same_prompts_is_compared_with_nothing(results):
+    del results.moments["before"]
+    assert results.stage_changes(0) == {} and results.cross_task_alarms(0) == []
+    assert results.independent_changes(-1, 1) == {}
+    assert results.stage_alarms(0, results.moments["after_edit"]) == []
+    assert results.change_since_before("edit", results.moments["after_edit"]["edit"]) is None
+    assert results.stage_changes(1)["t2i"].mean == pytest.approx(0.255)
