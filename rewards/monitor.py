@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 from rewards.base import FatalRewardError, RewardSpec, reward_label
 from rewards.scoring import GroupScore
@@ -16,16 +16,18 @@ class RewardMonitor:
     """Stops on a reward that is missing too often, or that gives one and the same score step after step.
 
     The share of missing samples is taken over the last 64 groups and judged from the eighth on, so that one
-    lost group does not end a small run. Rewards of weight 0 are watched but never stop the run. The windows
-    start empty in every stage and after a resume.
+    lost group does not end a small run. Rewards of weight 0 are watched but never stop the run. A stage starts with
+    nothing seen.
+
+    `seen` is kept up to date in place, so that a run which is resumed again and again still notices. By label:
+    `missing`, [missing samples, samples] of each group in the window; `constant`, [the one value, for how many steps].
     """
 
-    def __init__(self, specs: Sequence[RewardSpec]) -> None:
+    def __init__(self, specs: Sequence[RewardSpec], seen: dict[str, Any] | None = None) -> None:
         self._specs = {reward_label(spec): spec for spec in specs}
-        self._missing: dict[str, deque[tuple[int, int]]] = {
-            label: deque(maxlen=WINDOW_GROUPS) for label in self._specs
-        }
-        self._constant: dict[str, tuple[float, int]] = {}  # label -> the one value, for how many steps
+        self._seen = {} if seen is None else seen
+        for label in self._specs:
+            self._seen.setdefault(label, {"missing": [], "constant": None})
 
     def observe(self, groups: Sequence[GroupScore]) -> None:
         """Take in all groups of one step, dropped ones included.
@@ -40,13 +42,14 @@ class RewardMonitor:
         """Share of missing samples in the window, per label; a reward that saw no sample is left out."""
         return {
             label: sum(missing for missing, _ in window) / sum(total for _, total in window)
-            for label, window in self._missing.items()
-            if window
+            for label in self._specs
+            if (window := self._seen[label]["missing"])
         }
 
     def _observe_reward(self, label: str, groups: Sequence[GroupScore]) -> list[str]:
-        spec, window = self._specs[label], self._missing[label]
-        window.extend((group.components[label].count(None), len(group.components[label])) for group in groups)
+        spec, window = self._specs[label], self._seen[label]["missing"]
+        window.extend([group.components[label].count(None), len(group.components[label])] for group in groups)
+        del window[:-WINDOW_GROUPS]
         self._count_constant(label, [s for group in groups for s in group.components[label] if s is not None])
         if spec.weight == 0:
             return []
@@ -60,7 +63,7 @@ class RewardMonitor:
                 f"reward {label!r}: {share:.0%} of the samples in the last {len(window)} groups are missing, "
                 f"more than max_missing_share {spec.max_missing_share} (causes this step: {sorted(causes)})"
             )
-        value, steps = self._constant.get(label, (0.0, 0))
+        value, steps = self._seen[label]["constant"] or (0.0, 0)
         if 0 < spec.constant_steps <= steps:
             problems.append(
                 f"reward {label!r}: every score of the last {steps} steps is {value}, which teaches nothing; "
@@ -72,6 +75,6 @@ class RewardMonitor:
         """A step with fewer than two scores says nothing either way."""
         if len(scores) < 2:
             return
-        value, steps = self._constant.pop(label, (scores[0], 0))
-        if len(set(scores)) == 1:
-            self._constant[label] = (scores[0], steps + 1 if scores[0] == value else 1)
+        value, steps = self._seen[label]["constant"] or (scores[0], 0)
+        same = [scores[0], steps + 1 if scores[0] == value else 1]
+        self._seen[label]["constant"] = same if len(set(scores)) == 1 else None

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import recipes
+from core.command_line import positive
 from core.logs import start_logging
 from core.prompts import Prompt, PromptFileError, load_prompts
 from core.recipe import ConfigError, read_recipe
@@ -119,22 +120,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without a token")
     parser.add_argument(
-        "--max-request-mb", type=_positive, default=128, metavar="N", help="larger is refused (413)"
+        "--max-request-mb", type=positive, default=128, metavar="N", help="larger is refused (413)"
     )
     parser.add_argument(
-        "--concurrency", type=_positive, default=4, metavar="N", help="requests in work, per reward"
+        "--concurrency", type=positive, default=4, metavar="N", help="requests in work, per reward"
     )
     parser.add_argument(
-        "--grace-s", type=_positive, default=30, metavar="N", help="for requests in work at the end"
+        "--grace-s", type=positive, default=30, metavar="N", help="for requests in work at the end"
     )
     return parser.parse_intermixed_args(argv)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def _listen(arguments: argparse.Namespace) -> socket.socket:

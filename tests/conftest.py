@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 
 from tests.fakes.forked_workers import WorkerServer
-from tests.levels import BUDGET_S, LEVELS, USES, group_of, level_of, levels_of
+from tests.levels import BUDGET_S, LEVELS, ORDER, USES, group_of, level_of, levels_of
 
 # The same examples in every run, on a machine of any speed.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
@@ -43,14 +43,16 @@ def ray_session(worker_server):
 
     for attempt in range(RAY_STARTS):
         try:
-            ray.init(
-                address="local",
-                num_cpus=16,
-                num_gpus=0,
-                include_dashboard=False,
-                log_to_driver=False,
-                runtime_env={"py_executable": worker_server.python},
-            )
+            with worker_server.shortened():
+                ray.init(
+                    address="local",
+                    num_cpus=16,
+                    num_gpus=0,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    runtime_env={"py_executable": worker_server.python},
+                    _system_config={"kill_worker_timeout_milliseconds": 500},  # of one that was stopped
+                )
             break
         except Exception as error:  # Ray has no class of its own for this
             if "timed out during startup" not in str(error) or attempt == RAY_STARTS - 1:
@@ -63,8 +65,8 @@ def ray_session(worker_server):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Every test gets its level, in the order of the budget, and a group that stays on one worker: fixtures of a file
-    are made once, and there is one vLLM at a time."""
+    """Every test gets its level, which orders them, and a group that stays on one worker: fixtures of a file are made
+    once, and there is one vLLM at a time."""
     for item in items:
         if not levels_of(item):
             item.add_marker(level_of(item.nodeid, item.fixturenames))
@@ -72,7 +74,7 @@ def pytest_collection_modifyitems(items):
             if fixtures & set(item.fixturenames):
                 item.add_marker(mark)
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    items.sort(key=lambda item: LEVELS.index(levels_of(item)[0]))
+    items.sort(key=lambda item: ORDER.index(levels_of(item)[0]))
 
 
 def pytest_terminal_summary(terminalreporter, config):

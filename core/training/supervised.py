@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core.cluster.process_group import join_process_group
+from core.cluster.process_group import join_process_group, limit_collectives
+from core.cluster.ranks import RankResources
 from core.inputs import check_files
 from core.training.ema import ShardedAverage
 from core.training.optimization import trained_parameters
@@ -50,9 +51,7 @@ class TrainerSettings:
     micro_batch_size: int
     optimization: AdamW
     dtype: str
-    device: str
-    threads: int
-    collective_timeout_s: float
+    resources: RankResources
     zero_stage: int
     offload: str = "none"
     ema_decay: float | None = None
@@ -62,8 +61,8 @@ class SupervisedRank(ABC):
     """Owns model, optimizer and average. `setup` must be called on all ranks before anything else."""
 
     def __init__(self, settings: TrainerSettings, rank: int):
-        torch.set_num_threads(settings.threads)
-        self.settings, self.rank, self.device = settings, rank, settings.device
+        torch.set_num_threads(settings.resources.threads)
+        self.settings, self.rank, self.device = settings, rank, settings.resources.device
         self.step = self.skipped = 0
         self.batches: Iterator[Any] | None = None
         self.average: ShardedAverage | None = None
@@ -100,7 +99,7 @@ class SupervisedRank(ABC):
     # ---- what the driver calls ----------------------------------------------------------------------------
 
     def setup(self, address: str, port: int) -> None:
-        """Join the other ranks, then build data, model and engine. Raises after the collective time limit."""
+        """Join the other ranks, then build data, model and engine. Raises after `start_timeout_s` without them."""
         settings = self.settings
         if not torch.distributed.is_initialized():
             join_process_group(
@@ -109,12 +108,13 @@ class SupervisedRank(ABC):
                 address=address,
                 port=port,
                 device=self.device,
-                timeout_s=settings.collective_timeout_s,
+                timeout_s=settings.resources.start_timeout_s,
             )
         self.model = self.build()
         self.engine = self._make_engine(self.model)
         if settings.ema_decay is not None:
             self.average = ShardedAverage(self.engine, settings.ema_decay)
+        limit_collectives(settings.resources.collective_timeout_s)
 
     def sees(self, folder: str) -> bool:
         """Whether this node has the run's folder: every rank writes its part of a checkpoint there."""
@@ -200,7 +200,7 @@ class SupervisedRank(ABC):
 def engine_config(settings: TrainerSettings) -> dict[str, Any]:
     """The trainer's DeepSpeed configuration."""
     zero: dict[str, Any] = {"stage": settings.zero_stage}
-    host = {"device": "cpu", "pin_memory": settings.device == "cuda"}
+    host = {"device": "cpu", "pin_memory": settings.resources.device == "cuda"}
     if settings.offload != "none":
         zero["offload_optimizer"] = host
     if settings.offload == "parameters":

@@ -6,12 +6,11 @@
 <index_dir>/<digest>/corrupt.json                         memory, so that opening reads 8 bytes a sample
 """
 
-import concurrent.futures
+import functools
 import glob
 import hashlib
 import io
 import json
-import multiprocessing
 import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ import recipes
 from core.failures import DataError, SampleError
 from core.files import COMPLETE, atomic_write_bytes, publish_folder
 from core.pictures import MAX_PIXELS
-from core.progress import Progress
+from core.shards.indexing import index_files
 from pretrain.data.config import SourceConfig
 from pretrain.data.readers import Place, Reader, picture_fields, text_fields
 from pretrain.data.tables import HuggingFaceReader, ParquetReader, dataset_files
@@ -205,7 +204,8 @@ def upright_size(file: IO[bytes], name: str) -> tuple[int, int]:
 
 def _make(config: SourceConfig, files: Sequence[Path], index_dir: Path, workers: int) -> None:
     """Index the files that are not yet, and put all of them together."""
-    _index_all([path for path in files if not _current(path, config, index_dir)], config, index_dir, workers)
+    pending = [path for path in files if not _current(path, config, index_dir)]
+    index_files(functools.partial(index_one, config=config, index_dir=index_dir), pending, workers)
     sizes, places, counts, corrupt = [], [], [], []
     for number, path in enumerate(files):
         with np.load(_record_path(path, config, index_dir)) as arrays:
@@ -222,21 +222,6 @@ def _make(config: SourceConfig, files: Sequence[Path], index_dir: Path, workers:
     np.save(partial / "places.npy", np.concatenate(places) if places else np.empty((0, 0), np.int64))
     (partial / "corrupt.json").write_text(json.dumps(corrupt), encoding="utf-8")
     publish_folder(partial, index_dir / digest)
-
-
-def _index_all(pending: list[Path], config: SourceConfig, index_dir: Path, workers: int) -> None:
-    with Progress().phase("index", total=len(pending), unit="file") as bar:
-        if workers == 1 or len(pending) <= 1:
-            for path in pending:
-                index_one(path, config, index_dir)
-                bar.advance()
-            return
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(min(workers, len(pending)), context) as pool:
-            tasks = [pool.submit(index_one, path, config, index_dir) for path in pending]
-            for done in concurrent.futures.as_completed(tasks):
-                done.result()
-                bar.advance()
 
 
 def _digest(config: SourceConfig, files: Sequence[Path]) -> str:

@@ -10,24 +10,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
+from pydantic import TypeAdapter
 
 from rewards.base import FatalRewardError, RewardOutput
 from rewards.editreward.client_replicas import Replicas, Unscorable
 from rewards.editreward.model_folder import ModelCard, ModelFolderError, folder_problems, read_card
 from rewards.editreward.processing import InputError, classify_request
+from rewards.parameters import Count, Positive, value_problems
 from rewards.service.endpoints import url_problem
 
 if TYPE_CHECKING:
     from rewards.editreward.client_local import LocalModel
 
 log = logging.getLogger(__name__)
-MODES = ("served", "inprocess")
 
 
+@dataclass(kw_only=True, eq=False)
 class EditReward:
     """Scores in [0, 1], or None for an edit that the model cannot be shown.
 
@@ -39,21 +42,16 @@ class EditReward:
     torch sees one. The weights' type is the exported one.
     """
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        mode: str = "served",
-        urls: Sequence[str] = (),
-        concurrency: int = 64,
-        timeout_s: float = 120.0,
-        unavailable_s: float = 300.0,
-        device: str = "auto",
-        batch_size: int = 8,
-    ) -> None:
-        self.model, self.mode, self.urls = model, mode, tuple(urls)
-        self.concurrency, self.timeout_s, self.unavailable_s = concurrency, timeout_s, unavailable_s
-        self.device, self.batch_size = device, batch_size
+    model: str
+    mode: Literal["served", "inprocess"] = "served"
+    urls: Sequence[str] = ()
+    concurrency: Count = 64
+    timeout_s: Positive = 120.0
+    unavailable_s: Positive = 300.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: Count = 8
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._card: ModelCard | None = None
         self._replicas: Replicas | None = None
@@ -71,7 +69,8 @@ class EditReward:
 
     def check(self) -> list[str]:
         """Problems of the parameters and of the model folder; nothing is sent or loaded."""
-        problems = [message for fine, message in self._rules() if not fine]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        problems = [*value_problems(_VALUES, values), *self._url_problems()]
         problems += [f"urls: {problem}" for url in self.urls if (problem := url_problem(url))]
         try:
             card = read_card(self.model)
@@ -173,25 +172,16 @@ class EditReward:
                 raise FatalRewardError(f"reward editreward: {error}") from error
         return self._card
 
-    def _rules(self) -> list[tuple[bool, str]]:
-        served = self.mode == "served"
-        return [
-            (self.mode in MODES, f"mode is {self.mode!r}; choose one of {', '.join(MODES)}"),
-            (
-                not served or bool(self.urls),
-                "urls is empty; give those that `python -m rewards.editreward serve` prints, or mode: inprocess",
-            ),
-            (
-                served or not self.urls,
-                "urls is set, but mode: inprocess asks no server; leave one of them out",
-            ),
-            (len(set(self.urls)) == len(self.urls), f"urls holds one URL twice: {', '.join(self.urls)}"),
-            (self.concurrency >= 1, f"concurrency is {self.concurrency}; give 1 or more"),
-            (self.timeout_s > 0, f"timeout_s is {self.timeout_s}; give seconds above 0"),
-            (self.unavailable_s > 0, f"unavailable_s is {self.unavailable_s}; give seconds above 0"),
-            (self.batch_size >= 1, f"batch_size is {self.batch_size}; give 1 or more"),
-            (self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; choose auto, cpu or cuda"),
-        ]
+    def _url_problems(self) -> Iterator[str]:
+        if self.mode == "served" and not self.urls:
+            yield "urls is empty; give those that `python -m rewards.editreward serve` prints, or mode: inprocess"
+        if self.mode == "inprocess" and self.urls:
+            yield "urls is set, but mode: inprocess asks no server; leave one of them out"
+        if len(set(self.urls)) != len(self.urls):
+            yield f"urls holds one URL twice: {', '.join(self.urls)}"
+
+
+_VALUES = TypeAdapter(EditReward)
 
 
 def _edits(

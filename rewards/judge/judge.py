@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import functools
 import logging
 import math
@@ -34,8 +33,9 @@ from rewards.judge.questions import (
     combine,
     judge_questions,
 )
-from rewards.judge.settings import FREE, KEYS, Count, JudgeSettings, Positive, value_problems
+from rewards.judge.settings import FREE, KEYS, JudgeSettings
 from rewards.judge.template_files import PLACES, Template, TemplateError, load_template
+from rewards.parameters import Count, Positive, choice_problems, value_problems
 from rewards.scoring import MIN_SCORED_SHARE
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class JudgeReward:
         numbers = {"max_asks": max_asks, "max_tokens": max_tokens, "give_up_after_s": give_up_after_s}
         problems = [
             *problems,
-            *_choice_problems("parameter", settings, KEYS),
+            *choice_problems("parameter", settings, KEYS),
             *value_problems(_NUMBERS, numbers),
         ]
         if "model" not in settings:
@@ -315,23 +315,13 @@ class Judge(JudgeReward):
         """Raises ValueError with every parameter that is unknown or out of range."""
         self.protocol_name, self.template_paths = protocol, dict(templates or {})
         problems = [
-            *_choice_problems("protocol", [protocol], PROTOCOLS),
-            *_choice_problems("templates", self.template_paths, PLACES),
+            *choice_problems("protocol", [protocol], PROTOCOLS),
+            *choice_problems("templates", self.template_paths, PLACES),
         ]
         if not problems:
             self.protocol = PROTOCOLS[protocol]()
             self.default_max_tokens = self.protocol.max_tokens
         super().__init__(problems, **params)
-
-
-def _choice_problems(what: str, given: Any, choices: Any) -> list[str]:
-    problems = []
-    for name in given:
-        if name not in choices:
-            near = difflib.get_close_matches(str(name), choices, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            problems.append(f"{what} {name!r} is not known; {hint}it is one of {', '.join(choices)}")
-    return problems
 
 
 def _probe(task: str) -> Sample:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SkipValidation, TypeAdapter, ValidationError
+from pydantic import Field, SkipValidation, TypeAdapter
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-Seed = Annotated[int, Field(strict=True, ge=0)]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+from rewards.parameters import Count, NotNegative, Positive, Seed, value_problems
 
 
 @dataclass(frozen=True)
@@ -98,16 +95,6 @@ FREE = frozenset(KEYS) - {"model", "temperature", "seed", "image_format", "image
 """Keys that decide how an answer is reached and what it may cost, never what it is."""
 
 _VALUES = TypeAdapter(JudgeSettings)
-
-
-def value_problems(schema: TypeAdapter[Any], values: Mapping[str, Any]) -> Iterator[str]:
-    """Every value that does not fit the schema, as one sentence that names its key."""
-    try:
-        schema.validate_python(values)
-    except ValidationError as error:
-        for found in error.errors(include_url=False):
-            remedy = found["msg"].replace("Input should be", "it should be", 1)
-            yield f"{found['loc'][0]} is {found['input']!r}; {remedy[0].lower()}{remedy[1:]}"
 
 
 def _endpoint_problems(settings: JudgeSettings) -> Iterator[str]:

@@ -97,7 +97,7 @@ class Controller:
     def _train(self, stage: StageConfig) -> None:
         """The algorithm: the stage's remaining steps."""
         config, progress = self.config, self.state.stages[-1]
-        schedule = StageSchedule(stage, config)
+        schedule = StageSchedule(stage, config, progress)
         for step in schedule.remaining_steps(progress):
             number, clock = self.state.step + 1, Clock()
             part, groups = schedule.part(step), schedule.groups(step)  # pure: which prompts, which seeds

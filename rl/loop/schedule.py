@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import recipes
 from core.prompts import Prompt, load_prompts
@@ -31,11 +32,15 @@ class ScheduledPart:
 
 
 class StageSchedule:
-    """The steps of a stage: its parts take one step each, in their order."""
+    """The steps of a stage: its parts take one step each, in their order. `progress` keeps what their rewards' monitors
+    see."""
 
-    def __init__(self, stage: StageConfig, config: RunConfig) -> None:
+    def __init__(self, stage: StageConfig, config: RunConfig, progress: StageProgress | None = None) -> None:
         self._steps = stage.steps
-        self._parts = [_scheduled(part, config) for part in stage_parts(stage)]
+        seen = {} if progress is None else progress.rewards
+        self._parts = [
+            _scheduled(part, config, seen.setdefault(part.label, {})) for part in stage_parts(stage)
+        ]
 
     def remaining_steps(self, progress: StageProgress) -> Iterator[int]:
         """Steps from 0 that are not done yet."""
@@ -61,10 +66,10 @@ def stage_learning_rate(config: LearnerConfig, done: int, steps: int) -> float:
     return config.learning_rate + (config.final_learning_rate - config.learning_rate) * done / steps
 
 
-def _scheduled(part: StagePart, config: RunConfig) -> ScheduledPart:
+def _scheduled(part: StagePart, config: RunConfig, seen: dict[str, Any]) -> ScheduledPart:
     prompts = load_prompts(recipes.resolve(part.prompts), part.task)  # type: ignore[arg-type]
     rollout = config.rollout
     sampler = GroupSampler(
         len(prompts), rollout.prompts_per_rollout, rollout.group_size, config.seed, part.label
     )
-    return ScheduledPart(part, prompts, sampler, RewardMonitor(reward_specs(part.rewards)))
+    return ScheduledPart(part, prompts, sampler, RewardMonitor(reward_specs(part.rewards), seen))

@@ -37,7 +37,9 @@ def preflight(config: RunConfig) -> Preflight:
     problems = find_problems(config)
     problems += _check_paths(config)
     model_problems = _check_model(config)
-    problems += _check_output(config, None if problems or model_problems else disk_needs(config))
+    needs = None if problems or model_problems else disk_needs(config)
+    folder = Path(config.output_dir) / str(config.name)
+    problems += output_problems(f"output_dir={config.output_dir!r}", folder, needs)
     problems += model_problems
     # Of a size that the model cannot draw, no reference has the proportions.
     drawn = None if any(_SIZE_KEYS in problem for problem in model_problems) else config.model
@@ -63,13 +65,6 @@ def _check_paths(config: RunConfig) -> list[str]:
     return relative_path_problems(
         {f"output_dir={config.output_dir!r}": config.output_dir},
         read={f"{key}={path!r}": path for key, path in read.items()},
-    )
-
-
-def _check_output(config: RunConfig, needs: dict[str, float] | None) -> list[str]:
-    """Whether something can be written where results will go, and there is room for it."""
-    return output_problems(
-        f"output_dir={config.output_dir!r}", Path(config.output_dir) / str(config.name), needs
     )
 
 

@@ -24,7 +24,7 @@ from core.prompts import Prompt, load_prompts, load_reference
 from core.seeds import derive_seed
 from rewards.scoring import GroupScore
 from rl.recipe.reward_sets import evaluation_set_name
-from rl.recipe.schema import EvaluationConfig, EvaluationTaskConfig
+from rl.recipe.schema import EvaluationConfig
 from rl.record.gallery import GallerySample
 from rl.workers.collect import Collector
 from rl.workers.requests import RolloutRequest, RolloutResult, alone, batch_requests
@@ -53,7 +53,10 @@ class Evaluator:
 
     def __init__(self, config: EvaluationConfig, collector: Collector, run_dir: Path, gallery_prompts: int):
         self.config, self.collector, self.folder = config, collector, run_dir / EVALUATIONS
-        self.prompts: dict[str, list[Prompt]] = {task.task: load_task_prompts(task) for task in config.tasks}
+        self.prompts: dict[str, list[Prompt]] = {
+            task.task: load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]
+            for task in config.tasks
+        }
         self.gallery_prompts = gallery_prompts
         self.gallery: dict[str, dict[str, list[GallerySample]]] = {}
 
@@ -175,11 +178,6 @@ class Evaluator:
 def read_scores(path: Path) -> TaskScores | None:
     """Stored scores, without their pictures; None where there are none."""
     return TaskScores(**json.loads(path.read_text())) if path.is_file() else None
-
-
-def load_task_prompts(task: EvaluationTaskConfig) -> list[Prompt]:
-    """The first `num_prompts` held-out prompts of a task."""
-    return load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]
 
 
 def _pictures(result: RolloutResult, sample: Callable[..., Iterator[RolloutResult]]) -> np.ndarray:

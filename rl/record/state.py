@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from core.inputs import Inputs
 
 
 @dataclass
 class StageProgress:
-    """What a stage has come to so far. `updates` took effect; `fates`: of its groups (`rl/loop/step.py`)."""
+    """What a stage has come to so far. `updates` took effect; `fates`: of its groups (`rl/loop/step.py`); `rewards`: by
+    part of the stage, what its `RewardMonitor` has seen."""
 
     name: str
     steps: int = 0
@@ -19,6 +21,7 @@ class StageProgress:
     missing: int = 0
     updates: int = 0
     fates: dict[str, int] = field(default_factory=dict)
+    rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -88,13 +87,9 @@ def _metrics(folder: Path) -> list[str]:
     recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     found = []
     for task in recipe["evaluation"]["tasks"]:
-        second = [_label(reward) for reward in task["rewards"] if reward["weight"] == 0]
-        found += [task["task"], *(f"{task['task']}/{label}" for label in second)]
+        watched = [RewardSpec(r["name"], label=r["label"]) for r in task["rewards"] if r["weight"] == 0]
+        found += [task["task"], *(f"{task['task']}/{label}" for label in map(reward_label, watched))]
     return found
-
-
-def _label(reward: dict[str, Any]) -> str:
-    return reward_label(RewardSpec(reward["name"], label=reward["label"]))
 
 
 def _last(folder: Path) -> str:

@@ -24,14 +24,14 @@ from core.files import file_sha256
 from core.logs import relative_path_problems
 from core.output import output_problems
 from core.prompts import Prompt, PromptFileError, load_prompts, reference_problems
-from core.recipe import ConfigError
+from core.recipe import ConfigError, value_problems
 from core.run_status import watch_run
 from rewards.editreward.data.generate_config import (
     BASE,
     GenerateSection,
     Header,
     load_section,
-    section_problems,
+    output_folder,
     section_recipe,
 )
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
@@ -67,7 +67,7 @@ def check(header: Header, section: GenerateSection) -> list[Prompt]:
     """The prompts to edit, in order. Raises ConfigError with everything that keeps the run from starting."""
     from models.folders import check_model_folder
 
-    problems = section_problems(section)
+    problems = value_problems(section, "generate.")
     prompts: list[Prompt] = []
     try:
         prompts = load_prompts(recipes.resolve(section.prompts), "edit")
@@ -82,7 +82,7 @@ def check(header: Header, section: GenerateSection) -> list[Prompt]:
     drawn = (section.width, section.height)
     problems += reference_problems(prompts, drawn, "generate.width and generate.height")[1]
     problems += [f"generate.model: {p}" for p in check_model_folder(recipes.resolve(section.model))]
-    problems += output_problems("generate.output", output_folder(header, section))
+    problems += output_problems("generate.output", output_folder(header, section.output, "edits"))
     paths = {"output_dir": header.output_dir, "generate.output": section.output or header.output_dir}
     problems += relative_path_problems({f"{key}={p!r}": Path(p).expanduser() for key, p in paths.items()})
     if problems:
@@ -90,19 +90,15 @@ def check(header: Header, section: GenerateSection) -> list[Prompt]:
     return prompts
 
 
-def output_folder(header: Header, section: GenerateSection) -> Path:
-    """Where the shards go."""
-    return Path(section.output).expanduser().absolute() if section.output else header.run_dir / "edits"
-
-
 def describe(header: Header, section: GenerateSection, prompts: list[Prompt]) -> list[str]:
     """The plan in lines: how many edits, of which settings."""
     from rewards.editreward.data.generate_plan import count_shards, plan_edits
 
     edits = plan_edits(prompts, section, header.seed)
+    folder = output_folder(header, section.output, "edits")
     lines = [
         f"{len(prompts)} prompts x {section.edits_per_prompt} = {len(edits)} edits of {section.width} x "
-        f"{section.height} in {count_shards(len(prompts), section)} shards, to {output_folder(header, section)}"
+        f"{section.height} in {count_shards(len(prompts), section)} shards, to {folder}"
     ]
     for name in ("num_steps", "guidance_scale", "noise_level"):
         counts = Counter(getattr(edit.settings, name) for edit in edits)
@@ -117,7 +113,7 @@ def generate(header: Header, section: GenerateSection, prompts: list[Prompt]) ->
     from rewards.editreward.data.generate_plan import count_shards
     from rewards.editreward.data.generate_run import Generation, shard_path
 
-    folder = output_folder(header, section)
+    folder = output_folder(header, section.output, "edits")
     with only_one(folder):
         adapters = load_adapters(section)
         record = made_with(header, section, prompts, list(adapters.sha256))

@@ -13,7 +13,7 @@ from annotated_types import MinLen
 from omegaconf import MISSING
 
 from core.keys import AtLeast0, Count, Device, Guidance, ModelDtype, NonNegative, Positive
-from core.recipe import read_recipe, value_problems
+from core.recipe import read_recipe
 from rewards.editreward.config import OTHER_SECTIONS, Header, Recipe
 
 BASE = "base"
@@ -97,6 +97,11 @@ def section_recipe(key: str, schema: type[Section]) -> type[Header]:
     return dataclasses.make_dataclass(f"{schema.__name__}Recipe", keys, bases=(Header,))
 
 
+def output_folder(header: Header, output: str | None, usual: str) -> Path:
+    """Where a command writes its shards: the section's `output`, else a folder of the run."""
+    return Path(output).expanduser().absolute() if output else header.run_dir / usual
+
+
 def load_section(
     path: str | Path, overrides: Sequence[str], key: str, schema: type[Section]
 ) -> tuple[Header, Section]:
@@ -108,8 +113,3 @@ def load_section(
     whole = section_recipe(key, schema)  # type: ignore[arg-type]
     recipe: Any = read_recipe(path, overrides, whole, others=sorted(others), defer_values=True)
     return recipe, getattr(recipe, key)
-
-
-def section_problems(section: GenerateSection) -> list[str]:
-    """Every value that is out of range, one sentence each."""
-    return value_problems(section, "generate.")

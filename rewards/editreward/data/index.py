@@ -5,22 +5,20 @@ The result of a shard is kept under the run's folder (`index/`) and made again w
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import glob
 import hashlib
 import json
 import logging
-import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 import recipes
 from core.files import atomic_write_text
-from core.progress import Progress
+from core.shards.indexing import index_files
 from models.qwen25_vl import read_token_pixels
 from rewards.editreward.config import DataSection, Recipe
 from rewards.editreward.data.shards import (
@@ -28,6 +26,7 @@ from rewards.editreward.data.shards import (
     EditSample,
     Member,
     SampleError,
+    find_shards,
     read_sample,
     shard_members,
 )
@@ -96,20 +95,13 @@ def split_of(source: str, data: DataSection) -> str:
     return "validation" if place < data.test_share + data.validation_share else "train"
 
 
-def shard_patterns(recipe: Recipe) -> list[str]:
-    """Where the labelled edits of a recipe are."""
-    return recipe.data.shards or [str(recipe.run_dir / "labelled" / "*.tar")]
-
-
-def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """Files that paths and globs name, sorted. Raises DataError for a pattern without a file."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        matches = glob.glob(str(recipes.resolve(pattern)))
-        if not matches:
-            raise DataError(f"data.shards: no file matches {pattern!r}")
-        found |= {Path(match) for match in matches}
-    return sorted(found)
+def labelled_shards(recipe: Recipe) -> list[Path]:
+    """The labelled edits of a recipe. Raises DataError for a pattern without a file."""
+    patterns = recipe.data.shards or [str(recipe.run_dir / "labelled" / "*.tar")]
+    shards, problems = find_shards("data.shards", patterns)
+    if problems:
+        raise DataError("; ".join(problems))
+    return shards
 
 
 def load_corpus(recipe: Recipe, index_dir: Path | None = None) -> Corpus:
@@ -121,25 +113,11 @@ def load_corpus(recipe: Recipe, index_dir: Path | None = None) -> Corpus:
     are named), or for a split without samples.
     """
     index_dir = index_dir or recipe.run_dir / "index"
-    shards = find_shards(shard_patterns(recipe))
+    shards = labelled_shards(recipe)
     pending = [shard for shard in shards if not _cached(shard, index_dir)]
     if pending:
-        _index_all(pending, index_dir, recipe.data.index_workers)
+        index_files(partial(_index, index_dir=index_dir), pending, recipe.data.index_workers)
     return _assemble(shards, recipe, index_dir)
-
-
-def _index_all(shards: list[Path], index_dir: Path, workers: int) -> None:
-    with Progress().phase("index", total=len(shards), unit="shard") as bar:
-        if workers == 1 or len(shards) == 1:
-            for shard in shards:
-                _index(shard, index_dir)
-                bar.advance()
-            return
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-            for done in concurrent.futures.as_completed([pool.submit(_index, s, index_dir) for s in shards]):
-                done.result()
-                bar.advance()
 
 
 def _assemble(shards: list[Path], recipe: Recipe, index_dir: Path) -> Corpus:

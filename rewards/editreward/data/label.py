@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import glob
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +19,17 @@ from typing import Any
 
 from PIL import Image
 
-import recipes
 from core.command_line import add_recipe_arguments
 from core.files import atomic_write_json
 from core.recipe import ConfigError
 from core.run_status import watch_run
 from rewards.editreward.config import Header
-from rewards.editreward.data.generate_config import load_section, section_recipe
+from rewards.editreward.data.generate_config import load_section, output_folder, section_recipe
 from rewards.editreward.data.generate_record import RECORD, only_one, same_as_before
 from rewards.editreward.data.label_config import (
     LabelSection,
-    input_patterns,
     judge_settings,
     label_problems,
-    output_folder,
 )
 from rewards.editreward.data.label_questions import EditLabels, read_template
 from rewards.editreward.data.label_run import (
@@ -45,7 +41,7 @@ from rewards.editreward.data.label_run import (
     read_readable,
     settled,
 )
-from rewards.editreward.data.shards import DataError, shard_members
+from rewards.editreward.data.shards import DataError, find_shards, shard_members
 from rewards.judge.budget import PROMPT_BYTES, cost_lines
 from rewards.judge.client import JudgeClient
 from rewards.judge.questions import Sample
@@ -79,16 +75,15 @@ def check(header: Header, section: LabelSection) -> tuple[Template, list[ShardJo
         template = read_template(section.template)
     except TemplateError as error:
         problems.append(f"label.template: {error}")
-    found = {pattern: glob.glob(str(recipes.resolve(pattern))) for pattern in input_patterns(header, section)}
-    problems += [
-        f"label.shards: no file matches {pattern!r}" for pattern, files in found.items() if not files
-    ]
-    shards = sorted({Path(file) for files in found.values() for file in files})
+    shards, unmatched = find_shards(
+        "label.shards", section.shards or [str(header.run_dir / "edits" / "*.tar")]
+    )
+    problems += unmatched
     names = [shard.name for shard in shards]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         problems.append(f"label.shards: several shards are called {twice[0]}; label their folders apart")
-    folder = output_folder(header, section)
+    folder = output_folder(header, section.output, "labelled")
     if any(shard.parent.absolute() == folder for shard in shards):
         problems.append(f"label.output {folder} holds the shards to label; give another folder")
     if not problems:
@@ -102,7 +97,7 @@ def label(
     header: Header, section: LabelSection, template: Template, jobs: list[ShardJob], *, dry_run: bool
 ) -> None:
     """Label what is not labelled and write the report. Raises ConfigError, LabelStopped, DataError."""
-    folder, settings = output_folder(header, section), judge_settings(header, section)
+    folder, settings = output_folder(header, section.output, "labelled"), judge_settings(header, section)
     open_jobs = [job for job in jobs if not settled(job, header, section)]
     edits = sum(len(shard_members(job.source)) for job in open_jobs)
     log.info("%d of %d shards are labelled, %d edits to go", len(jobs) - len(open_jobs), len(jobs), edits)

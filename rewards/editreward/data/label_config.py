@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Le
@@ -13,7 +10,8 @@ from annotated_types import Le
 from core.keys import Count, Positive, Share
 from core.recipe import value_problems
 from rewards.editreward.config import Header
-from rewards.judge.settings import JudgeSettings
+from rewards.judge.settings import KEYS, JudgeSettings
+from rewards.parameters import choice_problems
 
 
 @dataclass
@@ -39,16 +37,6 @@ class LabelSection:
     """Seconds of silence at the endpoint after which the run stops."""
 
 
-def input_patterns(header: Header, section: LabelSection) -> list[str]:
-    """Where the edits are."""
-    return section.shards or [str(header.run_dir / "edits" / "*.tar")]
-
-
-def output_folder(header: Header, section: LabelSection) -> Path:
-    """Where the labelled shards go."""
-    return Path(section.output).expanduser().absolute() if section.output else header.run_dir / "labelled"
-
-
 def judge_settings(header: Header, section: LabelSection) -> JudgeSettings:
     """The client's settings; `label_problems` has found them complete."""
     return JudgeSettings(**({"cache": str(header.run_dir / "judge.sqlite")} | section.judge))
@@ -56,13 +44,7 @@ def judge_settings(header: Header, section: LabelSection) -> JudgeSettings:
 
 def label_problems(header: Header, section: LabelSection) -> list[str]:
     """Every value that is unknown or out of range, one sentence each."""
-    known = [f.name for f in dataclasses.fields(JudgeSettings)]
-    problems = []
-    for key in section.judge:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            problems.append(f"unknown key 'label.judge.{key}': {hint}")
+    problems = choice_problems("key of label.judge", section.judge, KEYS)
     if "model" not in section.judge:
         problems.append("label.judge.model has no value; give the name of the model at the endpoint")
     if not problems:

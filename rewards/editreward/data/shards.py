@@ -12,16 +12,18 @@ all: the unit of work of whoever writes them.
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+import recipes
 from core.failures import DataError, SampleError
 from core.shards.tar import Member, list_shard, read_member, write_shard_file
 from core.text import parse_json
@@ -60,6 +62,13 @@ def write_shard(path: str | Path, samples: Iterable[EditSample]) -> int:
 
     write_shard_file(path, members())
     return len(keys)
+
+
+def find_shards(key: str, patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Files that paths and globs name, sorted, and a sentence for each of the recipe's `key` that names none."""
+    found = {pattern: glob.glob(str(recipes.resolve(pattern))) for pattern in patterns}
+    problems = [f"{key}: no file matches {pattern!r}" for pattern, files in found.items() if not files]
+    return sorted({Path(file) for files in found.values() for file in files}), problems
 
 
 def read_shard(path: str | Path) -> Iterator[EditSample]:

@@ -163,7 +163,7 @@ def _by_edit_type(
     """Within-group figures of each edit type, and its error in label units."""
     found = {}
     for kind in sorted(set(scored.edit_types)):
-        part = scored.where([i for i, name in enumerate(scored.edit_types) if name == kind])
+        part = scored.where(np.flatnonzero(scored.edit_types == kind))
         errors = agreement(part.target, part.predicted)
         found[kind] = group_estimates(within_groups(part, **ties), **draws) | {
             name: Estimate(errors[name], None, None, len(part.target)) for name in ("mae", "rmse")

@@ -9,8 +9,8 @@ The figures are those of `core/agreement.py`, in label units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,20 +29,13 @@ class Scored:
 
     target: Array
     predicted: Array
-    groups: Sequence[str]
-    sources: Sequence[str]
-    edit_types: Sequence[str]
+    groups: NDArray[np.object_]
+    sources: NDArray[np.object_]
+    edit_types: NDArray[np.object_]
 
-    def where(self, keep: Sequence[int]) -> Scored:
+    def where(self, keep: Sequence[int] | NDArray[np.intp]) -> Scored:
         """The samples at these positions."""
-        rows = list(keep)
-        return Scored(
-            self.target[rows],
-            self.predicted[rows],
-            [self.groups[i] for i in rows],
-            [self.sources[i] for i in rows],
-            [self.edit_types[i] for i in rows],
-        )
+        return Scored(*(getattr(self, column.name)[keep] for column in fields(self)))
 
 
 def scored_entries(
@@ -52,13 +45,10 @@ def scored_entries(
     kept = [i for i, score in enumerate(scores) if score is not None]
     if len(kept) < 2:
         raise DataError(f"the model scored {len(kept)} of {len(entries)} samples: nothing to measure")
-    return Scored(
-        np.array([labels[i] for i in kept]),
-        np.array([scores[i] for i in kept], dtype=np.float64),
-        [entries[i].group for i in kept],
-        [entries[i].source for i in kept],
-        [entries[i].edit_type for i in kept],
+    names = (
+        np.array([getattr(e, n) for e in entries], dtype=object) for n in ("group", "source", "edit_type")
     )
+    return Scored(np.array(labels), np.array(scores, dtype=np.float64), *names).where(kept)
 
 
 def overall(scored: Scored, *, resamples: int, seed: int) -> dict[str, Estimate]:
@@ -67,10 +57,10 @@ def overall(scored: Scored, *, resamples: int, seed: int) -> dict[str, Estimate]
     def figures(rows: NDArray[np.intp]) -> dict[str, float | None]:
         return agreement(scored.target[rows], scored.predicted[rows])
 
-    return cluster_bootstrap(figures, scored.sources, resamples=resamples, seed=seed)
+    return cluster_bootstrap(figures, scored.sources.tolist(), resamples=resamples, seed=seed)
 
 
-def group_rows(groups: Sequence[str]) -> list[NDArray[np.intp]]:
+def group_rows(groups: Iterable[str]) -> list[NDArray[np.intp]]:
     """Positions of each group with at least two members, in order of appearance."""
     rows: dict[str, list[int]] = {}
     for i, group in enumerate(groups):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.command_line import positive
 from core.failures import ClusterError
 from rewards.editreward.model_folder import ModelCard, ModelFolderError
 from rewards.editreward.serve.checks import DTYPES, EngineFacts, check_model, engine_problems
@@ -34,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `serve`."""
     add = parser.add_argument
     add("model", help="folder made by `python -m rewards.editreward export`")
-    add("--replicas", type=_positive, default=1, metavar="N", help="servers, each with a whole model")
-    add("--tensor-parallel", type=_positive, default=1, metavar="N", help="cards that share one model")
+    add("--replicas", type=positive, default=1, metavar="N", help="servers, each with a whole model")
+    add("--tensor-parallel", type=positive, default=1, metavar="N", help="cards that share one model")
     devices = ("auto", "cuda", "cpu")
     add("--device", choices=devices, default="auto", help="auto: cuda if the Ray cluster has GPUs")
     add("--dtype", choices=DTYPES, help="of the weights in memory; default: as exported")
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     port = "of the first replica, the others follow; 0: free ones"
     add("--port", type=int, default=8200, metavar="N", help=port)
     add("--cpus", type=float, default=1.0, metavar="N", help="Ray CPUs each replica asks for")
-    add("--threads", type=_positive, default=1, metavar="N", help="of one replica on a CPU")
+    add("--threads", type=positive, default=1, metavar="N", help="of one replica on a CPU")
     add("--placement-timeout-s", type=float, default=60.0, metavar="S", help="to wait for free cards")
     add("--start-timeout-s", type=float, default=900.0, metavar="S", help="to wait for a server")
     add("--max-restarts", type=int, default=5, metavar="N", help="in a row, of one replica")
@@ -121,10 +122,3 @@ def vllm_command(
         *(["--distributed-executor-backend", "mp"] if arguments.tensor_parallel > 1 else []),
         *arguments.vllm,
     ]  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number

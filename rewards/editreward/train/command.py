@@ -68,7 +68,7 @@ def preflight(recipe: Recipe) -> list[str]:
     """What would stop the run, found without loading weights or decoding pictures."""
     from models.folders import check_vlm_folder
     from models.qwen25_vl import read_chat_template
-    from rewards.editreward.data.index import find_shards, shard_patterns
+    from rewards.editreward.data.index import labelled_shards
     from rewards.editreward.train.plan import disk_needs, measure
 
     folder = recipes.resolve(recipe.model.path)
@@ -83,7 +83,7 @@ def preflight(recipe: Recipe) -> list[str]:
     with contextlib.suppress(ValueError):  # LoRA targets that match nothing, which the plan tells
         needs = None if problems else disk_needs(recipe, measure(recipe))
     try:
-        find_shards(shard_patterns(recipe))
+        labelled_shards(recipe)
     except DataError as error:
         problems.append(str(error))
     problems += output_problems(f"output_dir={recipe.output_dir!r}", recipe.run_dir, needs)
@@ -97,12 +97,12 @@ def _begin(recipe: Recipe, resume: str | None, accept: bool) -> tuple[Path | Non
     """The checkpoint to continue from, if any, where the run stands, and what it reads. Raises ConfigError."""
     from core.inputs import folder_files, hash_files, stamp_files
     from core.training.run import check_reading, find_checkpoint, read_state
-    from rewards.editreward.data.index import find_shards, shard_patterns
+    from rewards.editreward.data.index import labelled_shards
     from rewards.editreward.train.run import FREE, TrainState
 
     checkpoint = find_checkpoint(recipe, resume, load_recipe, free=FREE)
     held = hash_files(folder_files("model.path", recipe.model.path))
-    held["data.shards"] = stamp_files(find_shards(shard_patterns(recipe)))
+    held["data.shards"] = stamp_files(labelled_shards(recipe))
     state = read_state(checkpoint, TrainState) if checkpoint else TrainState()
     return checkpoint, state, check_reading(checkpoint, state.step, held, accept=accept)
 

@@ -28,17 +28,6 @@ TRAINABLE_FILE = "trainable.safetensors"
 
 
 @dataclass(frozen=True)
-class StepFigures:
-    """One optimizer step as a rank saw it: mean losses of its samples, the global gradient norm, the learning rate."""
-
-    step: int
-    regression: float
-    ranking: float
-    gradient_norm: float
-    learning_rate: float
-
-
-@dataclass(frozen=True)
 class LabelledBatch:
     """batch; target [B, K] as z-scores; the group of each sample."""
 
@@ -116,9 +105,17 @@ class TrainRank(SupervisedRank):
 
     def figures(
         self, parts: Sequence[tuple[float, float]], gradient_norm: float, learning_rate: float
-    ) -> StepFigures:
+    ) -> dict[str, float]:
+        """One optimizer step as this rank saw it: mean losses of its samples, global gradient norm, learning rate."""
         regression, ranking = (sum(each / len(parts) for each in side) for side in zip(*parts, strict=True))
-        return StepFigures(self.step, regression, ranking, gradient_norm, learning_rate)
+        return {
+            "step": self.step,
+            "train/loss": regression + self.recipe.train.ranking.weight * ranking,
+            "train/regression": regression,
+            "train/ranking": ranking,
+            "train/gradient_norm": gradient_norm,
+            "train/learning_rate": learning_rate,
+        }
 
     def _loader(self, data: EncodedEntries, order: Any) -> Iterator[LabelledBatch]:
         workers = self.recipe.train.loader_workers
@@ -127,7 +124,10 @@ class TrainRank(SupervisedRank):
             # Not fork: threads of gloo, NCCL and Ray are alive here. The server imports once for all loaders.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            waiting = {"timeout": self.settings.collective_timeout_s, "multiprocessing_context": context}
+            waiting = {
+                "timeout": self.recipe.resources.collective_timeout_s,
+                "multiprocessing_context": context,
+            }
         return iter(
             DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=data.collate, **waiting)
         )
@@ -166,7 +166,7 @@ class TrainRank(SupervisedRank):
 
 def trainer_settings(recipe: Recipe) -> TrainerSettings:
     """The recipe as the trainer reads it."""
-    train, resources = recipe.train, recipe.resources
+    train = recipe.train
     return TrainerSettings(
         ranks=train.ranks,
         steps=train.steps,
@@ -174,9 +174,7 @@ def trainer_settings(recipe: Recipe) -> TrainerSettings:
         micro_batch_size=train.micro_batch_size,
         optimization=train.optimization,
         dtype=recipe.model.dtype,
-        device=resources.device,
-        threads=resources.threads,
-        collective_timeout_s=resources.collective_timeout_s,
+        resources=recipe.resources,
         zero_stage=train.zero_stage,
     )
 

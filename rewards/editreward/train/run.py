@@ -27,7 +27,6 @@ from rewards.editreward.config import Recipe
 from rewards.editreward.data.index import Entry
 from rewards.editreward.evaluate.metrics import group_mean, scored_entries
 from rewards.editreward.settings import FILE, EditRewardSettings
-from rewards.editreward.train.rank import StepFigures
 
 log = logging.getLogger(__name__)
 
@@ -77,22 +76,13 @@ class TrainingRun(SupervisedRun):
     def checkpoint(self) -> None:
         self.save(keep=self.recipe.train.keep_checkpoints, more=self._write_constants)
 
-    def record(self, figures: list[list[StepFigures]], seconds: float) -> None:
+    def record(self, figures: list[list[dict[str, float]]], seconds: float) -> None:
         """One record a step: means over ranks."""
-        records = []
-        for ranks in zip(*figures, strict=True):
-            regression = float(np.mean([f.regression for f in ranks]))
-            pairwise = float(np.mean([f.ranking for f in ranks]))
-            records.append(
-                {
-                    "step": ranks[0].step,
-                    "train/loss": regression + self.recipe.train.ranking.weight * pairwise,
-                    "train/regression": regression,
-                    "train/ranking": pairwise,
-                    "train/gradient_norm": ranks[0].gradient_norm,
-                    "train/learning_rate": ranks[0].learning_rate,
-                }
-            )
+        records = [
+            {name: float(np.mean([rank[name] for rank in ranks])) for name in ranks[0]}
+            | {"step": ranks[0]["step"]}
+            for ranks in zip(*figures, strict=True)
+        ]
         self.scalars.write(records)
         log.info("step %d: loss %.4f", records[-1]["step"], records[-1]["train/loss"])
 

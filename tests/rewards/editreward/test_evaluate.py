@@ -42,9 +42,8 @@ def make_scored(groups=12, size=4, noise=1.0, seed=0):
     target = rng.integers(0, 6, groups * size).astype(float)
     predicted = target + rng.normal(0, noise, len(target)) + np.repeat(rng.normal(0, 2, groups), size)
     names = [f"g{i // size}" for i in range(len(target))]
-    return Scored(
-        target, predicted, names, [f"s{i // (2 * size)}" for i in range(len(target))], ["a", "b"] * 24
-    )
+    sources = [f"s{i // (2 * size)}" for i in range(len(target))]
+    return Scored(target, predicted, *map(np.array, (names, sources, ["a", "b"] * 24)))
 
 
 def test_agreement_is_that_of_scipy_and_of_plain_loops():
@@ -78,11 +77,12 @@ def test_within_groups_ignores_what_only_tells_sources_apart():
     level = np.repeat(rng.normal(0, 10, 30), 4)
     target = level + np.tile([0.0, 1.0, 2.0, 3.0], 30)
     names = [f"g{i // 4}" for i in range(120)]
-    meter = Scored(target, level, names, names, ["x"] * 120)
+    names, kinds = np.array(names), np.array(["x"] * 120)
+    meter = Scored(target, level, names, names, kinds)
     assert agreement(meter.target, meter.predicted)["spearman"] > 0.95
     values = within_groups(meter, tie_margin=0, threshold=0)
     assert set(values["spearman"].values()) == {0.0} and set(values["pairwise"].values()) == {0.5}
-    perfect = Scored(target, target**3, names, names, ["x"] * 120)
+    perfect = Scored(target, target**3, names, names, kinds)
     figures = group_estimates(within_groups(perfect, tie_margin=0, threshold=0), resamples=100, seed=0)
     assert figures["spearman"].mean == pytest.approx(1) and figures["pairwise"].mean == 1
     difference = group_differences(

@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from core.prompts import Prompt
-from core.recipe import ConfigError
+from core.recipe import ConfigError, value_problems
 from models.components import load_transformer
 from models.lora.attach import adapter_settings, adapter_state, attach_lora, hash_state
 from models.lora.files import save_adapter
@@ -280,6 +280,5 @@ def test_the_dry_run_prints_the_plan(place: Path, tmp_path: Path, caplog: Any) -
 
 def test_the_packaged_recipe_is_sound() -> None:
     _, section = load_section("recipes/editreward_generate.yaml", [], "generate", GenerateSection)
-    from rewards.editreward.data.generate_config import section_problems
 
-    assert section_problems(section) == []
+    assert value_problems(section, "generate.") == []

@@ -13,7 +13,7 @@ from core.recipe import ConfigError
 from core.run_lock import RunTaken, hold_run
 from core.training.run import read_state
 from rewards.editreward.__main__ import main
-from rewards.editreward.data.index import find_shards
+from rewards.editreward.data.shards import find_shards
 from rewards.editreward.settings import FILE
 from rewards.editreward.train.command import train
 from rewards.editreward.train.export import newest_best
@@ -155,7 +155,7 @@ def test_stopping_and_resuming_changes_no_bit(base, shards, tmp_path, kind):
         train(stopped)
     with pytest.raises(ConfigError, match="train.optimization.lr was 0.002 .* and is 0.1 now"):
         train(load_recipe(tmp_path / "b" / "recipe.yaml", ["train.optimization.lr=0.1"]), resume="auto")
-    (shard, *_) = find_shards([shards])
+    (shard, *_), _ = find_shards("data.shards", [shards])
     stamp = shard.stat()
     os.utime(shard, (1, 1))
     with pytest.raises(ConfigError, match="data.shards changed since step 3"):

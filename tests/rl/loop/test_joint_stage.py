@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -9,9 +11,13 @@ import numpy as np
 import pytest
 import yaml
 
+from core.files import atomic_write_json
 from core.prompts import load_prompts
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
+from rewards.base import FatalRewardError
+from rewards.scoring import GroupScore
+from rl.loop.checkpoint import read_state
 from rl.loop.schedule import StageSchedule
 from rl.recipe.plan import describe_run
 from rl.recipe.preflight import preflight
@@ -28,6 +34,7 @@ from rl.recipe.schema import (
 from rl.recipe.stage_parts import stage_parts, steps_of
 from rl.record.evaluation import TaskScores
 from rl.record.results import RunResults
+from rl.record.state import RunState, StageProgress
 from rl.report.curves import drawn_panels
 from rl.report.document import report_document
 from rl.train import train
@@ -121,6 +128,27 @@ def test_each_parts_rewards_are_watched_apart():
     config = joint_config()
     schedule = StageSchedule(config.stages[0], config)
     assert schedule.part(0).monitor is schedule.part(2).monitor is not schedule.part(1).monitor
+
+
+def test_a_run_that_is_killed_after_every_step_still_stops_for_a_constant_reward(tmp_path):
+    """Through the file, as a resumed run reads it; one from before it held the counts starts with none."""
+    config, state = joint_config(), RunState(stages=[StageProgress("joint")])
+    spec = config.stages[0].parts[0].rewards[0]
+    score = GroupScore(0, [0.5] * 2, [True] * 2, {spec.name: [0.5] * 2}, {}, {}, {}, False, "")
+    for step in range(spec.constant_steps):
+        monitor = StageSchedule(config.stages[0], config, state.stages[0]).part(0).monitor
+        with (
+            pytest.raises(FatalRewardError, match=r"last 10 steps is 0\.5")
+            if step == spec.constant_steps - 1
+            else nullcontext()
+        ):
+            monitor.observe([score])
+        atomic_write_json(tmp_path / "state.json", asdict(state))
+        state = read_state(tmp_path)
+    document = json.loads((tmp_path / "state.json").read_text())
+    del document["stages"][0]["rewards"]
+    atomic_write_json(tmp_path / "state.json", document)
+    StageSchedule(config.stages[0], config, read_state(tmp_path).stages[0]).part(0).monitor.observe([score])
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(2, [1, 1]), (5, [3, 2]), (8, [4, 4])])

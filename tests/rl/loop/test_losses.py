@@ -38,7 +38,7 @@ def make(monkeypatch):
     part = SimpleNamespace(reward_set="set", monitor=SimpleNamespace(observe=lambda scores: None))
 
     class Schedule:
-        def __init__(self, stage, config):
+        def __init__(self, stage, config, progress):
             self.steps = stage.steps
 
         def remaining_steps(self, progress):

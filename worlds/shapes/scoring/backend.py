@@ -9,7 +9,7 @@ from PIL import Image
 from rewards.geneval.detection import ColorQuestion, Detections
 from worlds.shapes.scenes.render import render, stack
 from worlds.shapes.scenes.world import Scene, Shape
-from worlds.shapes.scoring.detector import Detected, detect
+from worlds.shapes.scoring.detector import detect
 
 
 class Detector:
@@ -33,11 +33,10 @@ class Colors:
         """See `ColorClassifier.classify`. Looks at each picture once more, which takes a millisecond."""
         pictures = list({id(question.image): question.image for question in questions}.values())
         found = dict(zip(map(id, pictures), detect(stack(pictures)), strict=True))
-        return [_color(found[id(question.image)], question) for question in questions]
-
-
-def _color(found: Detected, question: ColorQuestion) -> str:
-    return found.classify_color(question.class_name, [question.detection])[0]
+        return [
+            found[id(question.image)].classify_color(question.class_name, [question.detection])[0]
+            for question in questions
+        ]
 
 
 def self_check_pictures() -> list[Image.Image]:
