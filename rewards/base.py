@@ -116,7 +116,8 @@ class RewardSet:
 
     name: how the caller asks for it. task: `t2i` or `edit`. The example prompt and its metadata are what a
     custom reward is tried on before the run starts: give a real prompt's, since rewards may read metadata.
-    height, width: size in pixels of the images that will be scored.
+    height, width: size in pixels of the images that will be scored. other_tasks: the same rewards in the other tasks
+    of their recipe, for a service, which is ready once it has been tried in each.
     """
 
     name: str
@@ -126,6 +127,7 @@ class RewardSet:
     example_metadata: Mapping[str, Any] = field(default_factory=dict)
     height: int = 64
     width: int = 64
+    other_tasks: Sequence["RewardSet"] = ()
 
 
 def reward_label(spec: RewardSpec) -> str:

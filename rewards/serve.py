@@ -50,7 +50,7 @@ def load_served(recipe: str | Path, overrides: Sequence[str] = ()) -> ServedReci
 
 
 def select_rewards(recipe: ServedRecipe, labels: Sequence[str]) -> list[RewardSet]:
-    """The recipe's rewards, or those of `labels`, each alone with an example of its task to be tried on.
+    """The recipe's rewards, or those of `labels`, each alone with an example of each of its tasks to be tried on.
 
     Raises ConfigError for a label that is absent, or that means several rewards.
     """
@@ -60,7 +60,11 @@ def select_rewards(recipe: ServedRecipe, labels: Sequence[str]) -> list[RewardSe
         for spec in whole.rewards:
             label = reward_label(spec)
             alone = dataclasses.replace(spec, weight=1.0, service=None)
-            (first,) = found.setdefault(label, dataclasses.replace(whole, rewards=[alone])).rewards
+            trial = dataclasses.replace(whole, rewards=[alone])
+            known = found.setdefault(label, trial)
+            if trial.task not in {known.task, *(other.task for other in known.other_tasks)}:
+                found[label] = dataclasses.replace(known, other_tasks=[*known.other_tasks, trial])
+            (first,) = known.rewards
             if (labels and label not in labels) or (first.name, first.params) == (spec.name, spec.params):
                 continue
             problems.append(

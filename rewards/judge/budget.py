@@ -57,7 +57,9 @@ KNOWN_PRICES = {
     "gpt-4.1-mini": Price(0.40, 1.60),
     "gpt-4.1-nano": Price(0.10, 0.40),
 }
-"""List prices as of PRICES_AS_OF, without discounts for batches or cached input."""
+"""OpenAI's list prices of these models and their dated snapshots as of PRICES_AS_OF, without discounts for batches or
+cached input. A recipe's `price_per_million_input` and `_output` go before them; a model without either has no price,
+and with `max_cost_usd` it is refused."""
 
 TILED = ("gpt-4.1", "gpt-4o")
 """Models whose images are billed by tiles."""

@@ -2,7 +2,8 @@
 
 The key is a hash over all that shapes an answer: model, template and its hash, every word and picture in order,
 the instruction, the sampling, and how often it was asked. The endpoint is not part of it: the same model behind
-another address answers for it, so give other weights another model name.
+another address answers for it, so give other weights another model name or another file. Since two local models are
+easily served under one name, a file knows which endpoints its answers are of, and the client warns of others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +142,18 @@ class FileAnswers(Store):
             raise StoreError(
                 f"{self.path}: the answer of key {asked.key[:12]} cannot be read ({error}); delete that row"
             ) from error
+
+    def endpoints(self, model: str, urls: Sequence[str]) -> list[str]:
+        """Who gives the answers of `model`: whoever was asked first with this file, `urls` where nobody has."""
+        with self.transaction(write=True) as connection:
+            # Not in `schema`, since files without it are still read.
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS endpoints (model TEXT PRIMARY KEY, urls TEXT NOT NULL)"
+            )
+            values = model, json.dumps(urls)
+            connection.execute("INSERT OR IGNORE INTO endpoints VALUES (?, ?)", values)
+            (first,) = connection.execute("SELECT urls FROM endpoints WHERE model = ?", (model,)).fetchone()
+        return list(json.loads(first))
 
     def put(self, asked: Fingerprint, reply: JudgeReply) -> None:
         """Keep a reply, unless there is an answer already."""

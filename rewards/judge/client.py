@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import time
 from collections.abc import Callable, Collection
 
@@ -20,6 +21,8 @@ from rewards.judge.limits import Clock, RateWindow, shared_window
 from rewards.judge.messages import Asker, JudgeReply, JudgeRequest, Outcome
 from rewards.judge.settings import JudgeSettings
 from rewards.judge.store import StoreBusyError, StoreError
+
+logger = logging.getLogger(__name__)
 
 
 class JudgeClient:
@@ -53,6 +56,7 @@ class JudgeClient:
             )
         else:
             self._window = RateWindow(*rates, self._clock)
+        self._compared = False  # the endpoint, with those that the file's answers are of
         self._sender: Sender | None = None  # of one event loop
 
     def problems(self) -> list[str]:
@@ -132,6 +136,9 @@ class JudgeClient:
     ) -> JudgeReply:
         """From the cache, else from the endpoint. In live and record only an answer saves a request."""
         mode = self._settings.mode
+        if isinstance(self._answers, FileAnswers) and mode != "replay" and not self._compared:
+            self._compared = True
+            await asyncio.to_thread(self._warn_of_others, self._answers)
         found = await asyncio.to_thread(self._answers.get, asked)
         if found is not None and (found.readable or mode == "replay"):
             return as_cached(found)
@@ -146,6 +153,16 @@ class JudgeClient:
         if reply.readable or (mode == "record" and reply.outcome is not Outcome.FATAL):
             await asyncio.to_thread(self._answers.put, asked, reply)
         return reply
+
+    def _warn_of_others(self, answers: FileAnswers) -> None:
+        model, urls = self._settings.model, self._settings.base_urls
+        first = answers.endpoints(model, urls)
+        if not set(first) & set(urls):
+            logger.warning(
+                "judge %s at %s: the answers in %s are of %s, and count as this judge's; if it has other weights, give "
+                "it another model name or another cache",
+                model, ", ".join(urls), answers.path, ", ".join(first),
+            )  # fmt: skip
 
 
 class Silence:

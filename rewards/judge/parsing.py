@@ -45,6 +45,8 @@ def loose_grades(text: str, names: Sequence[str], *, high: int) -> dict[str, flo
     _check_length(text)
     answers = []
     for span in _object_spans(text):
+        if "\\" not in span and not any(name in span for name in names):
+            continue  # thousands of braces would take longer to load than the event loop should stand still
         try:
             found = _load(_TO_MEND.sub(_mend, span))
         except MalformedAnswer:
@@ -95,20 +97,20 @@ def without_thoughts(reply: JudgeReply) -> JudgeReply:
     thoughts themselves, so that `<think>` is not in the reply. Thoughts without an end are no answer, and one that
     begins with its JSON is left alone.
     """
-    text, choices, said = reply.text.strip(), reply.choices, ""
+    text, begin, said = reply.text.strip(), 0, ""
     if not text.startswith("{"):
         _, ended, answer = text.rpartition("</think>")
         text = answer if ended or not text.startswith("<think>") else ""
-    for number, choice in enumerate(choices):
-        thoughts = said.count("</think>")
-        said += choice.token
-        if said.count("</think>") > thoughts:
-            reply = dataclasses.replace(reply, choices=choices[number + 1 :])
-    return dataclasses.replace(reply, text=text)
+    for number, choice in enumerate(reply.choices, 1):
+        # As much as may begin an end that a later token completes: looking at all that was said would be quadratic.
+        _, ended, said = (said[1 - len("</think>") :] + choice.token).rpartition("</think>")
+        begin = number if ended else begin
+    return dataclasses.replace(reply, text=text, choices=reply.choices[begin:])
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an answer that holds no grades begins as a refusal does. It decides a label, never a grade."""
+    """Whether an answer from which nothing could be read begins as a refusal does: it is not asked again then, since
+    the same model declines again. One that could be read is never a refusal, however it begins."""
     return "{" not in text and _REFUSAL.match(text.strip()) is not None
 
 

@@ -41,8 +41,10 @@ class HostedReward:
         self._slots = asyncio.Semaphore(concurrency)
 
     async def try_out(self) -> None:
-        """The dry call, or the reward's own check and readiness."""
-        self.problems = await try_reward(self.loaded, self._trial, probe=True)
+        """The dry call, or the reward's own check and readiness, for each task that it is to score."""
+        trials = self._trial, *self._trial.other_tasks
+        found = [problem for trial in trials for problem in await try_reward(self.loaded, trial, probe=True)]
+        self.problems = list(dict.fromkeys(found))
         for problem in self.problems:
             logger.warning("not ready: %s", problem)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rewards.geneval import TAGS, Detection, evaluate, relations
+from rewards.geneval.detection import SCORE_THRESHOLD
 
 DATA = Path(__file__).parents[2] / "data" / "geneval"
 
@@ -113,6 +114,7 @@ def test_verdicts(record, detections, colors, expected):
 
 @pytest.mark.parametrize(("tag", "threshold"), [(tag, 0.9 if tag == "counting" else 0.3) for tag in TAGS])
 def test_score_must_exceed_the_threshold_of_the_tag(tag, threshold):
+    assert threshold >= SCORE_THRESHOLD, "detectors leave out the masks of what scores less"
     record = {"tag": tag, "include": [{"class": "cat", "count": 1}]}
     assert not judge(record, {"cat": [at(5, 5, threshold)]}).correct
     assert judge(record, {"cat": [at(5, 5, threshold + 1e-6)]}).correct

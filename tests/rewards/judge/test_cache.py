@@ -107,6 +107,23 @@ def test_the_second_run_asks_nothing_and_hears_the_same(tmp_path, mode) -> None:
         )
 
 
+def test_answers_of_another_endpoint_are_used_with_a_warning(tmp_path, caplog) -> None:
+    """The judge has moved, or another model is served under its name: nobody but the user knows."""
+    cache = str(tmp_path / "answers.sqlite")
+    with JudgeServer() as first, JudgeServer() as second:
+        ask(settings_for(first, cache=cache), question())
+        ask(settings_for(first, cache=cache, base_url=[second.base_url, first.base_url]), question())
+        assert "another cache" not in caplog.text
+        for _ in range(2):
+            caplog.clear()
+            ask(settings_for(second, cache=cache), question())
+            assert f"at {second.base_url}: the answers in {cache} are of {first.base_url}" in caplog.text
+        caplog.clear()
+        ask(settings_for(second, cache=cache, mode="replay"), question())
+        ask(settings_for(second, cache=cache, model="other"), question())
+        assert not caplog.text and len(second.records) == 1
+
+
 def test_a_run_is_replayed_without_server_and_key(tmp_path, monkeypatch) -> None:
     """Failures replay as they were recorded; a failure that was later mended replays as the answer."""
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)

@@ -1,11 +1,14 @@
 """What the judge may write and what is read from it: the grades it states, or a reason, never a guess."""
 
+import contextlib
 import itertools
 import json
+import time
 
 import jsonschema
 import pytest
 
+from rewards.judge.messages import JudgeReply, Outcome, TokenChoices
 from rewards.judge.parsing import (
     LONGEST_ANSWER,
     MalformedAnswer,
@@ -13,6 +16,7 @@ from rewards.judge.parsing import (
     is_refusal,
     loose_grades,
     schema_grades,
+    without_thoughts,
 )
 
 NAMES = ("success", "preservation")
@@ -194,3 +198,39 @@ def test_schema_is_strict_and_puts_the_reasoning_first():
 )
 def test_refusals_in_plain_words(text, refusal):
     assert is_refusal(text) is refusal
+
+
+HOSTILE = (
+    "{", "[", "{}", "}{", '{"', "{'", "\\", ",", "{, ", "9", "1e9", "0.1", " ", "<think>", "</think>", "<", "sorry ",
+    '{"success": 7}', "{success}", '{"success": ', '{"success": [',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+@pytest.mark.parametrize("frame", ["{}", '{{"success": {}}}', "'{}", "<think>{}"])
+def test_a_hostile_answer_is_read_in_milliseconds(unit, frame):
+    """It is read on the event loop, on which all other rewards and the sign of life wait meanwhile."""
+    text = frame.format(unit * ((LONGEST_ANSWER - len(frame)) // len(unit)))
+    began = time.process_time()
+    for parse in (loose_grades, schema_grades):
+        with contextlib.suppress(MalformedAnswer):
+            parse(text, NAMES, high=10)
+    is_refusal(text)
+    assert time.process_time() - began < 0.25, "measured: .02 s at most"
+
+
+@pytest.mark.parametrize("token", ["x", "<", "</think>", "<think>"])
+def test_thoughts_of_many_tokens_are_skipped_in_one_pass(token):
+    choices = tuple(TokenChoices(token, ()) for _ in range(100_000))
+    began = time.process_time()
+    without_thoughts(JudgeReply(Outcome.OK, "8", choices=choices))
+    assert time.process_time() - began < 1.5, "quadratic: 3 s and more; in one pass .06 s"
+
+
+def test_an_end_of_thoughts_may_be_cut_anyhow():
+    for cuts in itertools.combinations(range(1, 10), 2):
+        said = "a</think>7"
+        parts = [said[a:b] for a, b in itertools.pairwise((0, *cuts, len(said)))]
+        choices = tuple(TokenChoices(part, ()) for part in parts)
+        found = without_thoughts(JudgeReply(Outcome.OK, said, choices=choices))
+        assert found.text == "7" and "".join(c.token for c in found.choices) == ("7" if 9 in cuts else "")

@@ -18,6 +18,7 @@ from rewards.base import RewardSpec
 from rewards.calling import RewardBatch, call_reward
 from rewards.loading import load_reward
 from rewards.serve import load_served, select_rewards
+from rewards.service.hosting import HostedReward
 from tests.fakes.service_process import ROOT, Service, served, write_recipe
 
 WITHOUT = """
@@ -198,6 +199,20 @@ def test_a_label_that_means_two_rewards_is_refused_where_it_is_served(tmp_path):
     ):
         select_rewards(config, [])
     assert len(select_rewards(config, ["edit_shapes"])) == 1
+
+
+def test_a_reward_of_both_tasks_is_ready_once_each_has_been_tried(tmp_path):
+    path = tmp_path / "fussy.py"
+    path.write_text(
+        "class Fussy:\n"
+        "    def readiness(self, task): return [] if task == 't2i' else ['it reads one picture of two']\n"
+        "    def score(self, **_): return []\n"
+    )
+    entry = {"name": f"{path}:Fussy", "label": "fussy"}
+    (trial,) = select_rewards(load_served(write_recipe(tmp_path, {"t2i": [entry], "edit": [entry]})), [])
+    hosted = HostedReward(trial, 4)
+    asyncio.run(hosted.try_out())
+    assert hosted.problems == ["reward 'fussy': it reads one picture of two"]
 
 
 def test_a_machine_without_the_prompts_still_serves(tmp_path, caplog):
