@@ -123,6 +123,7 @@ _FILES = {
     "chaos": """
         chaos
         core/test_dispatch.py
+        core/test_nodes.py
         core/test_ranks.py::test_a_dead_rank
         core/test_ranks.py::test_answers_come
         core/test_servers.py::test_a_server_that_dies

@@ -18,7 +18,7 @@ def test_a_reward_worker_is_given_the_time_that_its_rewards_may_take(timeout_s, 
         RewardSet("x", "t2i", [RewardSpec("a:quick"), slow]),
         RewardSet("y", "t2i", [RewardSpec("a:quick")]),
     ]
-    placed = SimpleNamespace(start=lambda *_, **__: [])
+    placed = SimpleNamespace(start=lambda *_, **__: [], on_node=None)
     limit_s = start_workers(placed, None, None, sets, ResourcesConfig()).dispatcher.limits_s["reward"]
     assert limit_s > longest_score_s(slow)
     assert (limit_s > ResourcesConfig().call_timeout_s) == own
