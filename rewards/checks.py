@@ -45,8 +45,11 @@ def check_rewards(rewards: RewardSet, *, probe: bool = False, prompts: Sequence[
     return problems
 
 
-async def try_reward(loaded: LoadedReward, rewards: RewardSet, *, probe: bool) -> list[str]:
-    """The problems of one loaded reward: by its own check and readiness if it has them, or a dry call."""
+async def try_reward(
+    loaded: LoadedReward, rewards: RewardSet, *, probe: bool, restarted: bool = False
+) -> list[str]:
+    """The problems of one loaded reward: by its own check and readiness if it has them, or a dry call. `restarted`: a
+    worker is tried that was lost within a run."""
     try:
         if not hasattr(loaded.owner, "check") and not hasattr(loaded.owner, "readiness"):
             await dry_call(loaded, rewards)
@@ -54,8 +57,10 @@ async def try_reward(loaded: LoadedReward, rewards: RewardSet, *, probe: bool) -
         problems = list(loaded.owner.check()) if hasattr(loaded.owner, "check") else []
         if probe and not problems and hasattr(loaded.owner, "readiness"):
             readiness = loaded.owner.readiness
-            task = {"task": rewards.task} if "task" in inspect.signature(readiness).parameters else {}
-            found = await asyncio.to_thread(readiness, **task)  # it may load a model for minutes
+            told = {"task": rewards.task, "restarted": restarted}
+            known = told.keys() & inspect.signature(readiness).parameters
+            # It may load a model for minutes.
+            found = await asyncio.to_thread(readiness, **{name: told[name] for name in known})
             problems = list(await found if inspect.isawaitable(found) else found)
         least_s = getattr(loaded.owner, "least_timeout_s", 0.0)
         if loaded.spec.timeout_s < least_s:

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ class RewardScorer:
                 probe = id(loaded.owner), self._sets[name].task
                 if probe in self._ready:
                     continue
-                found = await try_reward(loaded, self._sets[name], probe=True)
+                found = await try_reward(loaded, self._sets[name], probe=True, restarted=_restarted())
                 problems += found
                 if hasattr(loaded.owner, "readiness") and not found:
                     self._ready.add(probe)
@@ -121,6 +122,16 @@ class RewardScorer:
             metadata=[prompt.metadata for prompt in prompts],
         )
         return await score_group(group_id, self._rewards[reward_set], batch)
+
+
+def _restarted() -> bool:
+    """Whether Ray has started this actor anew."""
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own use of what it deprecates
+        return context is not None and bool(
+            context.get_actor_id() and context.was_current_actor_reconstructed
+        )
 
 
 def _load_once(spec: RewardSpec, loaded: list[LoadedReward]) -> LoadedReward:

@@ -77,10 +77,31 @@ class ServedReward:
             problems.append(f"params of a served reward must be plain JSON: {error}")
         return problems
 
-    async def readiness(self) -> list[str]:
-        """Wait, `unavailable_s` at most, until every URL serves this very reward; what is wrong with the others."""
-        problems = await asyncio.gather(*(self._wait_for(endpoint) for endpoint in self._endpoints.all))
-        return [problem for problem in problems if problem]
+    async def readiness(self, *, restarted: bool = False) -> list[str]:
+        """Wait, `unavailable_s` at most, until every URL serves this very reward; what is wrong with the others.
+
+        `restarted`: within a run one that does is enough; the others are named in the log and count as away.
+        """
+        asked = {
+            asyncio.ensure_future(self._wait_for(endpoint)): endpoint for endpoint in self._endpoints.all
+        }
+        try:
+            pending = set(asked)
+            while pending:
+                when = asyncio.FIRST_COMPLETED if restarted else asyncio.ALL_COMPLETED
+                done, pending = await asyncio.wait(pending, return_when=when)
+                if restarted and not all(task.result() for task in done):
+                    for task in [task for task in asked if not task.done() or task.result()]:
+                        fault = (
+                            task.result() if task.done() else "no answer yet to a worker that was restarted"
+                        )
+                        logger.warning("reward %s: %s is away: %s", self.label, asked[task].url, fault)
+                        self._endpoints.doubt(asked[task], fault)
+                    return []
+            return [problem for task in asked if (problem := task.result())]
+        finally:
+            for task in asked:
+                task.cancel()
 
     async def score(
         self,

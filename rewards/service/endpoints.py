@@ -66,6 +66,11 @@ class Endpoints:
         with self._lock:
             endpoint.fault, endpoint.rest_s, endpoint.down_until = fault, rest_s, math.inf
 
+    def doubt(self, endpoint: Endpoint, fault: str) -> None:
+        """Whoever borrows it next looks at it first."""
+        with self._lock:
+            endpoint.fault, endpoint.rest_s, endpoint.down_until = fault, 0.0, 0.0
+
     def works(self, endpoint: Endpoint) -> None:
         """Give it calls again."""
         with self._lock:

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from core.prompts import Prompt
-from rewards.base import FatalRewardError, RewardSet, RewardSpec
+from rewards import worker
+from rewards.base import FatalRewardError, RewardLoadError, RewardSet, RewardSpec
 from rewards.calling import RewardBatch, call_reward
 from rewards.checks import check_rewards
 from rewards.loading import load_reward
@@ -283,6 +284,27 @@ def test_every_service_that_is_not_there_is_named(steady, slow_name):
         for url, problem in zip(closed, found, strict=True)
     ]
     assert len(found) == 2
+
+
+def test_a_restarted_worker_needs_one_service_and_names_the_others(steady, slow_name, monkeypatch, caplog):
+    """One refuses, one takes connections and says nothing; all must answer at a run's start."""
+    monkeypatch.setattr(client, "ASK_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        away = [f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{hung.getsockname()[1]}"]
+        spec = served(RewardSpec(slow_name), *away, steady.url, unavailable_s=1.0)
+        scorer = RewardScorer([RewardSet("set", "t2i", [spec], "a disc", {}, 4, 4)])
+        with pytest.raises(RewardLoadError) as refused:
+            asyncio.run(scorer.ready())
+        assert [line.split()[2] for line in str(refused.value).splitlines()] == away
+        monkeypatch.setattr(worker, "_restarted", lambda: True)
+        asyncio.run(scorer.ready())
+        assert all(f"{url} is away" in caplog.text for url in away)
+        image = np.full((2, 4, 4, 3), 255, np.uint8)
+        score = asyncio.run(scorer.score(0, "set", [Prompt(0, "t2i", "a disc")] * 2, image))
+        assert score.rewards == [1.0, 1.0]
+    alone = served(RewardSpec(slow_name), away[0], unavailable_s=0.2)
+    with pytest.raises(RewardLoadError, match=away[0]):
+        asyncio.run(RewardScorer([RewardSet("set", "t2i", [alone], "a disc", {}, 4, 4)]).ready())
 
 
 def test_a_reward_that_fails_its_trial_is_not_ready_and_says_why(start_thread, folder):
