@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -38,7 +38,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with naming(path), open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -47,6 +47,17 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An error of the system in the block names `path`: that of a write to a full disk names nothing by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -94,7 +105,7 @@ def _files(folder: Path) -> list[str]:
 @contextmanager
 def new_folder(final: str | Path) -> Iterator[Path]:
     """A folder to fill under a temporary name beside `final`; `publish_folder` makes it `final` when the block ends,
-    and an error removes it."""
+    and an error removes it and names it: torch and safetensors do not say what a disk refused."""
     final = Path(final)
     tmp = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -102,7 +113,10 @@ def new_folder(final: str | Path) -> Iterator[Path]:
     try:
         yield tmp
         publish_folder(tmp, final)
-    except BaseException:
+    except BaseException as error:
+        with suppress(OSError):
+            free = shutil.disk_usage(tmp).free
+            error.add_note(f"while {final} was written, with {free / 1e6:.1f} MB free there")
         shutil.rmtree(tmp, ignore_errors=True)
         raise
 

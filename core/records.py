@@ -9,10 +9,11 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from core.files import atomic_write_text
+from core.files import atomic_write_text, naming
 from core.text import parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -22,12 +23,19 @@ T = TypeVar("T")
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Append records and flush them to disk, so that a later checkpoint is never ahead of them."""
+    """Append records and flush them to disk, so that a later checkpoint is never ahead of them: all or, on a full
+    disk, none."""
     lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with naming(path), open(path, "a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):  # another append would make a torn last line one that nobody can read past
+            os.truncate(path, before)
+        raise
 
 
 def read_records(path: Path) -> list[Record]:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from core.files import naming
 from core.recipe import ConfigError
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,15 @@ def _take(path: Path) -> None:
     for _ in range(5):
         with suppress(FileExistsError):
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                json.dump({**_identity(os.getpid()), "time": now}, file)
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            try:
+                with naming(path), open(descriptor, "w", encoding="utf-8") as file:
+                    json.dump(
+                        {**_identity(os.getpid()), "time": now, "folder": str(path.parent.resolve())}, file
+                    )
+            except OSError:  # a full disk
+                path.unlink(missing_ok=True)
+                raise
             return
         seen = _read(path)
         if seen is not None:
@@ -175,9 +182,8 @@ def _holder(seen: _Seen) -> str:
 
 
 def _taken(path: Path, seen: _Seen) -> RunTaken:
-    return RunTaken(
-        [
-            f"{path.parent}: another run writes there now, {_holder(seen)}; "
-            "wait for it, end it, or choose another folder"
-        ]
-    )
+    taken = f"{path.parent}: another run writes there now, {_holder(seen)}; "
+    held = _parsed(seen).get("folder")
+    if held not in (None, str(path.parent.resolve())):
+        return RunTaken([f"{taken}it holds it as {held}: if this is a copy of that folder, delete {path}"])
+    return RunTaken([f"{taken}wait for it, end it, or choose another folder"])

@@ -76,7 +76,10 @@ class RunWatch:
         """How the run ended. An error that follows a signal is part of the stop."""
         self.stop.restore()
         name = self.stop.signal.name if self.stop.signal else None
-        self._write(state=state, cause=": ".join(filter(None, (name, cause))) or None)
+        try:
+            self._write(state=state, cause=": ".join(filter(None, (name, cause))) or None)
+        except OSError as error:  # a full disk, often what ended the run, and that is what has to be told
+            log.error("%s cannot be written: %s", self.path, error)
         if state != "finished":
             self._say(f"the run {state}", self._status["cause"])
         self._ended.set()
@@ -178,11 +181,12 @@ def resume_command(*, resume: bool) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+    """Type and first line of an error, and what was noted of it."""
+    first = str(error).strip().splitlines()[:1]
+    return ": ".join([type(error).__name__, *first, *getattr(error, "__notes__", ())])
 
 
 def _say(text: str) -> None:
-    """Past Python's buffers, which a signal's handler must not enter."""
-    os.write(2, f"\n{text}\n".encode(errors="backslashreplace"))
+    """Past Python's buffers, which a signal's handler must not enter. Where it goes may be as full as the disk."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode(errors="backslashreplace"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.files import naming
 from core.records import append_records, open_records
 
 
@@ -43,10 +44,13 @@ class ScalarLog:
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """Each record has a `step`; None stands for what could not be measured."""
         append_records(self.file, records)
-        for record in records:
-            values = {k: v for k, v in record.items() if k != "step" and v is not None}
-            self._summary(record["step"], *({"tag": k, "simple_value": float(v)} for k, v in values.items()))
-        self._board.flush()
+        with naming(self._board.get_logdir()):
+            for record in records:
+                values = {k: v for k, v in record.items() if k != "step" and v is not None}
+                self._summary(
+                    record["step"], *({"tag": k, "simple_value": float(v)} for k, v in values.items())
+                )
+            self._board.flush()
 
     def image(self, name: str, picture: Any, *, step: int) -> None:
         """Show one uint8 picture [H, W, 3] in TensorBoard."""

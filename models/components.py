@@ -90,11 +90,17 @@ def save_component(component: Any, part: str | Path) -> None:
     """Write a component's folder; one that is already there is replaced once the new one is whole."""
     part = Path(part)
     part.parent.mkdir(parents=True, exist_ok=True)
-    partial = part.with_name(f".{part.name}.{os.getpid()}.partial")
-    component.save_pretrained(partial)
-    # safetensors makes files that their owner alone can read; give them the mode of any other file.
-    for weights in partial.glob("*.safetensors"):
-        weights.chmod((partial / "config.json").stat().st_mode)
+    partial = part.with_name(f".{part.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        component.save_pretrained(partial)
+        # safetensors makes files that their owner alone can read; give them the mode of any other file.
+        for weights in partial.glob("*.safetensors"):
+            weights.chmod((partial / "config.json").stat().st_mode)
+    except Exception as error:
+        error.add_note(f"while {part} was written")
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if part.exists():
         shutil.rmtree(part)
     os.replace(partial, part)

@@ -159,7 +159,7 @@ class RolloutEngine:
         `conditionings` holds one entry for all samples (a training group) or one per sample (evaluation).
         Raises DataFailure when this prompt drives the model to non-finite latents.
         """
-        started = time.time()
+        started, began = time.time(), time.perf_counter()
         if len(conditionings) == 1:
             conditionings = list(conditionings) * len(request.seeds)
         positive = ConditioningBatch.stack(
@@ -186,7 +186,7 @@ class RolloutEngine:
         images = decode_latents(self.vae, trajectory.final_latents).numpy()
         # Of the weights themselves, after they drew: what was loaded once need not be what they are now.
         live = hash_state(adapter_state(self.transformer, ROLLOUT_ADAPTER)) if self.sha256 else ""
-        seconds = time.time() - started
+        seconds = time.perf_counter() - began  # a clock may be set back meanwhile
         info = SampleInfo(request.group_id, request.first, self.version, live, seconds, started, self.worker)
         return info, trajectory, images
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import recipes
+from core.files import atomic_file
 from core.pictures import contact_sheet
 from models.components import load_scheduler
 from models.conditioning import ConditioningBatch
@@ -62,8 +63,8 @@ def draw_previews(
         scale = max(1, _MIN_SIDE // max(batch.height, batch.width))
         sheet = contact_sheet([decode_latents(encoders.vae, row).numpy() for row in rows], scale)
         names.append(f"step_{step:07d}_{batch.task}.png")
-        folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(folder / names[-1])
+        with atomic_file(folder / names[-1]) as file:
+            sheet.save(file, "PNG")
     return names
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core.files import naming
 from core.records import append_records, open_records
 from rl.record.metric_table import describe_metrics, find_metric
 
@@ -75,17 +76,19 @@ class MetricsWriter:
             numbers["log/non_finite"] = len(broken)
         head = {"step": step, "stage": stage, **({"part": part} if part else {}), "stage_step": stage_step}
         append_records(self._folder / METRICS_FILE, [{**head, "time": time.time(), **numbers}])
-        board = self._board(f"{stage}.{part}" if part else stage)
-        for name, number in numbers.items():
-            if number is not None:
-                board.add_scalar(name, number, global_step=step)
-        board.flush()
+        with naming(self._folder / TENSORBOARD_FOLDER):
+            board = self._board(f"{stage}.{part}" if part else stage)
+            for name, number in numbers.items():
+                if number is not None:
+                    board.add_scalar(name, number, global_step=step)
+            board.flush()
 
     def log_image(self, tag: str, image: NDArray[np.uint8], *, step: int, stage: str) -> None:
         """Show one uint8 picture [H, W, 3] in TensorBoard."""
-        board = self._board(stage)
-        board.add_image(tag, image, global_step=step, dataformats="HWC")
-        board.flush()
+        with naming(self._folder / TENSORBOARD_FOLDER):
+            board = self._board(stage)
+            board.add_image(tag, image, global_step=step, dataformats="HWC")
+            board.flush()
 
     def close(self) -> None:
         """Close the TensorBoard files; records are on disk already."""

@@ -171,13 +171,13 @@ def train(grid: SweepConfig, name: str, recipe: Path) -> int:
     command = [sys.executable, "-m", "rl.train", str(recipe)]
     command += ["--resume", "auto"] if (folder / "metrics.jsonl").is_file() else []
     log.info("%s: %s", name, " ".join(command))
-    began, deadline = time.time(), time.monotonic() + grid.timeout_s
+    before, deadline = _written(folder), time.monotonic() + grid.timeout_s
     with open(f"{folder}.log", "ab") as output:
         with _STARTING:
             # In a group of its own: the terminal's Ctrl-C reaches the grid alone, which passes on each signal once.
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, process_group=0)
             _UNDER_WAY.append(process)
-            while process.poll() is None and time.monotonic() < deadline and not _records(folder, began):
+            while process.poll() is None and time.monotonic() < deadline and _written(folder) == before:
                 time.sleep(0.2)
         try:
             return process.wait(max(0.0, deadline - time.monotonic()))
@@ -200,10 +200,10 @@ def _forward(number: int) -> None:
             process.send_signal(signal.SIGTERM)
 
 
-def _records(folder: Path, began: float) -> bool:
-    """Whether a run has written records since, so that its actors are up."""
+def _written(folder: Path) -> int | None:
+    """When a run last wrote records, by a clock that may be set back: a new one says that its actors are up."""
     path = folder / "metrics.jsonl"
-    return path.is_file() and path.stat().st_mtime >= began
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def write_table(grid: SweepConfig) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -105,6 +106,36 @@ def test_a_lock_of_another_host_that_beats_is_refused(tmp_path, fast):
         pass
     beat.join()
     assert path.is_file()
+
+
+@pytest.mark.parametrize("seconds", [-86400, 86400])
+def test_a_beat_by_a_clock_that_was_set_is_a_sign_of_life(tmp_path, fast, seconds):
+    path, then = foreign(tmp_path), time.time() + seconds
+    beat = threading.Timer(0.1, lambda: os.utime(path, (then, then)))
+    beat.start()
+    with pytest.raises(RunTaken, match="process 4 on node7"), hold_run(tmp_path):
+        pass
+    beat.join()
+
+
+@pytest.mark.parametrize("seconds", [-86400, 86400])
+def test_a_silent_lock_of_another_day_is_not_for_ever(tmp_path, fast, seconds):
+    path, then = foreign(tmp_path), time.time() + seconds
+    os.utime(path, (then, then))
+    began = time.monotonic()
+    with hold_run(tmp_path):
+        assert time.monotonic() - began >= run_lock.STALE_S
+
+
+def test_the_copy_of_a_folder_under_way_is_refused_with_the_way_out(tmp_path, other):
+    copied = shutil.copytree(tmp_path / "run", tmp_path / "copied")
+    with pytest.raises(RunTaken) as caught, hold_run(copied):
+        pass
+    told = f"it holds it as {tmp_path / 'run'}: if this is a copy of that folder, delete {copied / LOCK}"
+    assert told in str(caught.value)
+    (copied / LOCK).unlink()
+    with hold_run(copied):
+        check_held(copied)
 
 
 def test_the_holder_beats(tmp_path, fast):

@@ -1,6 +1,7 @@
 """A replica samples what it was asked for under the adapter it was given, and proves which one that is."""
 
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_a_receipt_holds_the_hash_of_the_live_weights_and_the_shift(engine):
     assert receipt.probe_shift > 0
     assert engine.load_adapter(one).probe_shift == 0.0
     assert engine.load_adapter(two).sha256 == two.sha256 != one.sha256
+
+
+def test_the_seconds_of_a_sample_are_those_that_passed(engine, monkeypatch):
+    engine.load_adapter(adapter(engine, 1, scale=0.3))
+    clock = count(1e9, -3600.0)  # set back again and again while the samples are drawn
+    monkeypatch.setattr("rollout.engine.time.time", lambda: next(clock))
+    info, _, _ = engine.sample(SampleRequest(7, 0, (10,), (0, 1)), SPEC, None, [text(1)])
+    assert 0 < info.seconds < 60
 
 
 def test_an_adapter_whose_b_is_zero_moves_nothing(engine):

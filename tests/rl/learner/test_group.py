@@ -2,6 +2,7 @@
 
 import os
 import time
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -70,3 +71,12 @@ def test_samples_that_a_node_took_are_told_before_any_rank_trains(monkeypatch, e
     rank = LearnerRank(SimpleNamespace(replica=SimpleNamespace(threads=1)), 0, 1)
     with pytest.raises(ObjectsLost, match="samples did not arrive"):
         rank.fetch([RankShare((sample,), 1)])
+
+
+def test_the_seconds_of_an_update_are_those_that_passed(monkeypatch):
+    clock = count(1e9, -3600.0)  # set back again and again
+    monkeypatch.setattr(worker.time, "time", lambda: next(clock))
+    rank = LearnerRank(SimpleNamespace(replica=SimpleNamespace(threads=1)), 0, 1)
+    rank.learner = SimpleNamespace(set_learning_rate=lambda rate: None, update=lambda shares: ["stats"])
+    stats, _, seconds = rank.update(1e-3)
+    assert stats == ["stats"] and 0 <= seconds < 60

@@ -184,7 +184,7 @@ def test_a_rehearsed_policy_stays_nearer_to_its_start_on_the_old_task(folder):
 def test_two_ranks_rehearse_their_shares(folder, ray_session, stage):
     """The collectives of both ranks match, and the next stage begins from the average on both."""
     config = learner_config(ranks=2, zero_stage=stage, ema=EmaConfig(True, 0.5, 1))
-    spec = LearnerSpec(replica_spec(folder), config, sampling_spec(), 0, False, False, 120.0)
+    spec = LearnerSpec(replica_spec(folder), config, sampling_spec(), 0, False, False, 120.0, 120.0)
     actors = [ray.remote(LearnerRank).options(num_cpus=0.1).remote(spec, rank, 2) for rank in range(2)]
     group = LearnerGroup(actors, call_timeout_s=240, start_timeout_s=240)
     engine = RolloutEngine(replica_spec(folder))

@@ -129,6 +129,10 @@ def test_resume_equals_the_straight_run(straight, tmp_path, keep):
     assert final_hash(tmp_path) == final_hash(folder)
     assert learned(tmp_path) == learned(folder)
     assert groups(tmp_path) == groups(folder)
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    back = [path for path in files if str(folder / "runs").encode() in path.read_bytes()]
+    copied = tmp_path / "runs" / "tiny" / "checkpoints" / keep[0] / "config.yaml"
+    assert back in ([copied], []), "the folder goes on where it was copied to"
 
 
 def test_three_workers_equal_one(straight, tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from core.checkpoints import CHECKPOINTS, find_step, later_steps, set_aside
-from core.files import atomic_write_json
+from core.files import atomic_file, atomic_write_json
 from core.recipe import ConfigError
 from core.records import append_records, keep_up_to
 from core.run_status import RunWatch, watch_run
@@ -243,8 +243,8 @@ class TrainingLoop:
         if grid is None:
             return
         path = self.folder / "samples" / f"step-{self.step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        grid.save(path)
+        with atomic_file(path) as file:
+            grid.save(file, "PNG")
 
     def _with_average(self, action: Callable[[], T]) -> T:
         """Run `action` on the averaged weights in eval mode."""
