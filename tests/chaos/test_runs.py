@@ -22,11 +22,10 @@ def chaos(ray_session, worker_server, tmp_path_factory):
 
 
 def test_workers_and_services_killed_and_hung_change_nothing(chaos):
-    """In the second step the encoder hangs at the last prompt, and the reward at the first: one wait for both."""
     faults = [
         Fault("encode", "kill", 2), Fault("denoise", "kill", 8), Fault("reward", "kill", 4),
         Fault("served", "kill", 6), Fault("evaluate", "kill", 4), Fault("publish", "kill", 5),
-        Fault("encode", "stop", 9), Fault("reward", "stop", 10), Fault("denoise", "stop", 36),
+        Fault("encode", "stop", 8), Fault("denoise", "stop", 36), Fault("reward", "stop", 14),
         Fault("served", "stop", 12),
     ]  # fmt: skip
     outcome = chaos.run("healed", *faults)
