@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 import hypothesis
 import pytest
 
+from tests.fakes.canaries import secrets_in_environment
 from tests.fakes.forked_workers import WorkerServer
 from tests.levels import BUDGET_S, LEVELS, USES, group_of, level_of, levels_of
 
@@ -43,14 +44,15 @@ def ray_session(worker_server):
 
     for attempt in range(RAY_STARTS):
         try:
-            ray.init(
-                address="local",
-                num_cpus=16,
-                num_gpus=0,
-                include_dashboard=False,
-                log_to_driver=False,
-                runtime_env={"py_executable": worker_server.python},
-            )
+            with secrets_in_environment():
+                ray.init(
+                    address="local",
+                    num_cpus=16,
+                    num_gpus=0,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    runtime_env={"py_executable": worker_server.python},
+                )
             break
         except Exception as error:  # Ray has no class of its own for this
             if "timed out during startup" not in str(error) or attempt == RAY_STARTS - 1:
