@@ -13,7 +13,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 WORKERS := 2
-# Groups are handed out in the order of the levels, and stay on one worker each (tests/levels.py).
+# Groups are handed out by level, those of long files first, and stay on one worker each (tests/levels.py).
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 READY := $(VENV)/.ready
 READY_ALL := $(VENV)/.ready-all

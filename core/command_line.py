@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from core.logs import start_logging
 from core.recipe_help import add_help_config
 from core.run_status import ACCEPT_CHANGES
 
@@ -25,6 +27,39 @@ def add_recipe_arguments(
             ACCEPT_CHANGES, action="store_true",
             help="with --resume: go on though prompts, rewards, data or base weights are others than they were",
         )  # fmt: skip
+
+
+def run_one_of(
+    commands: Mapping[str, tuple[str, str]],
+    argv: Sequence[str] | None,
+    *,
+    program: str,
+    description: str | None,
+) -> int:
+    """Run the command that `argv` begins with; its exit code, which is 2 where it cannot do what it was asked.
+
+    commands: name -> module and what it does. A module, of which only the one used loads, has `add_arguments(parser)`,
+    `run(arguments)` and, where there are any, the errors of `run` that a user can mend (`REFUSALS`).
+    """
+    given = sys.argv[1:] if argv is None else argv
+    chooser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:10} {summary}" for name, (_, summary) in commands.items()),
+    )
+    chooser.add_argument("command", choices=commands)
+    name = chooser.parse_args(given[:1]).command
+    module = importlib.import_module(commands[name][0])
+    parser = argparse.ArgumentParser(prog=f"{program} {name}", description=commands[name][1])
+    module.add_arguments(parser)
+    # Overrides (key=value) may come before, between and after the flags, which subparsers do not allow.
+    arguments = parser.parse_intermixed_args(given[1:])
+    start_logging()
+    try:
+        return module.run(arguments)
+    except getattr(module, "REFUSALS", ()) as error:
+        return refuse(f"Cannot {name}", error)
 
 
 def positive(text: str) -> int:

@@ -7,6 +7,8 @@ GenEval files load unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 Task = Literal["t2i", "edit"]
 TASKS: tuple[Task, ...] = ("edit", "t2i")
+MOST_SHAPES = 5
+"""References of other proportions that are named."""
 _DATA_URI = "data:image/"
 
 
@@ -96,3 +100,38 @@ def load_reference(prompt: Prompt) -> Image.Image:
         raise ValueError(f"{prompt.name} ({prompt.prompt!r}) has no reference image")
     shown = picture_name(prompt.reference)
     return read_picture(prompt.reference, f"reference image {shown} of {prompt.name}")
+
+
+def reference_problems(
+    prompts: Sequence[Prompt], drawn: tuple[int, int] | None, keys: str
+) -> tuple[list[str], list[str]]:
+    """References that cannot be read, and those of other proportions than the pictures that are drawn: the policy is
+    shown them at that size, and rewards as they are. Reads every picture.
+
+    Args:
+        drawn: width and height in px, None where they are not known.
+        keys: which keys of the recipe set them.
+    """
+
+    def size_of(prompt: Prompt) -> tuple[int, int] | str:
+        try:
+            return load_reference(prompt).size
+        except ValueError as error:
+            return str(error)
+
+    unreadable, squashed = [], []
+    with ThreadPoolExecutor() as readers:
+        for prompt, size in zip(prompts, readers.map(size_of, prompts), strict=True):
+            if isinstance(size, str):
+                unreadable.append(size)
+            # One side is off by a pixel or more where the other fits.
+            elif drawn and abs(size[0] * drawn[1] - size[1] * drawn[0]) >= min(size):
+                squashed.append(
+                    f"{prompt.name}: its reference image is {size[0]} x {size[1]} px (width x height) and pictures are "
+                    f"drawn at {drawn[0]} x {drawn[1]}: the policy would see it squashed, the reward as it is; crop or "
+                    f"pad it to these proportions, or set {keys} to its own"
+                )
+    more = len(squashed) - MOST_SHAPES
+    return unreadable, squashed[:MOST_SHAPES] + [f"and {more} references more of other proportions"] * (
+        more > 0
+    )

@@ -15,7 +15,7 @@ import pytest
 
 from tests.fakes.canaries import secrets_in_environment
 from tests.fakes.forked_workers import WorkerServer
-from tests.levels import BUDGET_S, LEVELS, USES, group_of, level_of, levels_of
+from tests.levels import BUDGET_S, LEVELS, ORDER, USES, group_of, level_of, levels_of
 
 # The same examples in every run, on a machine of any speed.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
@@ -44,7 +44,7 @@ def ray_session(worker_server):
 
     for attempt in range(RAY_STARTS):
         try:
-            with secrets_in_environment():
+            with worker_server.shortened(), secrets_in_environment():
                 ray.init(
                     address="local",
                     num_cpus=16,
@@ -52,6 +52,7 @@ def ray_session(worker_server):
                     include_dashboard=False,
                     log_to_driver=False,
                     runtime_env={"py_executable": worker_server.python},
+                    _system_config={"kill_worker_timeout_milliseconds": 500},  # of one that was stopped
                 )
             break
         except Exception as error:  # Ray has no class of its own for this
@@ -65,8 +66,8 @@ def ray_session(worker_server):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Every test gets its level, in the order of the budget, and a group that stays on one worker: fixtures of a file
-    are made once, and there is one vLLM at a time."""
+    """Every test gets its level, which orders them, and a group that stays on one worker: fixtures of a file are made
+    once, and there is one vLLM at a time."""
     for item in items:
         if not levels_of(item):
             item.add_marker(level_of(item.nodeid, item.fixturenames))
@@ -74,7 +75,7 @@ def pytest_collection_modifyitems(items):
             if fixtures & set(item.fixturenames):
                 item.add_marker(mark)
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    items.sort(key=lambda item: LEVELS.index(levels_of(item)[0]))
+    items.sort(key=lambda item: ORDER.index(levels_of(item)[0]))
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from core.cluster.placement import ActorPlan, ResourcePlan, shortage
@@ -143,6 +143,11 @@ class PlacedActors:
             placed = kind.options(**actor_options(actor, self.group, restarts=restarts), **options)
             started.append(make(placed, actor.index))
         return started
+
+    def on_node(self, role: str, index: int) -> bool:
+        """Whether the bundle of this actor is on a node. Ray looks for another one by itself when its node leaves."""
+        nodes = placement_group_table(self.group)["bundles_to_node_id"]
+        return all(nodes.get(actor.bundle) for actor in self.plan.of(role) if actor.index == index)
 
     def stop(self, role: str) -> None:
         """End the actors of `role`, for others to be started in their place: Ray has no room for these before the

@@ -5,7 +5,8 @@
                           └────────────────────────┘ (another worker; the one that failed is asked until it answers)
 
 Calls are deterministic, so a call that runs twice gives the same result and re-dispatching is always safe. Every call
-that a worker has, and every worker that is to come back, has a deadline; so `wait` ends with a result or an error.
+that a worker has, and every worker that is to come back, has a deadline; so `wait` ends with a result or an error. A
+worker whose node left is waited for without end, but counts for its role's floor only until its deadline.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +51,21 @@ class _Flight:
 
 
 class Dispatcher:
-    """Pools by role. `restarts` and `redispatched` count what the run survived."""
+    """Pools by role. `restarts` and `redispatched` count what the run survived. `on_node` tells whether a worker, by
+    role and number, has room on a node at present (`PlacedActors.on_node`)."""
 
-    def __init__(self, *, call_timeout_s: float, start_timeout_s: float):
+    def __init__(
+        self,
+        *,
+        call_timeout_s: float,
+        start_timeout_s: float,
+        on_node: Callable[[str, int], bool] = lambda role, index: True,
+    ):
         self._pools: dict[str, Pool] = {}
         self._flights: dict[Any, _Flight] = {}
         self._probes: dict[Any, tuple[str, Worker]] = {}
         self._call_timeout_s, self._start_timeout_s = call_timeout_s, start_timeout_s
+        self._on_node, self._look_at = on_node, 0.0
         self.restarts = 0
         self.redispatched = 0
         self.limits_s: dict[str, float] = {}
@@ -142,6 +151,7 @@ class Dispatcher:
 
     def _turn(self) -> None:
         """Hand out what can start, and take in what happens next."""
+        self._look_for_nodes()
         self._ask_the_rested()
         self._fill()
         waited, pause_s = [*self._flights, *self._probes], self._pause_s()
@@ -269,12 +279,29 @@ class Dispatcher:
                 else:
                     self._pings[worker] = (ref, due)
 
+    def _look_for_nodes(self) -> None:
+        """Which of the workers that are out of service have a node, looked up every `_POLL_S`."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _POLL_S
+        for role, pool in self._pools.items():
+            for worker in pool.workers:
+                if worker.state in ("recovering", "absent"):
+                    had = worker.on_node
+                    worker.placed(self._on_node(role, worker.index), now=now, limit_s=self._start_timeout_s)
+                    if worker.on_node is not had:
+                        log.warning(
+                            "%s worker %d has %s node", role, worker.index, "no" if had else "found a"
+                        )
+
     def _resting(self) -> Iterator[tuple[str, Worker]]:
         """Workers that are to be asked. A call that one still has would keep its answer waiting."""
         asked = [worker for _, worker in self._probes.values()]
         for role, pool in self._pools.items():
             for worker in pool.workers:
-                if worker.state == "recovering" and not worker.in_flight and worker not in asked:
+                waits = worker.state == "recovering" and worker.on_node and not worker.in_flight
+                if waits and worker not in asked:
                     yield role, worker
 
     def _ask_the_rested(self) -> None:
@@ -291,14 +318,15 @@ class Dispatcher:
         except (RayActorError, RayTaskError) as error:
             self._give_up(role, worker, _first_line(error))
         else:
-            worker.state = "ready"
+            worker.state, worker.on_node = "ready", True
             self.restarts += worker.restarted
             log.info("%s worker %d is back", role, worker.index)
 
     def _pause_s(self) -> float:
-        """Until the next worker has rested, at most `_POLL_S`."""
-        due = [worker.probe_at - time.monotonic() for _, worker in self._resting()]
-        return max(0.0, min([_POLL_S, *due]))
+        """Until the next worker has rested or the next call is late, at most `_POLL_S`."""
+        due = [worker.probe_at for _, worker in self._resting()]
+        due += [flight.deadline for flight in self._flights.values()]
+        return max(0.0, min(_POLL_S, min(due, default=float("inf")) - time.monotonic()))
 
     def _enforce_deadlines(self) -> None:
         now = time.monotonic()
@@ -311,9 +339,19 @@ class Dispatcher:
         for role, pool in self._pools.items():
             for worker in pool.workers:
                 if worker.state == "recovering" and not worker.in_flight and now > worker.deadline:
-                    self._probes = {ref: p for ref, p in self._probes.items() if p[1] is not worker}
-                    limit = f"start_timeout_s={self._start_timeout_s:g}"
-                    self._give_up(role, worker, f"it did not come back within {limit} after: {worker.cause}")
+                    self._end_wait(role, worker)
+
+    def _end_wait(self, role: str, worker: Worker) -> None:
+        """A worker did not come back in time: it hangs, or has no node."""
+        self._probes = {ref: p for ref, p in self._probes.items() if p[1] is not worker}
+        limit = f"start_timeout_s={self._start_timeout_s:g}"
+        cause = f"it did not come back within {limit} after: {worker.cause}"
+        worker.on_node = worker.on_node and self._on_node(role, worker.index)
+        if worker.on_node:
+            self._give_up(role, worker, cause)
+        else:
+            worker.state, worker.cause = "absent", f"no node has room for it (see `ray status`): {cause}"
+            log.error("%s worker %d is absent until a node has room for it: %s", role, worker.index, cause)
 
     def _give_up(self, role: str, worker: Worker, cause: str) -> None:
         """Lost for good; a process that is left of it would keep its GPU."""

@@ -90,7 +90,9 @@ def _over_ray(
                 "task", ray.remote(kind), lambda actor, _: actor.remote(spec), restarts=MAX_RESTARTS
             )
             wait_ready(placed.by_role, START_TIMEOUT_S)
-            dispatcher = Dispatcher(call_timeout_s=CALL_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S)
+            dispatcher = Dispatcher(
+                call_timeout_s=CALL_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S, on_node=placed.on_node
+            )
             dispatcher.add_pool("task", actors)
             for done in dispatcher.stream("task", usable(), ahead=QUEUED_PER_WORKER * pool.workers):
                 yield done.call.key, done.result if done.failure is None else done.failure  # type: ignore[misc]

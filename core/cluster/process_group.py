@@ -20,7 +20,8 @@ def join_process_group(
 ) -> None:
     """Initialise `torch.distributed` through DeepSpeed: gloo on CPU, NCCL on GPUs.
 
-    Raises torch's distributed errors when the other ranks do not come within `timeout_s`.
+    Raises torch's distributed errors when the other ranks do not come within `timeout_s`, which bounds collectives too
+    until `limit_collectives`: ranks load their models at different speed.
     """
     os.environ |= {
         "MASTER_ADDR": address,
@@ -39,3 +40,10 @@ def join_process_group(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if device == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s))
+
+
+def limit_collectives(timeout_s: float) -> None:
+    """Once all ranks are set up: how long each waits for the others from now on."""
+    import torch
+
+    torch.distributed.group.WORLD.set_timeout(timedelta(seconds=timeout_s))

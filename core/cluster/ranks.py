@@ -52,7 +52,7 @@ class RankResources:
     start_timeout_s: Positive = 1800.0
     """Longest wait for a rank to be ready, in seconds."""
     collective_timeout_s: Positive = 1800.0
-    """Longest wait of a rank for the others, in seconds."""
+    """Longest wait of a rank for the others once all are set up, in seconds."""
     call_timeout_s: Positive = 7200.0
     """Longest wait for a rank's answer, in seconds."""
     stop_timeout_s: Positive = 600.0

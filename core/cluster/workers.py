@@ -1,5 +1,10 @@
 """Workers of one role and their calls: who may make which call, who rests, who is lost. Pure; nothing here touches Ray.
 
+ready ──failed──► recovering ──answered──► ready
+                   │       ▲
+   no node for it  ▼       │ a node with room
+                  absent ──┘        recovering ──on a node, and silent for too long──► dead
+
 A failed call goes to the workers that have failed it least often, and waits for them where they are busy or coming
 back. A worker that fails rests longer each time, and must answer before it gets work again.
 """
@@ -60,9 +65,12 @@ class Done:
 
 @dataclass(eq=False)
 class Worker:
-    """state: ready, recovering (asked again from `probe_at` until `deadline`) or dead; `cause`: why it is not ready.
+    """state: ready, recovering (asked again from `probe_at` until `deadline`), absent or dead; `cause`: why it is not
+    ready.
 
-    failures: in a row. restarted: its process ended, or was ended. Times are of the monotonic clock.
+    failures: in a row. restarted: its process ended, or was ended. on_node: a node had room for it when that was last
+    looked up, while it was not ready; an absent worker has waited for one until its deadline, and goes on waiting.
+    Times are of the monotonic clock.
     """
 
     handle: Any
@@ -71,6 +79,7 @@ class Worker:
     in_flight: int = 0
     failures: int = 0
     restarted: bool = False
+    on_node: bool = True
     cause: str = ""
     probe_at: float = 0.0
     deadline: float = 0.0
@@ -81,6 +90,12 @@ class Worker:
         self.state, self.cause, self.restarted = "recovering", cause, restarted
         self.probe_at = now + min(_REST_S * 2 ** (self.failures - 1), _LONGEST_REST_S)
         self.deadline = self.probe_at + limit_s
+
+    def placed(self, on_node: bool, *, now: float, limit_s: float) -> None:
+        """Whether it has a node now. Where it has one again, it may be asked, and has `limit_s` to answer."""
+        if on_node and not self.on_node:
+            self.state, self.probe_at, self.deadline = "recovering", now, now + limit_s
+        self.on_node = on_node
 
 
 @dataclass
@@ -94,18 +109,19 @@ class Pool:
     finished: deque[Done] = field(default_factory=deque)
 
     def alive(self) -> list[Worker]:
-        return [w for w in self.workers if w.state != "dead"]
+        return [w for w in self.workers if w.state not in ("absent", "dead")]
 
     def lost(self) -> str:
-        """Why the others are dead, for messages."""
-        return "; ".join(f"worker {w.index}: {w.cause}" for w in self.workers if w.state == "dead")
+        """Why the others are absent or dead, for messages."""
+        alive = self.alive()
+        return "; ".join(f"worker {w.index}: {w.cause}" for w in self.workers if w not in alive)
 
     def pairs(self) -> list[tuple[Call, Worker]]:
         """Takes from the queue what can start now, each call with its worker; `in_flight` counts them already."""
         found, waiting = [], deque[Call]()
         while self.queue and self._free(self.workers):
             call = self.queue.popleft()
-            fewest = min(call.tried.count(w.index) for w in self.alive())
+            fewest = min(call.tried.count(w.index) for w in self.alive() if w.on_node)
             free = self._free([w for w in self.workers if call.tried.count(w.index) == fewest])
             if not free:
                 waiting.append(call)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core.cluster.process_group import join_process_group
+from core.cluster.process_group import join_process_group, limit_collectives
 from core.cluster.ranks import RankResources
 from core.inputs import check_files
 from core.training.ema import ShardedAverage
@@ -99,7 +99,7 @@ class SupervisedRank(ABC):
     # ---- what the driver calls ----------------------------------------------------------------------------
 
     def setup(self, address: str, port: int) -> None:
-        """Join the other ranks, then build data, model and engine. Raises after the collective time limit."""
+        """Join the other ranks, then build data, model and engine. Raises after `start_timeout_s` without them."""
         settings = self.settings
         if not torch.distributed.is_initialized():
             join_process_group(
@@ -108,12 +108,13 @@ class SupervisedRank(ABC):
                 address=address,
                 port=port,
                 device=self.device,
-                timeout_s=settings.resources.collective_timeout_s,
+                timeout_s=settings.resources.start_timeout_s,
             )
         self.model = self.build()
         self.engine = self._make_engine(self.model)
         if settings.ema_decay is not None:
             self.average = ShardedAverage(self.engine, settings.ema_decay)
+        limit_collectives(settings.resources.collective_timeout_s)
 
     def sees(self, folder: str) -> bool:
         """Whether this node has the run's folder: every rank writes its part of a checkpoint there."""

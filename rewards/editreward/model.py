@@ -64,15 +64,8 @@ class EditRewardModel(nn.Module):
     def file_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All weights under the names of the file."""
         for name, tensor in self.state_dict().items():
-            yield file_name(name), tensor
-
-
-def file_name(name: str) -> str:
-    """The name in the model folder of one entry of `EditRewardModel.state_dict()`."""
-    for prefix, written in _FILE_PREFIXES.items():
-        if name.startswith(prefix):
-            return written + name.removeprefix(prefix)
-    raise KeyError(f"{name} is no weight of an EditRewardModel")
+            prefix = next(prefix for prefix in _FILE_PREFIXES if name.startswith(prefix))
+            yield _FILE_PREFIXES[prefix] + name.removeprefix(prefix), tensor
 
 
 def build_model(

@@ -40,7 +40,8 @@ POLICY, REFERENCE = "policy", "reference"
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """What every rank is built from; `collective_timeout_s` bounds how long ranks wait for each other."""
+    """What every rank is built from; `collective_timeout_s` bounds how long ranks wait for each other once all are set
+    up, `start_timeout_s` until then."""
 
     replica: ReplicaSpec
     config: LearnerConfig
@@ -49,6 +50,7 @@ class LearnerSpec:
     inprocess: bool
     gradient_checkpointing: bool
     collective_timeout_s: float
+    start_timeout_s: float
 
 
 class Learner:

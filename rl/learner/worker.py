@@ -12,7 +12,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
-from core.cluster.process_group import free_port, join_process_group
+from core.cluster.process_group import free_port, join_process_group, limit_collectives
 from core.cluster.ranks import RanksBlind, gather, rendezvous
 from core.failures import ObjectsLost
 from models.conditioning import Conditioning
@@ -42,18 +42,19 @@ class LearnerRank:
         return ray.util.get_node_ip_address(), free_port()
 
     def setup(self, master_address: str, master_port: int) -> WorkerInfo:
-        """Join the process group and build the model. Raises after `collective_timeout_s` without the others."""
+        """Join the process group and build the model. Raises after `start_timeout_s` without the others."""
         join_process_group(
             rank=self.rank,
             world_size=self.world_size,
             address=master_address,
             port=master_port,
             device=self.spec.replica.device,
-            timeout_s=self.spec.collective_timeout_s,
+            timeout_s=self.spec.start_timeout_s,
         )
         self.learner = Learner(self.spec)
         if self.spec.inprocess:
             self.replica = Replica(self.spec.replica, self.learner.transformer)
+        limit_collectives(self.spec.collective_timeout_s)
         return self.ready()
 
     def sees(self, folder: str) -> bool:

@@ -77,7 +77,7 @@ def start_cluster(
         )
         spec = LearnerSpec(
             replica, config.learner, training_spec(config), config.seed, inprocess,
-            config.model.gradient_checkpointing, collective_timeout_s=resources.call_timeout_s,
+            config.model.gradient_checkpointing, resources.call_timeout_s, resources.start_timeout_s,
         )  # fmt: skip
         ranks = _place_ranks(placed, spec)
         workers = start_workers(

@@ -9,7 +9,7 @@ from pathlib import Path
 import recipes
 from core.logs import relative_path_problems
 from core.output import output_problems
-from core.prompts import Prompt, PromptFileError, load_prompts, load_reference
+from core.prompts import Prompt, PromptFileError, load_prompts, reference_problems
 from core.recipe import value_problems
 from rewards.base import RewardSet
 from rewards.checks import check_rewards
@@ -22,8 +22,6 @@ from rl.recipe.validate import find_problems
 log = logging.getLogger(__name__)
 
 _SIZE_KEYS = "model.height, model.width"
-MOST_SHAPES = 5
-"""References of other proportions that are named."""
 
 
 @dataclass(frozen=True)
@@ -79,32 +77,15 @@ def _check_prompts(
         prompts = load_prompts(recipes.resolve(part.prompts), part.task)  # type: ignore[arg-type]
     except PromptFileError as error:
         return error.problems, []
-    problems = _check_references(prompts, model) if part.task == "edit" else []
+    problems = []
+    if part.task == "edit":
+        size = (model.width, model.height) if model else None
+        unreadable, squashed = reference_problems(prompts, size, "model.width and model.height")
+        problems += unreadable + squashed
     wanted = getattr(part, "num_prompts", 0)
     if wanted > len(prompts):
         problems.append(f"{part.prompts} holds {len(prompts)} prompts, num_prompts={wanted} asks for more")
     return problems, prompts
-
-
-def _check_references(prompts: list[Prompt], model: ModelConfig | None) -> list[str]:
-    """References that cannot be read, and those of other proportions than the pictures that are drawn: the policy is
-    shown them at that size, and rewards as they are."""
-    problems, shapes = [], []
-    for prompt in prompts:
-        try:
-            width, height = load_reference(prompt).size
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        # One side is off by a pixel or more where the other fits.
-        if model and abs(width * model.height - height * model.width) >= min(width, height):
-            shapes.append(
-                f"{prompt.name}: its reference image is {width} x {height} px (width x height) and pictures are drawn "
-                f"at {model.width} x {model.height}: the policy would see it squashed, the reward as it is; crop or "
-                "pad it to these proportions, or set model.width and model.height to its own"
-            )
-    more = len(shapes) - MOST_SHAPES
-    return problems + shapes[:MOST_SHAPES] + [f"and {more} references more of other proportions"] * (more > 0)
 
 
 def _check_model(config: RunConfig) -> list[str]:

@@ -108,7 +108,9 @@ def start_workers(
     )  # fmt: skip
     encoders = placed.start("encode", EncodeWorker, lambda kind, _: kind.remote(encoder), restarts=restarts)
     dispatcher = Dispatcher(
-        call_timeout_s=resources.call_timeout_s, start_timeout_s=resources.start_timeout_s
+        call_timeout_s=resources.call_timeout_s,
+        start_timeout_s=resources.start_timeout_s,
+        on_node=placed.on_node,
     )
     dispatcher.add_pool("rollout", ranks or sampling, floor=floor)
     dispatcher.add_pool("reward", rewards, max_in_flight=resources.reward_concurrency)

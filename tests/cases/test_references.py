@@ -2,9 +2,7 @@
 
 import pytest
 
-from core.prompts import load_prompts
-from rl.recipe import preflight
-from rl.recipe.schema import ModelConfig
+from core import prompts
 from tests.cases.conftest import CASES
 
 FILE = CASES / "references" / "edit.jsonl"
@@ -13,9 +11,11 @@ SIZES = ["512 x 1024", "1000 x 333", "64 x 64", "512 x 1024", "1024 x 512", "400
 
 
 def problems(width: int, height: int) -> list[str]:
-    return preflight._check_references(
-        load_prompts(FILE, "edit"), ModelConfig("m", width=width, height=height)
+    unreadable, squashed = prompts.reference_problems(
+        prompts.load_prompts(FILE, "edit"), (width, height), "model.width and model.height"
     )
+    assert not unreadable
+    return squashed
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def problems(width: int, height: int) -> list[str]:
     ],
 )
 def test_each_line_is_refused_by_its_sizes(monkeypatch, size, fitting):
-    monkeypatch.setattr(preflight, "MOST_SHAPES", 6)
+    monkeypatch.setattr(prompts, "MOST_SHAPES", 6)
     width, height = size
     wrong = [(number, SIZES[number - 1]) for number in range(1, 7) if number not in fitting]
     found = problems(width, height)

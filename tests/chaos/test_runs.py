@@ -8,7 +8,7 @@ import json
 import pytest
 import ray
 
-from tests.chaos.harness import CALL_S, Chaos, Fault, result
+from tests.chaos.harness import Chaos, Fault, result
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,11 @@ def chaos(ray_session, worker_server, tmp_path_factory):
 
 
 def test_workers_and_services_killed_and_hung_change_nothing(chaos):
+    """In the second step the encoder hangs at the last prompt, and the reward at the first: one wait for both."""
     faults = [
         Fault("encode", "kill", 2), Fault("denoise", "kill", 8), Fault("reward", "kill", 4),
         Fault("served", "kill", 6), Fault("evaluate", "kill", 4), Fault("publish", "kill", 5),
-        Fault("encode", "stop", 8), Fault("denoise", "stop", 36), Fault("reward", "stop", 14),
+        Fault("encode", "stop", 9), Fault("reward", "stop", 10), Fault("denoise", "stop", 36),
         Fault("served", "stop", 12),
     ]  # fmt: skip
     outcome = chaos.run("healed", *faults)
@@ -45,12 +46,3 @@ def test_a_rank_killed_and_a_rank_hung_cost_a_restart_of_the_ranks_each(chaos):
     assert json.loads((chaos.out("ranks") / "status.json").read_text())["learner_restarts"] == 2
     assert result(chaos.out("ranks")) == result(chaos.out("straight"))
     assert chaos.left("ranks") == []
-
-
-def test_a_rank_lost_without_restarts_stops_the_run_which_goes_on(chaos):
-    hung = chaos.run("stopped", Fault("save", "stop", 3), overrides=["resources.learner_restarts=0"])
-    assert hung.state == "failed" and f"save took longer than {CALL_S:g} s on " in hung.cause, hung
-    assert chaos.left("stopped") == []
-    assert chaos.run("stopped", resume=True).state == "finished"
-    assert result(chaos.out("stopped")) == result(chaos.out("straight"))
-    assert chaos.left("stopped") == []

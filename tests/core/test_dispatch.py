@@ -7,6 +7,7 @@ import time
 import pytest
 import ray
 
+from core.cluster import workers
 from core.cluster.dispatch import Dispatcher, PoolExhausted
 from core.cluster.workers import Call
 from core.failures import DataFailure, InfrastructureFailure
@@ -71,7 +72,7 @@ def test_a_failed_call_is_made_again_and_all_others_finish(ray_session, tmp_path
 
 
 def test_a_hung_worker_is_restarted_and_its_call_made_again(ray_session, tmp_path):
-    dispatcher, _ = make_dispatcher(1, call_timeout_s=8.0)
+    dispatcher, _ = make_dispatcher(1, call_timeout_s=4.0)
     dispatcher.submit(Call("rollout", 0, "work", (str(tmp_path / "once"), "hang")))
     (done,) = finish(dispatcher)
     assert done.call.attempts == 2 and dispatcher.restarts == 1
@@ -79,7 +80,7 @@ def test_a_hung_worker_is_restarted_and_its_call_made_again(ray_session, tmp_pat
 
 def test_a_hung_worker_costs_the_pool_it_feeds_nothing(ray_session, tmp_path):
     """As a hung encoder: rollout calls start when their conditioning is there, so no rollout worker is blamed."""
-    dispatcher, handles = make_dispatcher(2, call_timeout_s=6.0)
+    dispatcher, handles = make_dispatcher(2, call_timeout_s=4.0)
     dispatcher.add_pool("encode", handles[:1])
     dispatcher.add_pool("rollout", handles[1:])
     before = ray.get(handles[1].work.remote("", ""))[0]
@@ -118,7 +119,8 @@ def test_below_the_floor_the_run_stops_with_the_cause(ray_session):
         finish(dispatcher)
 
 
-def test_a_call_that_kills_every_worker_is_given_up(ray_session):
+def test_a_call_that_kills_every_worker_is_given_up(ray_session, monkeypatch):
+    monkeypatch.setattr(workers, "_REST_S", 0.05)
     dispatcher, _ = make_dispatcher(1, restarts=50)
     dispatcher.submit(Call("rollout", 7, "always_crash", ()))
     with pytest.raises(PoolExhausted, match=r"always_crash\(7\) failed 5 times on 1 worker \(0\)"):

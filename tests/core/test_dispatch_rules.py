@@ -58,6 +58,7 @@ def _wire(monkeypatch):
     monkeypatch.setattr(dispatch, "ray", SimpleNamespace(wait=wait, get=get, kill=kill))
     monkeypatch.setattr(workers, "_REST_S", 0.001)
     monkeypatch.setattr(dispatch, "_ASK_AGAIN_S", 0.001)
+    monkeypatch.setattr(dispatch, "_POLL_S", 0.01)
 
 
 def failing(cause):
@@ -67,8 +68,10 @@ def failing(cause):
 NO_MEMORY = failing(InfrastructureFailure("out of GPU memory"))
 
 
-def dispatcher(*actors, call_timeout_s=60.0, floor=1, start_timeout_s=60.0):
-    made = Dispatcher(call_timeout_s=call_timeout_s, start_timeout_s=start_timeout_s)
+def dispatcher(*actors, call_timeout_s=60.0, floor=1, start_timeout_s=60.0, nodes=None):
+    """`nodes`: by worker, whether a node has room for it."""
+    on_node = {} if nodes is None else {"on_node": lambda role, index: nodes[index]}
+    made = Dispatcher(call_timeout_s=call_timeout_s, start_timeout_s=start_timeout_s, **on_node)
     made.add_pool("rollout", list(actors), floor=floor)
     return made
 
@@ -198,3 +201,57 @@ def test_a_call_waits_for_a_busy_worker_rather_than_go_back_and_holds_nobody_up(
     pool.workers[1].state = "dead"
     pool.workers[0].in_flight = 0
     assert pool.pairs() == [(failed, pool.workers[0])], "no other is left"
+
+
+AWAY = ActorUnavailableError("its node is gone", b"x" * 16)
+
+
+def turn_until(made, condition):
+    until = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < until
+        made._turn()
+
+
+def test_a_worker_without_a_node_is_missed_and_comes_back_with_one():
+    """It is not asked meanwhile, is no loss for good, and has the whole limit to start on the new node."""
+    gone, nodes = Actor(AWAY, "back", ready=(AWAY,)), [True, False]
+    made = dispatcher(Actor("a"), gone, start_timeout_s=0.05, nodes=nodes)
+    assert {d.call.key for d in finish(made, 8)} == set(range(8))
+    lost = made._pools["rollout"].workers[1]
+    turn_until(made, lambda: lost.state == "absent")
+    assert [d.result for d in finish(made, 4)] == ["a"] * 4, "the run goes on"
+    gone._ready = [True]
+    turn_until(made, lambda: time.monotonic() > lost.deadline + 0.1)
+    assert lost.state == "absent" and made.restarts == 0
+    nodes[1] = True
+    turn_until(made, lambda: lost.state == "ready")
+    assert {d.result for d in finish(made, 4)} == {"a", "back"} and gone.kills == [] and made.restarts == 1
+
+
+def test_below_the_floor_a_node_is_waited_for_within_the_limit():
+    gone = Actor(AWAY, ready=(AWAY,))
+    made = dispatcher(Actor("a"), gone, floor=2, start_timeout_s=0.05, nodes=[True, False])
+    finish(made, 4)
+    with pytest.raises(PoolExhausted, match=r"1 rollout .* floor is 2; lost are worker 1: no node has room"):
+        turn_until(made, lambda: made.submit(Call("rollout", 0, "work", ())))
+    assert gone.kills == []
+
+
+def test_a_worker_that_hangs_on_its_new_node_is_ended():
+    gone, nodes = Actor(AWAY, ready=(AWAY, PENDING)), [True, False]
+    made = dispatcher(Actor("a"), gone, start_timeout_s=0.05, nodes=nodes)
+    finish(made, 4)
+    lost = made._pools["rollout"].workers[1]
+    turn_until(made, lambda: lost.state == "absent")
+    nodes[1] = True
+    turn_until(made, lambda: lost.state == "dead")
+    assert gone.kills == [True]
+
+
+def test_a_failed_call_does_not_wait_for_a_node():
+    gone = Worker("b", 1, state="recovering", on_node=False)
+    pool = Pool([Worker("a", 0), gone], floor=1, max_in_flight=1)
+    failed = Call("rollout", 0, "work", (), tried=[0])
+    pool.queue.append(failed)
+    assert pool.pairs() == [(failed, pool.workers[0])]

@@ -6,6 +6,9 @@ this file, which hands the worker's command line, environment and standard strea
 worker has ended. The server forks, and the fork runs Ray's own worker script: from there on everything is Ray's. It is
 a process of its own, may be killed and is restarted as always.
 
+Before a worker Ray starts another Python, which imports ray for half a second only to read the runtime environment and
+to replace itself by the job's Python. A Ray that is started under `WorkerServer.shortened` does both here in one.
+
 The server must not import ray, which reads its settings from the environment once.
 """
 
@@ -20,6 +23,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = ("deepspeed", "models.text", "rollout.engine", "rl.learner.learner")
 START_TIMEOUT_S = 240.0
 LOOK_S = 5.0
+CONTEXT, LANGUAGE = "--serialized-runtime-env-context=", "--language="
+"""What Ray tells its `setup_worker.py`."""
 _STREAMS = 3
 
 
@@ -45,6 +52,17 @@ class WorkerServer:
         """For a command whose Ray, its own or a joined one, is to have forked workers: Ray's way to give a job its
         runtime environment from outside."""
         return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"py_executable": self.python}})}
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """A Ray that is started in this block has this file in the place of Ray's `setup_worker.py`."""
+        from ray._private import ray_constants
+
+        kept, ray_constants.SETUP_WORKER_FILENAME = ray_constants.SETUP_WORKER_FILENAME, __file__
+        try:
+            yield
+        finally:
+            ray_constants.SETUP_WORKER_FILENAME = kept
 
     def start(self) -> None:
         """Once: a second call does nothing."""
@@ -127,8 +145,21 @@ def ask(path: str, arguments: list[str]) -> None:
         connection.recv(1)
 
 
+def set_up(words: list[str]) -> None:
+    """What Ray's `setup_worker.py` does; by that itself for jobs whose Python is another one than this file."""
+    (text,) = [word.removeprefix(CONTEXT) for word in words if word.startswith(CONTEXT)] or ["{}"]
+    context = json.loads(text)
+    python = (context.get("py_executable") or "").split()
+    if __file__ not in python:
+        os.execv(sys.executable, [sys.executable, str(Path(words[0]).with_name("setup_worker.py")), *words])
+    os.environ.update(context["env_vars"])
+    ask(python[-1], [word for word in words if not word.startswith((CONTEXT, LANGUAGE))])
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2], int(sys.argv[3]))
+    elif any(word.startswith(LANGUAGE) for word in sys.argv):
+        set_up(sys.argv[1:])
     else:
         ask(sys.argv[1], sys.argv[2:])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.levels import LEVELS, TABLE, level_of, levels_of
+from tests.levels import LEVELS, ORDER, TABLE, level_of, levels_of
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -36,4 +36,4 @@ def test_the_longest_entry_counts() -> None:
     assert level_of("tests/rl/loop/test_run.py::test_a_run_that_is_stopped_and_then_fails") == "chaos"
     assert level_of("tests/core/test_new.py::test_x") == "unit"
     assert level_of("tests/core/test_new.py::test_x", ["ray_session"]) == "component"
-    assert set(TABLE.values()) | {"unit"} == set(LEVELS)
+    assert set(TABLE.values()) | {"unit"} == set(LEVELS) == set(ORDER)

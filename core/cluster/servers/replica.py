@@ -170,8 +170,10 @@ class Replica:
                 return f"the server was not ready within start_timeout_s {self.plan.start_timeout_s:g}"
             elif ready and now - answered > UNHEALTHY_S:
                 return f"the server's /health has failed for {UNHEALTHY_S:g} s"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=2.0 if ready else 0.5)
+            look_again = now + (2.0 if ready else 0.5)
+            while time.monotonic() < look_again and process.poll() is None:
+                if self._leaving.wait(0.05):
+                    break
         return "stopped"
 
     def _launch(self) -> subprocess.Popen:

@@ -23,7 +23,7 @@ from core.failures import ClusterError
 from core.files import file_sha256
 from core.logs import relative_path_problems
 from core.output import output_problems
-from core.prompts import Prompt, PromptFileError, load_prompts
+from core.prompts import Prompt, PromptFileError, load_prompts, reference_problems
 from core.recipe import ConfigError, value_problems
 from core.run_status import watch_run
 from rewards.editreward.data.generate_config import (
@@ -77,13 +77,17 @@ def check(header: Header, section: GenerateSection) -> list[Prompt]:
         problems.append(
             f"{section.prompts} holds {len(prompts)} prompts, generate.num_prompts={section.num_prompts} asks for more"
         )
+    prompts = prompts[: section.num_prompts or None]
+    # What cannot be read is that prompt's failure alone, when its turn comes.
+    drawn = (section.width, section.height)
+    problems += reference_problems(prompts, drawn, "generate.width and generate.height")[1]
     problems += [f"generate.model: {p}" for p in check_model_folder(recipes.resolve(section.model))]
     problems += output_problems("generate.output", output_folder(header, section.output, "edits"))
     paths = {"output_dir": header.output_dir, "generate.output": section.output or header.output_dir}
     problems += relative_path_problems({f"{key}={p!r}": Path(p).expanduser() for key, p in paths.items()})
     if problems:
         raise ConfigError(problems)
-    return prompts[: section.num_prompts or None]
+    return prompts
 
 
 def describe(header: Header, section: GenerateSection, prompts: list[Prompt]) -> list[str]:

@@ -102,7 +102,9 @@ class Studio:
         encoders = start("encode", EncodeWorker, lambda kind, _: kind.remote(encoder), restarts=restarts)
         wait_ready(self._placed.by_role, section.start_timeout_s)
         self.dispatcher = Dispatcher(
-            call_timeout_s=section.call_timeout_s, start_timeout_s=section.start_timeout_s
+            call_timeout_s=section.call_timeout_s,
+            start_timeout_s=section.start_timeout_s,
+            on_node=self._placed.on_node,
         )
         self.dispatcher.add_pool("rollout", rollouts)
         self.dispatcher.add_pool("encode", encoders)

@@ -71,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def line(i: int) -> dict[str, Any]:
-    pixels = np.random.default_rng(i).integers(0, 255, (32 + 8 * i, 40, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(i).integers(0, 255, (32 + 8 * i, 32 + 8 * i, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -110,7 +110,7 @@ def test_every_edit_is_there_once_with_its_settings_and_provenance(place: Path, 
     for sample in samples:
         i, given = sample.provenance["prompt_index"], line(sample.provenance["prompt_index"])
         assert (sample.instruction, sample.edit_type) == (given["prompt"], f"kind{i % 2}")
-        assert sample.source.size == (40, 32 + 8 * i) and sample.result.size == (32, 32)
+        assert sample.source.size == (32 + 8 * i, 32 + 8 * i) and sample.result.size == (32, 32)
         assert sample.scores == {}
         assert sample.provenance["metadata"] == given["metadata"]
         assert sample.provenance["model_sha256"] == record["model_sha256"]
@@ -259,6 +259,16 @@ def test_what_is_wrong_is_said_before_ray_is_asked_for_anything(
         assert part in said
     assert generate(place, tmp_path / "out", f"generate.adapters=[{tmp_path}]") == 2
     assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_sources_of_other_proportions_are_refused_by_line(place: Path, tmp_path: Path, capsys: Any) -> None:
+    """The model would edit a squashed source, and shards keep it as it is."""
+    words = "generate.width=64", "generate.num_prompts=2", "--dry-run"
+    assert generate(place, tmp_path / "out", *words) == 2
+    said = capsys.readouterr().err
+    assert f"{place / 'prompts.jsonl'}:2: its reference image is 40 x 40 px" in said
+    assert "drawn at 64 x 32" in said and "set generate.width and generate.height to its own" in said
+    assert ":3: its reference" not in said
 
 
 def test_the_dry_run_prints_the_plan(place: Path, tmp_path: Path, caplog: Any) -> None:

@@ -77,7 +77,7 @@ def resolve(share: RankShare) -> tuple[list[TrainSample], int]:
 def make_learner(folder: Path, *, guidance: float = 1.0, **changes: Any) -> Learner:
     """A learner in this process; wants the `process_group` fixture."""
     config, sampling = learner_config(**changes), sampling_spec(guidance)
-    learner = Learner(LearnerSpec(replica_spec(folder), config, sampling, 0, False, False, 120.0))
+    learner = Learner(LearnerSpec(replica_spec(folder), config, sampling, 0, False, False, 120.0, 120.0))
     learner.negative = conditioning("negative")
     return learner
 

@@ -290,7 +290,7 @@ def test_gradients_add_up_in_float32_whatever_the_weights_are_in(folder, zero_st
     """The same micro-batch 288 times is 288 times its gradient; summed in bfloat16 it stops growing on the way."""
     spec = replica_spec(folder, dtype="bfloat16")
     config = learner_config(zero_stage=zero_stage, kl_beta=0.0)
-    learner = Learner(LearnerSpec(spec, config, sampling_spec(), 0, False, False, 120.0))
+    learner = Learner(LearnerSpec(spec, config, sampling_spec(), 0, False, False, 120.0, 120.0))
     learner.set_learning_rate(0.0)
     engine = RolloutEngine(spec)
     publish(learner, engine)
@@ -308,7 +308,7 @@ def test_gradients_add_up_in_float32_whatever_the_weights_are_in(folder, zero_st
 def test_bfloat16_publishes_what_it_trains(folder, zero_stage):
     spec = replica_spec(folder, dtype="bfloat16")
     config = learner_config(zero_stage=zero_stage, updates_per_rollout=2, micro_batch_size=4)
-    learner = Learner(LearnerSpec(spec, config, sampling_spec(3.0), 0, False, True, 120.0))
+    learner = Learner(LearnerSpec(spec, config, sampling_spec(3.0), 0, False, True, 120.0, 120.0))
     learner.negative = conditioning("negative")
     engine = RolloutEngine(spec)
     for first in (0, 2):

@@ -57,7 +57,7 @@ def results(tmp_path_factory, ray_session):
     found = {}
     for name, (stage, ranks) in CASES.items():
         config = learner_config(zero_stage=stage, ranks=ranks)
-        spec = LearnerSpec(replica_spec(folder), config, sampling_spec(3.0), 0, False, False, 120.0)
+        spec = LearnerSpec(replica_spec(folder), config, sampling_spec(3.0), 0, False, False, 120.0, 120.0)
         actor = ray.remote(RecordingRank).options(num_cpus=0.1)
         actors = [actor.remote(spec, rank, ranks) for rank in range(ranks)]
         group = LearnerGroup(actors, call_timeout_s=240, start_timeout_s=240)

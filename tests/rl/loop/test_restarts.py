@@ -55,10 +55,12 @@ def test_a_lost_rank_goes_on_from_the_last_checkpoint_and_is_counted(train):
     assert train.told == [1, "restart", 2, "restart"]
 
 
-def test_one_loss_more_than_allowed_stops_by_the_rank(train):
-    losses = [RankLost("rank 1 died"), RankLost("rank 2 died in update")]
-    with pytest.raises(RankLost, match="rank 2 died in update; resources.learner_restarts=1 are used up"):
-        train(*losses, allowed=1)
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_one_loss_more_than_allowed_stops_by_the_rank(train, allowed):
+    losses = [RankLost("rank 1 died"), RankLost("rank 2 died in update")][1 - allowed :]
+    used_up = f"rank 2 died in update; resources.learner_restarts={allowed} are used up"
+    with pytest.raises(RankLost, match=used_up):
+        train(*losses, allowed=allowed)
 
 
 @pytest.mark.parametrize("error", [ValueError("loss is nan"), RanksBlind("ranks [1] do not see")])
