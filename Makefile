@@ -4,6 +4,7 @@
 # make lint    style, types, floors, dead code
 # make test    lint, then all tests on WORKERS=2 cores, and what each level took of its budget
 # make test-fast  the unit tests alone
+# make chaos   faults at every point of small runs, killed drivers, a soak; ARGS="--only matrix --cells 5" for a part
 # make accept  the long proofs, which write docs/evidence/
 # make bench   the two engines at tiny size
 # make clean   build leftovers and caches; never .venv or runs
@@ -20,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup extras demo test test-fast accept lint bench clean
+.PHONY: setup extras demo test test-fast chaos accept lint bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -56,10 +57,13 @@ test: lint
 test-fast: extras
 	$(PYTEST) -m unit --durations=5
 
+chaos: extras
+	$(PY) -m bench.accept.chaos $(ARGS)
+
 accept: extras
 	@failed=; \
 	RAY_AUTH_MODE=token $(PY) -m bench.accept.cluster || failed=" cluster"; \
-	for proof in demo base vlm learning editreward table4 metaquery; do \
+	for proof in demo base vlm learning editreward table4 metaquery chaos; do \
 		$(PY) -m bench.accept.$$proof || failed="$$failed $$proof"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "make accept: these do not hold:$$failed (see docs/evidence/)" >&2; exit 1; fi

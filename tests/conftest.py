@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 import hypothesis
 import pytest
 
+from tests.fakes.canaries import secrets_in_environment
 from tests.fakes.forked_workers import WorkerServer
 from tests.levels import BUDGET_S, LEVELS, ORDER, USES, group_of, level_of, levels_of
 
@@ -43,7 +44,7 @@ def ray_session(worker_server):
 
     for attempt in range(RAY_STARTS):
         try:
-            with worker_server.shortened():
+            with worker_server.shortened(), secrets_in_environment():
                 ray.init(
                     address="local",
                     num_cpus=16,

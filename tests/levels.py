@@ -88,6 +88,7 @@ _FILES = {
         rl/report/test_report.py
         rl/sweep/test_sweep.py
         rl/test_resume_inputs.py
+        rl/test_secrets.py::test_a_secret_in_a_recipe
         rl/test_train_cli.py
         rollout/test_worker.py
         worlds/shapes/scenes/test_prompts.py
@@ -114,6 +115,7 @@ _FILES = {
         rl/loop/test_metaquery_run.py
         rl/loop/test_run.py
         rl/report/test_browser.py
+        rl/test_secrets.py
         rl/sweep/test_sweep.py::test_a_grid_runs
         rl/sweep/test_sweep.py::test_a_run_that_fails
         rl/sweep/test_sweep.py::test_runs_side_by_side

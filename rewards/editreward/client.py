@@ -178,7 +178,7 @@ class EditReward:
         if self.mode == "inprocess" and self.urls:
             yield "urls is set, but mode: inprocess asks no server; leave one of them out"
         if len(set(self.urls)) != len(self.urls):
-            yield f"urls holds one URL twice: {', '.join(self.urls)}"
+            yield "urls holds one URL twice"  # which may hold a password
 
 
 _VALUES = TypeAdapter(EditReward)

@@ -86,7 +86,12 @@ class JudgeSettings:
     def problems(self) -> list[str]:
         """Every bad value as one sentence that names its key; empty when all are fine."""
         values = {key: getattr(self, key) for key in KEYS}
-        return [*value_problems(_VALUES, values), *_endpoint_problems(self), *_file_problems(self)]
+        return [
+            *value_problems(_VALUES, values),
+            *_endpoint_problems(self),
+            *_key_problems(self),
+            *_file_problems(self),
+        ]
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(JudgeSettings))
@@ -118,6 +123,12 @@ def _is_endpoint(url: object) -> bool:
         return False
     plain = not (parts.username or parts.password or parts.query or parts.fragment)
     return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
+
+
+def _key_problems(settings: JudgeSettings) -> Iterator[str]:
+    if settings.api_key_env and not settings.api_key_env.isidentifier():
+        # The value stays out of the message: it is likely to be the key itself.
+        yield "api_key_env is no name of an environment variable; put the key into one and give its name"
 
 
 def _file_problems(settings: JudgeSettings) -> Iterator[str]:

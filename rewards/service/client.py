@@ -61,7 +61,7 @@ class ServedReward:
         service = self._service
         problems = [] if self.urls else ["service.urls is empty; give at least one, like http://host:8100"]
         problems += [f"service.urls: {problem}" for url in self.urls if (problem := url_problem(url))]
-        if len(set(self.urls)) < len(self.urls):
+        if len(set(self.urls)) < len(self.urls) and not problems:  # else one might hold a password
             problems.append(f"service.urls holds one URL twice: {', '.join(self.urls)}")
         if service.codec not in CODECS:
             problems.append(f"service.codec is {service.codec!r}; choose one of {', '.join(CODECS)}")

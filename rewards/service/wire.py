@@ -180,6 +180,8 @@ def read_token(variable: str) -> str:
 
     Raises FatalRewardError, which never shows the value, when no header could carry it.
     """
+    if not variable.isidentifier():  # most likely the token itself
+        raise FatalRewardError("no name of an environment variable; put the token into one and give its name")
     token = os.environ.get(variable, "")
     if not token:
         raise FatalRewardError(

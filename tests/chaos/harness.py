@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,12 @@ class Chaos:
         limit_s: float = 180.0,
         resume: bool = False,
         overrides: Sequence[str] = (),
+        meanwhile: Callable[[subprocess.Popen[bytes], Path], None] = lambda driver, cell: None,
     ) -> Outcome:
-        """Run the recipe into `runs/<name>` until it ends. Raises TimeoutError after `limit_s`."""
+        """Run the recipe into `runs/<name>` until it ends. Raises TimeoutError after `limit_s`, the driver killed.
+
+        meanwhile: is called every `LOOK_S` with the driver and the cell's folder.
+        """
         self.before = InRay.now()
         cell = self.folder / "cells" / f"{name}.{time.monotonic_ns()}"
         cell.mkdir(parents=True)
@@ -156,8 +160,10 @@ class Chaos:
             driver = subprocess.Popen(words, stdout=log, stderr=log, env=environment, cwd=ROOT)
             while driver.poll() is None:
                 self.services.keep()
+                meanwhile(driver, cell)
                 time.sleep(LOOK_S)
                 if time.monotonic() - began > limit_s:
+                    driver.kill()
                     raise TimeoutError(f"{name}: still running after {limit_s:g} s, see {cell}/log")
         seconds = time.monotonic() - began
         self.services.wake()
