@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import time
@@ -117,8 +118,18 @@ def wait_ready(roles: Mapping[str, Sequence[Any]], timeout_s: float) -> None:
         try:
             ray.get(done[0], timeout=60)
         except Exception as error:
-            raise ClusterError(f"{owners[done[0]]} could not start: {error}") from error
+            raise ClusterError(f"{owners[done[0]]} could not start: {last_words(error)}") from error
     log.info("%d workers answered after %.1f s", len(owners), time.monotonic() - started)
+
+
+def last_words(error: BaseException) -> str:
+    """The line that says why an actor could not be made or does not answer: what it raised, without Ray's account of
+    where, or else Ray's first line."""
+    error = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if "creation task" in lines[0] else lines[0]
 
 
 class PlacedActors:

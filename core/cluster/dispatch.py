@@ -27,6 +27,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from core.cluster.actors import last_words
 from core.cluster.workers import Call, Done, Pool, Worker
 from core.failures import DataFailure, InfrastructureFailure, ObjectsLost
 
@@ -316,7 +317,7 @@ class Dispatcher:
         except (ActorUnavailableError, GetTimeoutError):
             worker.probe_at = time.monotonic() + _ASK_AGAIN_S  # the deadline ends it
         except (RayActorError, RayTaskError) as error:
-            self._give_up(role, worker, _first_line(error))
+            self._give_up(role, worker, last_words(error))
         else:
             worker.state, worker.on_node = "ready", True
             self.restarts += worker.restarted

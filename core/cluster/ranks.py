@@ -88,7 +88,7 @@ def gather(calls: list[Any], method: str, timeout_s: float) -> list[Any]:
             late = [calls.index(call) for call in pending]
             raise RankLost(
                 f"{method} took longer than {timeout_s:g} s on {len(pending)} of {len(calls)} ranks ({late}) "
-                "(resources.call_timeout_s, resources.start_timeout_s); continue with --resume auto"
+                "(resources.call_timeout_s, resources.start_timeout_s)"
             )
         try:
             answers[ready[0]] = ray.get(ready[0], timeout=60)
@@ -98,7 +98,7 @@ def gather(calls: list[Any], method: str, timeout_s: float) -> list[Any]:
             if _of_the_machine(cause):
                 raise RankLost(
                     f"rank {calls.index(ready[0])} failed in {method} ({type(error.cause).__name__}: "
-                    f"{_first_line(error.cause)}); continue with --resume auto"
+                    f"{_first_line(error.cause)})"
                 ) from error
             raise cause from error
         except RayError as error:
@@ -144,8 +144,8 @@ def _died(rank: int, method: str, error: BaseException) -> RankLost:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = next((line for line in lines if "because" in line), lines[0] if lines else type(error).__name__)
     return RankLost(
-        f"rank {rank} died in {method} ({cause.partition(' Some common causes')[0]}); Ray's log may say more (out of "
-        "memory is the usual cause); continue with --resume auto"
+        f"rank {rank} died in {method} ({cause.partition(' Some common causes')[0]}); Ray's log may say more, "
+        "such as that the machine ran out of memory"
     )
 
 

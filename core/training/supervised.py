@@ -192,8 +192,8 @@ class SupervisedRank(ABC):
         logger.error("step %d: skipped, its gradient is not finite (%d so far)", self.step, self.skipped)
         if self.skipped > MOST_SKIPPED:
             raise FloatingPointError(
-                f"step {self.step}: {self.skipped} steps were skipped because their gradients were not finite; lower "
-                "the learning rate and go on from an earlier checkpoint"
+                f"step {self.step}: {self.skipped} steps were skipped because their gradients were not finite; "
+                "train anew with a lower learning rate"
             )
 
 

@@ -70,7 +70,7 @@ def begin_at(config: RunConfig, run_dir: Path, resume: str | None) -> tuple[Path
     """The checkpoint to go on from (None: from step 0) and its state. Writes nothing. Raises ConfigError."""
     checkpoint = find_checkpoint(run_dir, resume) if resume else None
     if checkpoint is not None:
-        if checkpoint.absolute().parent.parent != run_dir:
+        if checkpoint.resolve().parent.parent != run_dir.resolve():
             raise ConfigError(
                 [f"checkpoint {checkpoint} belongs to another run than {run_dir}; set output_dir and name"]
             )

@@ -196,7 +196,7 @@ class Controller:
             raise NothingLearned(
                 f"step {step}: {self.state.skipped_updates} updates had a gradient that is not finite and were "
                 f"skipped (learner.max_skipped_updates={limit}); look at the rewards of these steps in groups.jsonl, "
-                "or lower learner.learning_rate and go on from an earlier checkpoint"
+                "or use an earlier checkpoint's adapter and train anew with a lower learner.learning_rate"
             )
 
     def _check_learned(self, stage: StageConfig) -> None:

@@ -48,7 +48,7 @@ def reward_hacking(stage: str, trained: Sequence[str], before: TaskScores, now: 
             lines.append(
                 f"reward hacking: over stage {stage!r}, at step {now.step}, the trained reward {label} rose on "
                 f"held-out prompts by {_signed(learned)} while the score that is trusted fell by {_signed(trusted)}; "
-                "stop here, go back to an earlier checkpoint, and mend the reward or raise learner.kl_beta"
+                "use an earlier checkpoint's adapter, and train anew with another reward or a higher learner.kl_beta"
             )
     return lines
 
@@ -61,8 +61,8 @@ def trained_task_fell(stage: str, before: TaskScores, now: TaskScores) -> list[s
         return []
     return [
         f"the trained task fell: over stage {stage!r}, at step {now.step}, {now.task} changed by {_signed(change)} on "
-        "held-out prompts; stop here and go back to an earlier checkpoint, with a lower learner.learning_rate or a "
-        "higher learner.kl_beta"
+        "held-out prompts; use an earlier checkpoint's adapter, or train anew with a lower learner.learning_rate "
+        "or a higher learner.kl_beta"
     ]
 
 

@@ -72,8 +72,8 @@ class RunResults:
         return [
             Alarm(
                 f"stage {stage.name!r} trained {' and '.join(trained)}, and {task} fell by {-change.mean:.4f} "
-                f"[{change.low:.4f}, {change.high:.4f}] (evaluation.cross_task_margin={margin:g}); consider a higher "
-                "learner.kl_beta, fewer steps, or an earlier checkpoint",
+                f"[{change.low:.4f}, {change.high:.4f}] (evaluation.cross_task_margin={margin:g}); use an earlier "
+                "checkpoint's adapter, or train anew with a higher learner.kl_beta or fewer steps",
                 ("cross_task",),
             )
             for task, change in self.stage_changes(index).items()

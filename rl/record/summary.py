@@ -126,13 +126,17 @@ def print_summary(summary: RunSummary, *, file: TextIO | None = None) -> None:
     if summary.best is not None:
         console.print(Text(f"Best checkpoint: {summary.best}"), soft_wrap=True)
     commit = f", commit {summary.commit[:12]}" if summary.commit else ""
-    learner = f"{summary.learner_restarts} learner restarts, " if summary.learner_restarts else ""
+    learner = _restarts(summary.learner_restarts, "learner") if summary.learner_restarts else ""
     console.print(
         Text(
-            f"{summary.images:,} images in {duration(summary.seconds)}, {summary.restarts} worker restarts, "
+            f"{summary.images:,} images in {duration(summary.seconds)}, {_restarts(summary.restarts, 'worker')}"
             f"{learner}version {summary.version}{commit}"
         )
     )
+
+
+def _restarts(count: int, whose: str) -> str:
+    return f"{count} {whose} restart{'' if count == 1 else 's'}, "
 
 
 def duration(seconds: float) -> str:

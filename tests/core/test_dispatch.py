@@ -8,9 +8,10 @@ import pytest
 import ray
 
 from core.cluster import workers
+from core.cluster.actors import wait_ready
 from core.cluster.dispatch import Dispatcher, PoolExhausted
 from core.cluster.workers import Call
-from core.failures import DataFailure, InfrastructureFailure
+from core.failures import ClusterError, DataFailure, InfrastructureFailure
 
 
 class Worker:
@@ -144,3 +145,21 @@ def test_a_stream_feeds_another_and_holds_back_what_is_not_due(ray_session):
     assert next(second).call.role == "reward" and len(read) < 8, "rewards begin while there is more to sample"
     assert sorted(done.call.key for done in second)[-1] == 7 and most <= 3
     assert dispatcher.outstanding() == 0
+
+
+class CannotBeMade:
+    def __init__(self):
+        raise ClusterError("other bytes than the driver: copy the same model to every node")
+
+    def ready(self):
+        """Never asked."""
+
+
+def test_an_actor_that_cannot_be_made_says_why_in_its_own_words(ray_session):
+    actor = ray.remote(CannotBeMade).remote()
+    with pytest.raises(ClusterError) as refused:
+        wait_ready({"rollout": [actor]}, 120)
+    text = str(refused.value)
+    assert text.startswith("rollout worker 0 could not start: ")
+    assert text.endswith("other bytes than the driver: copy the same model to every node")
+    assert "\x1b" not in text and "\n" not in text

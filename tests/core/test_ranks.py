@@ -79,7 +79,7 @@ def test_answers_come_in_order_and_a_rank_that_fails_ends_the_wait_for_the_other
 def test_a_dead_rank_is_named(ray_session):
     ranks = start_ranks(Rank, 2, Resources())
     try:
-        with pytest.raises(RankLost, match="rank 1 died in die .*continue with --resume auto"):
+        with pytest.raises(RankLost, match="rank 1 died in die "):
             ranks.call("die")
     finally:
         ranks.close()
