@@ -150,10 +150,11 @@ def harness(folder: Path) -> Iterator[Chaos]:
     import ray
 
     workers = WorkerServer(folder)
-    ray.init(
-        address="local", num_cpus=16, num_gpus=0, include_dashboard=False, log_to_driver=False,
-        runtime_env={"py_executable": workers.python},
-    )  # fmt: skip
+    with workers.shortened():
+        ray.init(
+            address="local", num_cpus=16, num_gpus=0, include_dashboard=False, log_to_driver=False,
+            runtime_env={"py_executable": workers.python},
+        )  # fmt: skip
     workers.start()
     address = ray.get_runtime_context().gcs_address
     chaos = Chaos(folder, address, workers.python, resources__call_timeout_s=CALL_S)
