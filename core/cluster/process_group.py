@@ -46,4 +46,6 @@ def limit_collectives(timeout_s: float) -> None:
     """Once all ranks are set up: how long each waits for the others from now on."""
     import torch
 
-    torch.distributed.group.WORLD.set_timeout(timedelta(seconds=timeout_s))
+    world = torch.distributed.group.WORLD
+    assert world is not None, "the process group is not set up yet"
+    world.set_timeout(timedelta(seconds=timeout_s))
