@@ -63,9 +63,7 @@ def compare_inputs(before: Inputs, now: Inputs, *, step: int, accept: bool) -> l
         return []
     refused = _differences(before.held, now.held, step)
     if refused and not accept:
-        remedy = (
-            "put it back, or add --accept-changes to go on with what is there now (the report will say so)"
-        )
+        remedy = "put it back, or add --accept-changes to go on with what is there now (the checkpoints will say so)"
         raise ConfigError([f"{line}: {remedy}" for line in refused])
     lines = [f"{line}; accepted by --accept-changes" for line in refused]
     lines += _differences(before.told, now.told, step)

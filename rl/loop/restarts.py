@@ -15,6 +15,7 @@ from pathlib import Path
 
 from core.cluster.dispatch import PoolExhausted
 from core.cluster.ranks import RankLost, RanksBlind
+from core.recipe import ConfigError
 from core.run_status import RunWatch
 from rl.loop.checkpoint import begin_at, set_later_aside
 from rl.loop.cluster import Cluster
@@ -45,17 +46,21 @@ def train_with_restarts(
                 raise
             if restarts == allowed:
                 raise RankLost(f"{error}; resources.learner_restarts={allowed} are used up") from error
-            log.error("learner restart %d of %d: %s", restarts + 1, allowed, error)
+            cause = str(error)
+            log.error("learner restart %d of %d: %s", restarts + 1, allowed, cause)
         gc.collect()  # the error's frames held references to the step's trajectories
         lost, fresh = state, False
-        checkpoint, state = begin_at(config, run_dir, "auto")
+        try:
+            checkpoint, state = begin_at(config, run_dir, "auto")
+        except ConfigError as refused:
+            raise RankLost(f"{cause}; the run cannot go back: {refused}") from refused
         set_later_aside(run_dir, state.step)
         state = replace(
             state, restarts=lost.restarts, learner_restarts=lost.learner_restarts + 1,
             inputs=lost.inputs, changes=lost.changes,
         )  # fmt: skip
         watch.restarted(restarts + 1)
-        log.warning("the run goes back from step %d to step %d", lost.step, state.step)
+        log.warning("the run goes on from its checkpoint of step %d", state.step)
 
 
 def _run(controller: Controller, cluster: Cluster) -> None:

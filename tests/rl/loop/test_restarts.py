@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from core.checkpoints import CheckpointError
 from core.cluster.dispatch import PoolExhausted
 from core.cluster.ranks import RankLost, RanksBlind
 from rl.loop import restarts
@@ -24,7 +25,7 @@ class Learner:
 def train(monkeypatch, tmp_path):
     """Trains with a controller that raises these errors one after the other, then ends; tells where each one began."""
 
-    def trained(*errors, allowed=3, dead=False, stopping=False):
+    def trained(*errors, allowed=3, dead=False, stopping=False, begin=None):
         begun, told, left = [], [], list(errors)
 
         class Controller:
@@ -36,7 +37,7 @@ def train(monkeypatch, tmp_path):
                     raise left.pop(0)
 
         monkeypatch.setattr(restarts, "Controller", Controller)
-        monkeypatch.setattr(restarts, "begin_at", lambda *args: ("step_2", RunState(step=2)))
+        monkeypatch.setattr(restarts, "begin_at", begin or (lambda *args: ("step_2", RunState(step=2))))
         cluster = SimpleNamespace(learner=Learner(dead), restart_learner=lambda: told.append("restart"))
         watch = SimpleNamespace(stopping=stopping, restarted=told.append)
         config = RunConfig(name="x", resources=ResourcesConfig(learner_restarts=allowed))
@@ -81,3 +82,11 @@ def test_ranks_that_sample_are_lost_where_no_worker_is_left(train):
     assert train.told == [1, "restart"]
     with pytest.raises(PoolExhausted):
         train(PoolExhausted("0 reward workers are left"), dead=False)
+
+
+def test_a_lost_rank_is_still_named_where_no_checkpoint_can_be_used(train):
+    def refuse(*_):
+        raise CheckpointError(["no checkpoint can be used"])
+
+    with pytest.raises(RankLost, match="rank 1 died; .*no checkpoint can be used"):
+        train(RankLost("rank 1 died"), begin=refuse)
