@@ -22,7 +22,8 @@ from pathlib import Path
 import psutil
 
 from bench.accept.evidence import Claim, claims_table, conclude
-from tests.chaos.harness import Chaos, Fault, Outcome, result
+from tests.chaos.faults import BEGUN
+from tests.chaos.harness import NOW, Chaos, Fault, Outcome, result
 from tests.fakes.forked_workers import WorkerServer
 
 NTH = {"encode": 2, "denoise": 8, "evaluate": 4, "publish": 5, "micro_batch": 9, "gather": 2, "save": 3,
@@ -129,8 +130,8 @@ def soak(chaos: Chaos, steps: int, dice: random.Random) -> list[Cell]:
 
     def strike(pids: list[int]) -> None:
         nonlocal due
-        if time.monotonic() < due or len(pids) < 2:
-            return
+        if time.monotonic() < due or not (chaos.folder / NOW / BEGUN).exists():
+            return  # a run does not start again what dies in its start: it stops
         due = time.monotonic() + dice.expovariate(1 / KILL_EVERY_S)
         alive = [pid for pid in pids[1:] if pid not in killed and psutil.pid_exists(pid)]
         if alive:
