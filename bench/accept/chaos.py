@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,8 @@ from pathlib import Path
 import psutil
 
 from bench.accept.evidence import Claim, claims_table, conclude
-from tests.chaos.harness import Chaos, Fault, Outcome, result
+from tests.chaos.faults import BEGUN
+from tests.chaos.harness import NOW, Chaos, Fault, Outcome, result
 from tests.fakes.forked_workers import WorkerServer
 
 NTH = {"encode": 2, "denoise": 8, "evaluate": 4, "publish": 5, "micro_batch": 9, "gather": 2, "save": 3,
@@ -109,9 +109,10 @@ def kill_drivers(
         after_s, name = dice.uniform(0.0, straight_s), f"driver_{number}"
         began = time.monotonic()
 
-        def kill(driver: subprocess.Popen[bytes], _: Path, at: float = began + after_s) -> None:
-            if time.monotonic() > at:
-                driver.kill()
+        def kill(pids: list[int], at: float = began + after_s) -> None:
+            if pids and time.monotonic() > at:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(pids[0]).kill()
 
         outcome = chaos.run(name, limit_s=CELL_S, meanwhile=kill)
         cells.append(ended(chaos, name, f"driver killed after {after_s:.1f} s", outcome, expected))
@@ -120,20 +121,19 @@ def kill_drivers(
 
 
 def soak(chaos: Chaos, steps: int, dice: random.Random) -> list[Cell]:
-    """Two stages of `steps` together, first undisturbed, then with a worker or service killed every few seconds."""
+    """Two stages of `steps` together, first undisturbed, then with a worker killed every few seconds."""
     length = tuple(f"stages[{stage}].steps={steps // 2}" for stage in range(2))
     more = (*length, "resources.learner_restarts=1000", "resources.max_restarts=1000")
     assert chaos.run("soak_straight", overrides=more, limit_s=SOAK_S).state == "finished"
     killed: list[int] = []
     due = time.monotonic()
 
-    def strike(driver: subprocess.Popen[bytes], cell: Path) -> None:
+    def strike(pids: list[int]) -> None:
         nonlocal due
-        if time.monotonic() < due or not (cell / "begun").exists():
-            return
+        if time.monotonic() < due or not (chaos.folder / NOW / BEGUN).exists():
+            return  # a run does not start again what dies in its start: it stops
         due = time.monotonic() + dice.expovariate(1 / KILL_EVERY_S)
-        numbers = {int(line) for line in (cell / "pids").read_text().split()} - {driver.pid, *killed}
-        alive = sorted(pid for pid in numbers if psutil.pid_exists(pid))
+        alive = [pid for pid in pids[1:] if pid not in killed and psutil.pid_exists(pid)]
         if alive:
             killed.append(dice.choice(alive))
             with contextlib.suppress(psutil.NoSuchProcess):

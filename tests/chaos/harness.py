@@ -140,11 +140,12 @@ class Chaos:
         limit_s: float = 180.0,
         resume: bool = False,
         overrides: Sequence[str] = (),
-        meanwhile: Callable[[subprocess.Popen[bytes], Path], None] = lambda driver, cell: None,
+        meanwhile: Callable[[list[int]], None] = lambda pids: None,
     ) -> Outcome:
         """Run the recipe into `runs/<name>` until it ends. Raises TimeoutError after `limit_s`, the driver killed.
 
-        meanwhile: is called every `LOOK_S` with the driver and the cell's folder.
+        meanwhile: is called every `LOOK_S` with the run's processes so far, the driver first: it is a fork too, not
+        the process that is waited for.
         """
         self.before = InRay.now()
         cell = self.folder / "cells" / f"{name}.{time.monotonic_ns()}"
@@ -160,10 +161,11 @@ class Chaos:
             driver = subprocess.Popen(words, stdout=log, stderr=log, env=environment, cwd=ROOT)
             while driver.poll() is None:
                 self.services.keep()
-                meanwhile(driver, cell)
+                meanwhile(pids(cell))
                 time.sleep(LOOK_S)
                 if time.monotonic() - began > limit_s:
-                    driver.kill()
+                    for pid in pids(cell)[:1]:
+                        psutil.Process(pid).kill()
                     raise TimeoutError(f"{name}: still running after {limit_s:g} s, see {cell}/log")
         seconds = time.monotonic() - began
         self.services.wake()
@@ -176,10 +178,10 @@ class Chaos:
 
     def left(self, name: str) -> list[str]:
         """What is left of the last run, after `GONE_S` at most; empty is right."""
-        pids = [int(line) for line in (self.folder / NOW / "pids").read_text().split()]
+        started = pids(self.folder / NOW)
         deadline = time.monotonic() + GONE_S
         while True:
-            found = [*InRay.now().beyond(self.before), *left_processes(pids), *left_files(self.out(name))]
+            found = [*InRay.now().beyond(self.before), *left_processes(started), *left_files(self.out(name))]
             if not found or time.monotonic() > deadline:
                 return found
             time.sleep(LOOK_S)
@@ -213,6 +215,12 @@ class InRay:
         bytes_more = self.stored_bytes - before.stored_bytes
         more = [f"{bytes_more} bytes in the object store"] if bytes_more > 0 else []
         return [*sorted(self.living - before.living), *more]
+
+
+def pids(cell: Path) -> list[int]:
+    """The driver and the workers that a run has started so far."""
+    path = cell / "pids"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
 def fired(cell: Path) -> list[dict[str, Any]]:
