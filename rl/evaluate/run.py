@@ -27,8 +27,8 @@ from rewards.benchmarks.layouts import Picture
 from rl.evaluate.images import ImageStore
 from rl.evaluate.plan import Batch, Plan, reward_set_name
 from rl.evaluate.scores import ImageScore, ScoreStore
-from rl.workers.collect import Collector, encode_call, encoded
-from rl.workers.requests import RolloutRequest
+from rl.workers.collect import Collector, encoded
+from rl.workers.requests import RolloutRequest, encode_call
 from rl.workers.start import Workers
 from rollout.sampler import SamplingSpec
 from rollout.worker import Policy

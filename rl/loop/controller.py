@@ -113,6 +113,7 @@ class Controller:
             batch, advantages = make_batch(results, config)  # complete groups, advantages
             if not self._fetched(batch, number):
                 continue  # the same step again, with the same samples
+            self._encode_ahead(schedule, step + 1)  # while the learner updates
             with self.protected():  # learner and records go on together; before, a stop costs samples alone
                 self._guard(part, results)
                 rate = stage_learning_rate(config.learner, step, stage.steps)
@@ -126,6 +127,12 @@ class Controller:
                 self.observer.record_step(stage, part, outcome, self.policy)
                 self.watch.at(number, stage.name)
             self.observer.close_step(stage, self.policy, self.protected)  # evaluation, gallery, checkpoint
+
+    def _encode_ahead(self, schedule: StageSchedule, step: int) -> None:
+        """Begin the next step's conditioning, unless encoders take turns with the learner on one card."""
+        resources = self.config.resources
+        if schedule.has(step) and not (resources.placement == "shared" and resources.encode_gpus):
+            self.rollout.encode_ahead(group_requests(schedule.groups(step), self.spec))
 
     @property
     def policy(self) -> Policy:

@@ -47,6 +47,10 @@ class StageSchedule:
         while progress.steps < self._steps:
             yield progress.steps
 
+    def has(self, step: int) -> bool:
+        """Whether the stage has step `step` (from 0)."""
+        return step < self._steps
+
     def part(self, step: int) -> ScheduledPart:
         """The part that step `step` of the stage (from 0) trains."""
         return self._parts[step % len(self._parts)]

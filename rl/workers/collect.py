@@ -1,6 +1,6 @@
 """Rollout with streamed rewards: a result goes to the reward workers as soon as it is whole, while others are sampled.
 
-a request's prompts ──► encode workers ──► conditioning (references)
+a request's prompts ──► encode workers ──► conditioning (references; for the first ones from `encode_ahead`)
 its chunks, once that is there ──► rollout workers ──► SampleInfo here; trajectory and images stay in the object store
 its images ──► reward workers ──► GroupScore here
 
@@ -21,7 +21,8 @@ from core.cluster.workers import Call, Done
 from core.failures import ObjectsLost
 from core.progress import Progress
 from core.spans import Span
-from rl.workers.requests import Chunk, RolloutRequest, RolloutResult
+from rl.workers.ahead import HeadStart
+from rl.workers.requests import Chunk, RolloutRequest, RolloutResult, encode_call
 from rollout.engine import SampleInfo, SampleRequest
 from rollout.sampler import SamplingSpec
 from rollout.worker import Policy
@@ -52,6 +53,14 @@ class Collector:
         self.spans: list[Span] = []
         self.negative: Any = None
         self.images = 0
+        self._head_start = HeadStart()
+
+    def encode_ahead(self, requests: Sequence[RolloutRequest]) -> None:
+        """Have the first of what `sample` is asked for next encoded meanwhile. Returns at once."""
+        self._head_start.begin(requests[: self._ahead()], self.dispatcher.workers("encode"))
+
+    def _ahead(self) -> int:
+        return _AHEAD * max(1, len(self.dispatcher.workers("rollout")))
 
     def sample(
         self,
@@ -94,12 +103,18 @@ class Collector:
     ) -> Iterator[RolloutResult]:
         pending: dict[int, _Pending] = {}
         failed: list[RolloutResult] = []
-        ahead = _AHEAD * max(1, len(self.dispatcher.workers("rollout")))
+        ahead = self._ahead()
+
+        def conditioned() -> Iterator[RolloutResult]:
+            by_id = {request.id: request for request in requests}
+            for request in requests:
+                if (conditionings := self._head_start.take(request)) is not None:
+                    yield RolloutResult(by_id.pop(request.id), conditionings)
+            for done in self.dispatcher.stream("encode", map(encode_call, by_id.values()), ahead=ahead):
+                yield encoded(by_id[done.call.key], done)  # type: ignore[index]
 
         def calls() -> Iterator[Call]:
-            by_id = {request.id: request for request in requests}
-            for done in self.dispatcher.stream("encode", map(encode_call, requests), ahead=ahead):
-                result = encoded(by_id[done.call.key], done)  # type: ignore[index]
+            for result in conditioned():
                 if result.failure:
                     failed.append(result)
                     continue
@@ -199,14 +214,6 @@ class Collector:
     def _note_sample(self, info: SampleInfo, policy: Policy, step: int) -> None:
         policy.check(info)
         self.spans.append(Span("rollout", info.worker, info.started, info.started + info.seconds, step))
-
-
-def encode_call(request: RolloutRequest) -> Call:
-    """The call that encodes a request's prompts: a reference image that cannot be read takes this request alone with
-    it."""
-    prompts = list(request.prompts)
-    args = (prompts, request.size)
-    return Call("encode", request.id, "encode_apart", args, num_returns=1 + len(prompts))
 
 
 def encoded(request: RolloutRequest, done: Done) -> RolloutResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from core.cluster.workers import Call
 from core.failures import DataFailure, ObjectsLost
 from core.prompts import Prompt
 from rewards.scoring import GroupScore
@@ -67,6 +68,14 @@ class RolloutResult:
 
     def conditioning_of(self, k: int) -> Any:
         return self.conditionings[self.request.prompt_index(k)]
+
+
+def encode_call(request: RolloutRequest) -> Call:
+    """The call that encodes a request's prompts: a reference image that cannot be read takes this request alone with
+    it."""
+    prompts = list(request.prompts)
+    args = (prompts, request.size)
+    return Call("encode", request.id, "encode_apart", args, num_returns=1 + len(prompts))
 
 
 def batch_requests(prompts: list[Prompt], seeds: list[int], batch_size: int) -> list[RolloutRequest]:
