@@ -45,6 +45,9 @@ def make(monkeypatch):
             while progress.steps < self.steps:
                 yield progress.steps
 
+        def has(self, step):
+            return step < self.steps
+
         def part(self, step):
             return part
 
@@ -58,9 +61,10 @@ def make(monkeypatch):
         control.config, control.spec, control.state = RunConfig(rollout=RolloutConfig()), None, RunState()
         control.state.stages.append(StageProgress("t2i"))
         control.learner, control._losses, control._policy = Learner(losses), 0, SimpleNamespace()
-        control.drawn = []
+        control.drawn, control.ahead = [], []
         control.rollout = SimpleNamespace(
             sample=lambda requests: [],
+            encode_ahead=lambda requests: control.ahead.append(control.state.step),
             score=lambda *args, **options: control.drawn.append(options["step"]) or [result],
         )
 
@@ -87,3 +91,11 @@ def test_nodes_that_leave_in_every_try_stop_the_run(make):
     with pytest.raises(ObjectsLost):
         control._train(StageConfig(name="t2i", steps=1))
     assert control.state.step == 0
+
+
+@pytest.mark.parametrize(("encode_gpus", "begun"), [(0.0, [0, 1]), (0.25, [])])
+def test_the_next_step_is_encoded_before_an_update_unless_its_card_is_the_learners(make, encode_gpus, begun):
+    control = make(losses=0)
+    control.config.resources.encode_gpus = encode_gpus
+    control._train(StageConfig(name="t2i", steps=3))
+    assert control.ahead == begun, "not behind the last step"
