@@ -21,8 +21,7 @@ from rewards.calling import RewardBatch, call_reward
 from rewards.checks import check_rewards
 from rewards.loading import load_reward
 from rewards.scoring import score_group
-from rewards.service import client, endpoints
-from rewards.service.endpoints import Endpoints
+from rewards.service import client
 from rewards.worker import RewardScorer
 from tests.fakes.service_process import Service, ServiceThread, served, write_recipe
 
@@ -215,48 +214,6 @@ def problems(spec, probe=True):
     return check_rewards(RewardSet("set", "t2i", [spec]), probe=probe)
 
 
-@pytest.mark.parametrize(
-    ("urls", "settings", "expected"),
-    [
-        ([], {}, "service.urls is empty"),
-        (["localhost:8100"], {}, "localhost:8100: write it as http://host:port"),
-        (["http://:8100"], {}, "write it as http://host:port"),
-        (["http://h:99999"], {}, "Port out of range"),
-        (["http://h:1?x=1"], {}, "leave out what follows"),
-        (["http://h:1", "http://h:1/"], {}, "holds one URL twice"),
-        (["http://h:1"], {"codec": "jpeg"}, "service.codec is 'jpeg'; choose one of png, raw"),
-        (["http://h:1"], {"unavailable_s": 0.0}, "service.unavailable_s is 0"),
-        (["http://h:1"], {"unavailable_s": float("nan")}, "service.unavailable_s is nan"),
-        (
-            ["http://h:1"],
-            {"token_env": "NO_SUCH_TOKEN"},
-            "variable NO_SUCH_TOKEN, which holds the bearer token",
-        ),
-    ],
-)
-def test_a_service_block_that_cannot_work_is_told_without_a_request(urls, settings, expected):
-    (problem,) = problems(served(RewardSpec("no.such:reward"), *urls, **settings), probe=False)
-    assert expected in problem
-
-
-def test_a_password_in_a_url_is_refused_and_not_shown(caplog):
-    caplog.set_level("DEBUG")
-    (problem,) = problems(served(RewardSpec("a:b"), "http://me:hunter2@h:99999"), probe=False)
-    assert "holds a user or password" in problem and "hunter2" not in problem + caplog.text
-
-
-@pytest.mark.parametrize("token", ["secret\n", "two words", "sécret"])
-def test_a_token_that_no_header_carries_is_refused_and_not_shown(token, monkeypatch):
-    monkeypatch.setenv("SERVICE_TOKEN", token)
-    (problem,) = problems(served(RewardSpec("a:b"), "http://h:1", token_env="SERVICE_TOKEN"), probe=False)
-    assert "SERVICE_TOKEN holds a space, a line end" in problem and token not in problem
-
-
-def test_params_that_json_cannot_hold_are_refused():
-    (problem,) = problems(served(RewardSpec("a:b", params={"x": {1}}), "http://h:1"), probe=False)
-    assert "params of a served reward must be plain JSON" in problem
-
-
 def test_another_reward_than_the_recipe_means_is_named_with_both(steady, slow_name):
     other = problems(served(RewardSpec(slow_name, params={"scale": 2.0}), steady.url))
     assert len(other) == 1
@@ -381,40 +338,6 @@ def test_an_answer_from_something_else_stops_the_run(status, body, expected):
 
 
 # Which endpoint is next.
-
-
-def test_the_least_busy_endpoint_is_next_and_equals_take_turns():
-    spread = Endpoints(["a", "b", "c"])
-    turns = []
-    for _ in range(4):
-        with spread.borrow() as endpoint:
-            turns.append(endpoint.url)
-    assert turns == ["a", "b", "c", "a"]
-    with spread.borrow() as first, spread.borrow() as second, spread.borrow() as third:
-        assert {first.url, second.url, third.url} == {"a", "b", "c"}
-        assert [endpoint.in_flight for endpoint in spread.all] == [1, 1, 1]
-    assert [endpoint.in_flight for endpoint in spread.all] == [0, 0, 0]
-
-
-def test_an_endpoint_that_failed_is_left_alone_then_tried_by_one_caller(monkeypatch):
-    monkeypatch.setattr(endpoints, "DOWN_S", 30.0)
-    spread = Endpoints(["a", "b"])
-    with spread.borrow() as failing:
-        spread.failed(failing, "refused")
-    with spread.borrow() as one, spread.borrow() as two:
-        assert (one.url, two.url) == ("b", "b")
-    failing.down_until = 0.0
-    with spread.borrow() as trying, spread.borrow() as other:
-        assert (trying.url, other.url) == ("a", "b")
-        spread.works(trying)
-    with spread.borrow() as one, spread.borrow() as two:
-        assert {one.url, two.url} == {"a", "b"}
-    for endpoint in spread.all:
-        with spread.borrow():
-            spread.failed(endpoint, "refused")
-    with spread.borrow() as none:
-        assert none is None
-    assert 0 < spread.wait_s() <= 30.0 and spread.faults() == "a (refused), b (refused)"
 
 
 def free_port():
