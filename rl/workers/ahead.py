@@ -14,6 +14,9 @@ from ray.exceptions import RayError
 
 from rl.workers.requests import RolloutRequest, encode_call
 
+EACH = 2
+"""Requests of an encode worker: what is not there in time is encoded twice, so that they are few."""
+
 
 class HeadStart:
     """Conditioning on its way; only the references are held here."""
@@ -22,9 +25,9 @@ class HeadStart:
         self._begun: dict[int, tuple[RolloutRequest, tuple[Any, ...]]] = {}
 
     def begin(self, requests: Sequence[RolloutRequest], encoders: Sequence[Any]) -> None:
-        """Ask encode workers (actor handles) for these in turn, and forget what was asked for before."""
+        """Ask encode workers (actor handles) for the first of these in turn, and forget what was asked for before."""
         self._begun = {}
-        for number, request in enumerate(requests if encoders else ()):
+        for number, request in enumerate(requests[: EACH * len(encoders)]):
             call = encode_call(request)
             method = getattr(encoders[number % len(encoders)], call.method)
             refs = method.options(num_returns=call.num_returns).remote(*call.args)
@@ -36,10 +39,10 @@ class HeadStart:
         if begun != request:
             return None
         del self._begun[request.id]
+        if not ray.wait([refs[0]], timeout=0, fetch_local=False)[0]:
+            return None
         try:
-            if ray.wait([refs[0]], timeout=0, fetch_local=False)[0]:
-                ray.get(refs[0], timeout=60)
-                return refs[1:]
+            ray.get(refs[0], timeout=60)
         except RayError:
-            pass  # its own turn tells what is wrong
-        return None
+            return None  # its own turn tells what is wrong
+        return refs[1:]

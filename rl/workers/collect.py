@@ -57,10 +57,7 @@ class Collector:
 
     def encode_ahead(self, requests: Sequence[RolloutRequest]) -> None:
         """Have the first of what `sample` is asked for next encoded meanwhile. Returns at once."""
-        self._head_start.begin(requests[: self._ahead()], self.dispatcher.workers("encode"))
-
-    def _ahead(self) -> int:
-        return _AHEAD * max(1, len(self.dispatcher.workers("rollout")))
+        self._head_start.begin(requests, self.dispatcher.workers("encode"))
 
     def sample(
         self,
@@ -103,7 +100,7 @@ class Collector:
     ) -> Iterator[RolloutResult]:
         pending: dict[int, _Pending] = {}
         failed: list[RolloutResult] = []
-        ahead = self._ahead()
+        ahead = _AHEAD * max(1, len(self.dispatcher.workers("rollout")))
 
         def conditioned() -> Iterator[RolloutResult]:
             by_id = {request.id: request for request in requests}

@@ -84,8 +84,9 @@ def test_a_step_that_was_encoded_ahead_is_sampled_from_that(encoder):
     dispatcher.add_pool("rollout", [ray.remote(Sampler).remote()])
     own = Collector(dispatcher, Progress())
     requests = [request_of(10 + k, f"p{k}") for k in range(5)]
-    own.encode_ahead(requests)  # three: what one rollout worker is given beforehand
-    wait_for(encoder, "p2")
+    own.encode_ahead(requests)  # two
+    wait_for(encoder, "p1")
+    assert "p2" not in ray.get(encoder.seen.remote(), timeout=60)
     drawn = list(
         own.sample(requests, SamplingSpec(4, 0.0, 1.0, variant="ode"), Policy(1, "a" * 64, ()), step=1)
     )
