@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 
 @dataclass(eq=False)
 class _UnderWay:
     limit: asyncio.Timeout
     timeout_s: float
-    loop: asyncio.AbstractEventLoop
 
 
 class OverlappingCalls:
@@ -22,28 +22,28 @@ class OverlappingCalls:
     """
 
     def __init__(self) -> None:
-        self._calls: list[_UnderWay] = []
+        # Of each event loop its own, which no other thread touches.
+        self._of_loop = WeakKeyDictionary[asyncio.AbstractEventLoop, list[_UnderWay]]()
 
     async def run(self, call: Callable[[], Awaitable[Any]], timeout_s: float) -> Any:
         """The result of `call`. Raises what it raised, or TimeoutError."""
         loop = asyncio.get_running_loop()
-        own = _UnderWay(asyncio.timeout(None), timeout_s, loop)
+        calls = self._of_loop.setdefault(loop, [])
+        own = _UnderWay(asyncio.timeout(None), timeout_s)
         async with own.limit:
-            own.limit.reschedule(
-                loop.time() + timeout_s + sum(c.timeout_s for c in self._calls if c.loop is loop)
-            )
-            self._calls.append(own)
+            own.limit.reschedule(loop.time() + timeout_s + sum(c.timeout_s for c in calls))
+            calls.append(own)
             try:
                 return await call()
             finally:
-                self._end(own)
+                _end(own, calls, loop.time())
 
-    def _end(self, own: _UnderWay) -> None:
-        later = self._calls.index(own)
-        del self._calls[later]
-        deadline = own.loop.time() + sum(c.timeout_s for c in self._calls[:later] if c.loop is own.loop)
-        for call in self._calls[later:]:
-            if call.loop is own.loop:
-                deadline += call.timeout_s
-                if not call.limit.expired():
-                    call.limit.reschedule(min(deadline, call.limit.when() or deadline))
+
+def _end(own: _UnderWay, calls: list[_UnderWay], now: float) -> None:
+    later = calls.index(own)
+    del calls[later]
+    deadline = now + sum(call.timeout_s for call in calls[:later])
+    for call in calls[later:]:
+        deadline += call.timeout_s
+        if not call.limit.expired():
+            call.limit.reschedule(min(deadline, call.limit.when() or deadline))

@@ -77,7 +77,9 @@ def test_what_the_calls_before_leave_of_their_time_is_given_back():
 
         def left():
             now = asyncio.get_running_loop().time()
-            return [round((call.limit.when() - now) / 60.0, 1) for call in calls._calls]
+            return [
+                round((call.limit.when() - now) / 60.0, 1) for own in calls._of_loop.values() for call in own
+            ]
 
         seen = [left()]
         for k in (1, 0, 2):
