@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,18 @@ def reward_inputs(spec: RewardSpec) -> dict[str, str]:
     return _code(spec) | hash_files(files)
 
 
-def check_inputs(spec: RewardSpec, held: Mapping[str, str]) -> None:
+def all_reward_inputs(specs: Iterable[RewardSpec]) -> dict[str, str]:
+    """Those of many rewards, each read once: evaluation has most of training's again, and files may be gigabytes."""
+    distinct: list[RewardSpec] = []
+    for spec in specs:
+        if spec.service is None and (spec.name, spec.params) not in [(s.name, s.params) for s in distinct]:
+            distinct.append(spec)
+    return {name: digest for spec in distinct for name, digest in reward_inputs(spec).items()}
+
+
+def check_inputs(specs: Iterable[RewardSpec], held: Mapping[str, str]) -> None:
     """Raise RewardLoadError unless this node has what the run began with (`held`); what that does not name passes."""
-    other = [name for name, digest in reward_inputs(spec).items() if held.get(name, digest) != digest]
+    other = [name for name, digest in all_reward_inputs(specs).items() if held.get(name, digest) != digest]
     if other:
         raise RewardLoadError(
             f"{os.uname().nodename}: {', '.join(other)} is another than when the run began: put it back, or stop the "

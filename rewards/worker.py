@@ -60,14 +60,14 @@ class RewardScorer:
         """
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for numeric libraries that load from here on
         self._sets = {reward_set.name: reward_set for reward_set in reward_sets}
+        if held:
+            check_inputs((spec for reward_set in reward_sets for spec in reward_set.rewards), held)
         loaded: list[LoadedReward] = []
         self._rewards: dict[str, list[LoadedReward]] = {}
         for reward_set in reward_sets:
             problems = set_problems(reward_set.rewards)
             if problems:
                 raise RewardLoadError(f"reward set {reward_set.name!r}: " + "; ".join(problems))
-            for spec in reward_set.rewards:
-                check_inputs(spec, held or {})
             self._rewards[reward_set.name] = [_load_once(spec, loaded) for spec in reward_set.rewards]
         for reward in loaded:
             if hasattr(reward.owner, "share_rates"):

@@ -13,7 +13,7 @@ from core.inputs import Inputs, folder_files, hash_files, hash_together, softwar
 from core.prompts import load_prompts
 from models.folders import METAQUERY_PARTS, PARTS
 from rewards.base import RewardSet
-from rewards.inputs import code_name, reward_inputs
+from rewards.inputs import all_reward_inputs, code_name
 from rewards.recipe import reward_specs
 from rl.recipe.reward_sets import scored_parts
 from rl.recipe.schema import ModelConfig, RunConfig
@@ -35,8 +35,9 @@ def run_inputs(config: RunConfig, reward_sets: Sequence[RewardSet], known: Input
         files = [picture for picture in pictures if not picture.startswith("data:")]
         if files:
             held[f"reference images of {part.prompts}"] = hash_together(map(Path, files), path.parent)
-    for spec in (spec for reward_set in reward_sets for spec in reward_set.rewards):
-        held |= reward_inputs(spec)
+    specs = [spec for reward_set in reward_sets for spec in reward_set.rewards]
+    held |= all_reward_inputs(specs)
+    for spec in specs:
         if spec.service is not None and (name := code_name(spec)) in known.held:
             held[name] = known.held[name]
     return Inputs(held | hash_files(_model_files(config.model)), software())
