@@ -20,7 +20,7 @@ import ray
 from PIL import Image
 
 from core.failures import DataFailure
-from core.prompts import Prompt, load_reference
+from core.prompts import Prompt, load_references
 from rewards.base import RewardLoadError, RewardSet, RewardSpec, reward_label
 from rewards.calling import RewardBatch
 from rewards.checks import try_reward
@@ -161,12 +161,12 @@ def _references(prompts: Sequence[Prompt]) -> list[Image.Image | None]:
     """The reference image of each sample. A group shares one prompt, so each image is read once."""
     images: dict[str, Image.Image] = {}
     for prompt in prompts:
-        if prompt.reference is not None and prompt.reference not in images:
+        if prompt.references and prompt.references[0] not in images:
             try:
-                images[prompt.reference] = load_reference(prompt)
+                images[prompt.references[0]] = load_references(prompt)[0]
             except ValueError as error:
                 raise DataFailure(str(error)) from error
-    return [None if prompt.reference is None else images[prompt.reference] for prompt in prompts]
+    return [images[prompt.references[0]] if prompt.references else None for prompt in prompts]
 
 
 RewardWorker = ray.remote(RewardScorer)

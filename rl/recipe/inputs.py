@@ -31,7 +31,7 @@ def run_inputs(config: RunConfig, reward_sets: Sequence[RewardSet], known: Input
             continue
         path = recipes.resolve(part.prompts)
         held[f"prompts {part.prompts}"] = file_sha256(path)
-        pictures = {p.reference for p in load_prompts(path, part.task) if p.reference}  # type: ignore[arg-type]
+        pictures = {picture for p in load_prompts(path, part.task) for picture in p.references}  # type: ignore[arg-type]
         files = [picture for picture in pictures if not picture.startswith("data:")]
         if files:
             held[f"reference images of {part.prompts}"] = hash_together(map(Path, files), path.parent)

@@ -41,7 +41,7 @@ def sets(path, task="edit"):
 
 def edit_prompts(tmp_path, count, text="make it grey"):
     Image.new("RGB", (4, 4), (3, 3, 3)).save(tmp_path / "reference.png")
-    return [Prompt(0, "edit", text, str(tmp_path / "reference.png"), {"k": 1})] * count
+    return [Prompt(0, "edit", text, (str(tmp_path / "reference.png"),), {"k": 1})] * count
 
 
 def test_a_group_is_scored_inside_the_actor(ray_session, reward_file, tmp_path):
@@ -69,7 +69,7 @@ def test_a_group_is_scored_inside_the_actor(ray_session, reward_file, tmp_path):
     with pytest.raises(FatalRewardError, match="quota exhausted"):
         ray.get(worker.score.remote(0, "stage", edit_prompts(tmp_path, 4, "stop"), *chunks), timeout=240)
     with pytest.raises(DataFailure, match="gone.png of prompt 5"):
-        gone = [Prompt(5, "edit", "p", str(tmp_path / "gone.png"))] * 4
+        gone = [Prompt(5, "edit", "p", (str(tmp_path / "gone.png"),))] * 4
         ray.get(worker.score.remote(0, "stage", gone, *chunks), timeout=240)
 
 

@@ -74,7 +74,7 @@ def image_prompt(index=0, colour=(200, 30, 40)):
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Prompt(index, "edit", "make it blue", uri)
+    return Prompt(index, "edit", "make it blue", (uri,))
 
 
 def text_conditioning():
@@ -157,7 +157,7 @@ def test_a_call_may_name_the_size_of_its_pictures(encoder):
 
 def test_an_unreadable_reference_is_this_prompts_failure(encoder):
     with pytest.raises(DataFailure, match="reference image .* of prompt 4 is unreadable"):
-        encoder.encode([Prompt(4, "edit", "make it blue", "data:image/png;base64,AAAA")])
+        encoder.encode([Prompt(4, "edit", "make it blue", ("data:image/png;base64,AAAA",))])
 
 
 @pytest.mark.parametrize("text", ["a \ud83d", 7], ids=["half of a surrogate pair", "no text"])
