@@ -13,9 +13,10 @@ from core.prompts import Prompt, PromptFileError, load_prompts, reference_proble
 from core.recipe import value_problems
 from rewards.base import RewardSet
 from rewards.checks import check_rewards
+from rl.recipe.inputs import start_from
 from rl.recipe.plan import disk_needs
 from rl.recipe.reward_sets import part_reward_set, scored_parts
-from rl.recipe.schema import EvaluationTaskConfig, RunConfig
+from rl.recipe.schema import EvaluationTaskConfig, ModelConfig, RunConfig
 from rl.recipe.shapes import shape_problems, shape_rule
 from rl.recipe.stage_parts import StagePart, stage_parts
 from rl.recipe.validate import find_problems
@@ -61,7 +62,10 @@ def preflight(config: RunConfig) -> Preflight:
 
 
 def _check_paths(config: RunConfig) -> list[str]:
-    read = {"model.path": config.model.path, "model.vlm": config.model.vlm}
+    read = {
+        key: getattr(config.model, key.partition(".")[2])
+        for key in ("model.path", "model.vlm", "model.adapter")
+    }
     parts = [part for stage in config.stages for part in stage_parts(stage) if part.prompts]
     read |= {f"prompts of stage {part.label!r}": part.prompts for part in parts}
     read |= {f"prompts of evaluation {task.task!r}": task.prompts for task in config.evaluation.tasks}
@@ -99,14 +103,13 @@ def _check_model(config: RunConfig) -> list[str]:
     folder, vlm = recipes.resolve(config.model.path), config.model.vlm
     vlm_folder = None if vlm is None else recipes.resolve(vlm)
     problems = model_problems(folder, vlm_folder, model_key="model.path", vlm_key="model.vlm")
-    return problems or _check_shapes(config, folder)
+    return problems or [*_check_lora(config, folder), *_check_sizes(config.model, folder)]
 
 
-def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
-    """LoRA targets and image size against the real modules, built without memory on the meta device."""
+def _check_lora(config: RunConfig, folder: Path) -> list[str]:
+    """LoRA targets against the real modules, built without memory on the meta device."""
     from models.components import transformer_shell
     from models.lora.attach import attach_lora
-    from models.sizes import check_size, geometry, longer_edge_size
 
     problems = []
     try:
@@ -114,7 +117,19 @@ def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
         attach_lora(transformer_shell(folder), rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     except (ValueError, RuntimeError) as error:
         problems.append(f"model.lora: {error}")
-    model = config.model
+    else:
+        try:
+            start_from(config.model)
+        except (ValueError, OSError) as error:
+            problems.append(f"model.adapter: {error}")
+    return problems
+
+
+def _check_sizes(model: ModelConfig, folder: Path) -> list[str]:
+    """The recipe's sizes against what the model makes."""
+    from models.sizes import check_size, geometry, longer_edge_size
+
+    problems = []
     sizes = {_SIZE_KEYS[0]: (model.height, model.width)}
     sizes |= {f"{_SIZE_KEYS[1]}[{i}]": (size.height, size.width) for i, size in enumerate(model.sizes)}
     for key, size in sizes.items():
