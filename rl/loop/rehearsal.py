@@ -82,7 +82,8 @@ def draw_pictures(
             continue
         (chunk,) = result.chunks
         pictures += [
-            SampledPicture(chunk.trajectory, k, result.conditioning_of(k)) for k in range(chunk.size)
+            SampledPicture(chunk.trajectory, k, result.conditioning_of(k), result.request.shape)
+            for k in range(chunk.size)
         ]
     if not pictures:
         raise RuntimeError(

@@ -74,6 +74,7 @@ def make_batch(results: Sequence[RolloutResult], config: RunConfig) -> tuple[Tra
                 result.conditioning_of(k),
                 positions,
                 float(value),
+                shape=request.shape,
             )
         )
     batch = make_train_batch(samples, learner.updates_per_rollout, learner.ranks, learner.micro_batch_size)
