@@ -94,7 +94,10 @@ class ShapeRule:
 
     @property
     def _model(self) -> ModelGeometry:
-        return _geometry(self.folder)
+        try:
+            return _geometry(self.folder)
+        except (OSError, KeyError) as error:
+            raise ValueError(f"{self.folder} does not say which sizes it makes: {error}") from error
 
 
 _geometry = lru_cache(geometry)
