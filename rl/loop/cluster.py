@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+import recipes
 from core.cluster.actors import PlacedActors, wait_ready
 from core.cluster.placement import RL_REMEDY, ResourcePlan, describe_plan
 from core.cluster.ranks import NodeLost, RankLost
@@ -95,6 +96,7 @@ def start_cluster(
         spec = LearnerSpec(
             replica, config.learner, training_spec(config), config.seed, inprocess,
             config.model.gradient_checkpointing, resources.call_timeout_s, resources.start_timeout_s,
+            None if config.model.adapter is None else str(recipes.resolve(config.model.adapter)),
         )  # fmt: skip
         ranks = _place_ranks(placed, spec)
         workers = start_workers(
