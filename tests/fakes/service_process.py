@@ -73,7 +73,9 @@ class ServiceThread:
         settings = ServiceSettings(max_request_mb * 2**20, token_env)
         app = build_app([HostedReward(trial, 4) for trial in trials], settings)
         listener = socket.create_server(("127.0.0.1", 0))
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # what nobody reads is noticed at once
+        listener.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16
+        )  # what nobody reads is noticed at once
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._server = listening_server(app)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)

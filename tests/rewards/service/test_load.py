@@ -14,11 +14,17 @@ import pytest
 from PIL import Image
 from starlette.requests import Request
 
-from rewards.base import RewardSet, RewardSpec
+from rewards import base
+from rewards.base import FatalRewardError, RewardSet, RewardSpec
+from rewards.calling import RewardBatch, call_reward
+from rewards.editreward import client_replicas
+from rewards.editreward.client_replicas import Replicas
+from rewards.loading import load_reward
 from rewards.service import bodies, listening
 from rewards.service.bodies import Bodies
 from rewards.service.wire import MAGIC, MEDIA_TYPE, PREFIX, Call, encode_request, fingerprint
-from tests.fakes.service_process import Service, ServiceThread, write_recipe
+from tests.fakes.hostile_endpoint import HostileEndpoint
+from tests.fakes.service_process import Service, ServiceThread, served, write_recipe
 
 FAST = """
 def fast(*, images, prompts, references, metadata):
@@ -272,3 +278,51 @@ def test_large_bodies_that_come_at_once_are_read_one_after_the_other():
 
     assert asyncio.run(read_all()) == [100] * 10
     assert most[0] <= 250 + 10 * 10, "the part in hand of each comes on top"
+
+
+# What the clients meet.
+
+REASONS = {
+    "endless": "larger than 8388608 bytes",
+    "gzip bomb": "content-encoding 'gzip', which was not asked for",
+    "nested": "no JSON",
+    "redirect": "HTTP 307",
+    "redirect for ever": "HTTP 307",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+@pytest.mark.parametrize("whose", ["service", "editreward"])
+def test_a_hostile_endpoint_stops_the_run_in_time_and_learns_no_token(monkeypatch, whose, kind):
+    monkeypatch.setenv("CLIENT_TOKEN", "sesame")
+    with HostileEndpoint("nested") as other, HostileEndpoint(kind, _elsewhere(kind, other)) as endpoint:
+        start = time.monotonic()
+        with pytest.raises(FatalRewardError, match=REASONS[kind]):
+            asyncio.run(_ask(whose, endpoint.url))
+        assert time.monotonic() - start < 2 * ANSWER_S
+        assert endpoint.sent < len(endpoint.asked) * 24 * MB, "8 MiB, and what the kernel holds"
+    assert other.asked == []
+
+
+@pytest.mark.parametrize("whose", ["service", "editreward"])
+def test_an_answer_a_byte_at_a_time_ends_with_the_call(monkeypatch, whose):
+    monkeypatch.setattr(base, "LONGEST_QUEUE_S", 0.0)
+    monkeypatch.setattr(client_replicas, "LIST_S", 0.3)
+    with HostileEndpoint("dripping") as endpoint:
+        start = time.monotonic()
+        with pytest.raises((TimeoutError, FatalRewardError)):
+            asyncio.run(_ask(whose, endpoint.url))
+        assert time.monotonic() - start < ANSWER_S
+
+
+def _elsewhere(kind, other):
+    return other.url if kind == "redirect" else None
+
+
+async def _ask(whose, url):
+    if whose == "editreward":
+        limits = {"outputs": 1, "concurrency": 4, "timeout_s": 0.5, "unavailable_s": 0.3}
+        return await Replicas([url], "model", **limits).classify({})
+    spec = served(RewardSpec("a:reward", timeout_s=0.5), url, unavailable_s=0.3, token_env="CLIENT_TOKEN")
+    batch = RewardBatch([Image.new("RGB", (8, 8))], ["p"], [None], [{}])
+    return await call_reward(load_reward(spec), batch)
