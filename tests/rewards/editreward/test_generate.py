@@ -271,6 +271,18 @@ def test_sources_of_other_proportions_are_refused_by_line(place: Path, tmp_path:
     assert ":3: its reference" not in said
 
 
+def test_prompts_with_several_references_are_refused_by_line(
+    place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A sample of EditReward has one source."""
+    one, prompt = line(0)["image"], line(0)["prompt"]
+    two = place / "two.jsonl"
+    two.write_text(json.dumps({"prompt": prompt, "references": [one, one]}) + "\n")
+    words = f"generate.prompts={two}", "generate.num_prompts=1", "--dry-run"
+    assert generate(place, tmp_path / "out", *words) == 2
+    assert f"{two}:1: 2 references; the edits that EditReward learns from have one" in capsys.readouterr().err
+
+
 def test_the_dry_run_prints_the_plan(place: Path, tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("INFO")
     assert generate(place, tmp_path / "out", "--dry-run") == 0
