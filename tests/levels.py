@@ -72,6 +72,7 @@ _FILES = {
         rewards/judge/test_cache.py
         rewards/judge/test_client.py
         rewards/judge/test_end_to_end.py
+        rewards/judge/test_load.py
         rewards/judge/test_vllm.py
         rewards/judge/test_wire.py
         rewards/service
@@ -91,6 +92,7 @@ _FILES = {
         rl/test_secrets.py::test_a_secret_in_a_recipe
         rl/test_train_cli.py
         rollout/test_worker.py
+        worlds/shapes/scenes/test_inserts.py
         worlds/shapes/scenes/test_prompts.py
         worlds/shapes/scoring/test_judge_endpoint.py
         worlds/shapes/training/test_evaluate.py

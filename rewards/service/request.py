@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 from PIL import Image
@@ -15,6 +16,7 @@ from rewards.service.wire import Call, WireError, split_frame
 LARGEST_SIDE = 8192
 MOST_SAMPLES = 1024
 MOST_REASONS = 10
+LONGEST_REASON = 200
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -34,7 +36,7 @@ class Picture(BaseModel):
 
 
 class Header(BaseModel):
-    """The JSON of a frame. `images` and `references` are numbers of `pictures`, one entry per sample."""
+    """The JSON of a frame. `images` and `references` hold numbers of `pictures`, one entry per sample."""
 
     model_config = _STRICT
     fingerprint: str = Field(max_length=64)
@@ -42,17 +44,18 @@ class Header(BaseModel):
     prompts: list[str] = Field(min_length=1, max_length=MOST_SAMPLES)
     metadata: list[dict[str, Any]] = Field(max_length=MOST_SAMPLES)
     images: list[int] = Field(max_length=MOST_SAMPLES)
-    references: list[int | None] = Field(max_length=MOST_SAMPLES)
+    references: list[list[int]] = Field(max_length=MOST_SAMPLES)
     pictures: list[Picture] = Field(min_length=1, max_length=2 * MOST_SAMPLES)
 
 
-def decode_request(body: bytes, largest_decoded: int) -> tuple[Call, RewardBatch]:
+def decode_request(body: bytes | bytearray, largest_decoded: int) -> tuple[Call, RewardBatch]:
     """The batch of a frame. Raises WireError with every reason found.
 
     `largest_decoded`: bytes that all pictures together may take once decoded, which is what keeps a small PNG
     from growing into gigabytes. Samples that share a picture share the image object.
     """
     raw, rest = split_frame(body)
+    _check_counts(raw)
     try:
         header = Header.model_validate(raw)
     except ValidationError as error:
@@ -64,15 +67,29 @@ def decode_request(body: bytes, largest_decoded: int) -> tuple[Call, RewardBatch
     batch = RewardBatch(
         images=[pictures[number] for number in header.images],
         prompts=header.prompts,
-        references=[None if number is None else pictures[number] for number in header.references],
+        references=[[pictures[number] for number in numbers] for numbers in header.references],
         metadata=header.metadata,
     )
     return Call(header.fingerprint, header.timeout_s), batch
 
 
 def _reason(error: Any) -> str:
-    """Where and what, without the value, which may be as large as the request."""
-    return f"{'.'.join(map(str, error['loc'])) or 'header'}: {error['msg']}"
+    """Where and what, without the value; a key may be as large as the request, too."""
+    where = ".".join(str(part)[:LONGEST_REASON] for part in error["loc"]) or "header"
+    return f"{where[:LONGEST_REASON]}: {error['msg']}"
+
+
+def _check_counts(raw: Any) -> None:
+    """Raises WireError. Pydantic makes an error of every entry that is wrong, at a hundred times the entry's size."""
+    header = raw if isinstance(raw, dict) else {}
+    lists = [value for value in header.values() if isinstance(value, list)]
+    pictures = header.get("pictures")
+    entries = [entry for entry in pictures if isinstance(entry, dict)] if isinstance(pictures, list) else []
+    if any(len(value) > 2 * MOST_SAMPLES for value in lists) or any(
+        len(entry) > len(Header.model_fields) + MOST_REASONS
+        for entry in [header, *entries[: 2 * MOST_SAMPLES]]
+    ):
+        raise WireError([f"header: more than {MOST_SAMPLES} samples, or keys that this format does not have"])
 
 
 def _problems(header: Header, rest: int, largest_decoded: int) -> Iterator[str]:
@@ -80,7 +97,7 @@ def _problems(header: Header, rest: int, largest_decoded: int) -> Iterator[str]:
     counts = {name: len(getattr(header, name)) for name in lists}
     if len(set(counts.values())) != 1:
         yield f"every list needs one entry per sample, got {counts}"
-    used = {number for number in [*header.images, *header.references] if number is not None}
+    used = {*header.images, *chain.from_iterable(header.references)}
     if used != set(range(len(header.pictures))):
         yield f"images and references must use exactly the pictures 0 to {len(header.pictures) - 1}"
     for number, picture in enumerate(header.pictures):
