@@ -111,7 +111,7 @@ class Encoder:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
         latents = encode_images(self.vae, image_to_tensor(image, height, width)[None])[0].cpu()
         own = () if self.spec.vlm_path is None else self._embed(self.spec.negative_prompt, image)
-        return Conditioning(*self._embed(prompt.prompt, image), latents, *own)
+        return Conditioning(*self._embed(prompt.prompt, image), (latents,), *own)
 
     def encode_text(self, text: str) -> Conditioning:
         """Text alone (the negative prompt)."""

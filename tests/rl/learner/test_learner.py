@@ -52,6 +52,21 @@ def test_replay_agrees_with_the_rollout_and_a_stale_replica_trips_the_gate(folde
     assert again[0].gaps.largest <= 1e-6
 
 
+def test_a_batch_with_two_references_passes_the_gate_in_their_order_alone(folder):
+    learner, engine = make_learner(folder, guidance=3.0), RolloutEngine(replica_spec(folder))
+    randomise(learner, scale=0.2)
+    publish(learner, engine)
+    ((samples, count),) = updates(rollout(engine, guidance=3.0, references=2))
+    swapped = [
+        replace(s, conditioning=replace(c, reference_latents=c.reference_latents[::-1]))
+        for s in samples
+        for c in [s.conditioning]
+    ]
+    with pytest.raises(LogProbMismatch):
+        learner.update([(swapped, count)])
+    assert learner.update([(samples, count)])[0].gaps.largest <= 1e-6
+
+
 @pytest.mark.parametrize("cfg_gradient", ["conditional", "both"])
 def test_gradient_equals_autograd_of_a_plain_reference(folder, cfg_gradient):
     guidance, beta, clip = 3.0, 0.04, 1e-3

@@ -155,7 +155,7 @@ class Base:
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
             sources = [question.source for question in batch if question.source is not None]
             shown = sources and "transformer" in self.references
-            references = encode_images(self.vae, to_tensor(sources)) if shown else None
+            references = (encode_images(self.vae, to_tensor(sources)),) if shown else ()
             prompts = ConditioningBatch(
                 *self.embed([question.prompt for question in batch], sources),
                 references,
