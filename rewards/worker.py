@@ -157,16 +157,16 @@ def _images(chunk: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(image) for image in chunk]
 
 
-def _references(prompts: Sequence[Prompt]) -> list[Image.Image | None]:
-    """The reference image of each sample. A group shares one prompt, so each image is read once."""
-    images: dict[str, Image.Image] = {}
+def _references(prompts: Sequence[Prompt]) -> list[list[Image.Image]]:
+    """The reference images of each sample. A group shares one prompt, so they are read once."""
+    loaded: dict[tuple[str, ...], list[Image.Image]] = {}
     for prompt in prompts:
-        if prompt.references and prompt.references[0] not in images:
+        if prompt.references not in loaded:
             try:
-                images[prompt.references[0]] = load_references(prompt)[0]
+                loaded[prompt.references] = load_references(prompt)
             except ValueError as error:
                 raise DataFailure(str(error)) from error
-    return [images[prompt.references[0]] if prompt.references else None for prompt in prompts]
+    return [loaded[prompt.references] for prompt in prompts]
 
 
 RewardWorker = ray.remote(RewardScorer)

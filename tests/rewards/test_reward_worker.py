@@ -25,7 +25,7 @@ CODE = """
             if prompts[0] == "stop":
                 raise FatalRewardError("quota exhausted")
             assert self.threads == "3" and metadata[0] == {"k": 1}
-            same = [i.getpixel((0, 0)) == r.getpixel((0, 0)) for i, r in zip(images, references)]
+            same = [i.getpixel((0, 0)) == r.getpixel((0, 0)) for i, (r,) in zip(images, references)]
             return [1.0 if found else None for found in same]
 """.replace("{KEYWORDS}", "*, images, prompts, references, metadata")
 
@@ -83,6 +83,24 @@ def scorer(reward_file, monkeypatch):
 def test_a_reward_that_sets_share_is_loaded_once(scorer):
     rewards = scorer()._rewards
     assert rewards["stage"][0] is rewards["level"][0]
+
+
+def test_a_reward_gets_every_reference_of_a_sample_in_order(reward_file, tmp_path):
+    path = reward_file(
+        """
+        def seen(*, images, prompts, references, metadata):
+            levels = [[picture.getpixel((0, 0))[0] for picture in pictures] for pictures in references]
+            references[0].clear()  # its own copy, as every sample's
+            return [sum(level * 10**k for k, level in enumerate(row)) for row in levels]
+        """
+    )
+    for level in (1, 2, 3):
+        Image.new("RGB", (6, 4), (level,) * 3).save(tmp_path / f"{level}.png")
+    scorer = RewardScorer([RewardSet("edit", "edit", [RewardSpec(f"{path}:seen")])])
+    orders = ("1", "12", "21", "21", "312")
+    prompts = [Prompt(0, "edit", "p", tuple(str(tmp_path / f"{k}.png") for k in order)) for order in orders]
+    found = asyncio.run(scorer.score(0, "edit", prompts, images(*[9] * 5)))
+    assert found.rewards == [1.0, 21.0, 12.0, 12.0, 213.0]
 
 
 PAID = """

@@ -177,7 +177,7 @@ def score(task: str, questions: list[Question], pictures: np.ndarray) -> np.ndar
     output = reward.score(
         images=[Image.fromarray(picture) for picture in pictures],
         prompts=[question.prompt for question in questions],
-        references=[None] * len(questions),
+        references=[[]] * len(questions),
         metadata=[question.metadata for question in questions],
     )
     return np.asarray(output.scores, dtype=np.float64)
