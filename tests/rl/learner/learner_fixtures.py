@@ -80,10 +80,13 @@ def resolve(share: RankShare) -> tuple[list[TrainSample], int]:
     return [TrainSample.of(s, s.trajectory, s.conditioning) for s in share.samples], share.count
 
 
-def make_learner(folder: Path, *, guidance: float = 1.0, **changes: Any) -> Learner:
+def make_learner(
+    folder: Path, *, guidance: float = 1.0, adapter: str | None = None, held: Any = None, **changes: Any
+) -> Learner:
     """A learner in this process; wants the `process_group` fixture."""
     config, sampling = learner_config(**changes), sampling_spec(guidance)
-    learner = Learner(LearnerSpec(replica_spec(folder), config, sampling, 0, False, False, 120.0, 120.0))
+    replica = replica_spec(folder, held=held or {})
+    learner = Learner(LearnerSpec(replica, config, sampling, 0, False, False, 120.0, 120.0, adapter))
     learner.negative = conditioning("negative")
     return learner
 
