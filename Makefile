@@ -4,7 +4,7 @@
 # make lint    style, types, floors, dead code
 # make test    lint, then all tests on WORKERS=2 cores, and what each level took of its budget
 # make test-fast  the unit tests alone
-# make chaos   faults at every point of small runs, killed drivers, a soak; ARGS="--only matrix --cells 5" for a part
+# make chaos   faults at every point of small runs, lost nodes, killed drivers, a soak; ARGS="--only matrix --cells 5" for a part
 # make accept  the long proofs, which write docs/evidence/
 # make bench   the two engines at tiny size
 # make clean   build leftovers and caches; never .venv or runs

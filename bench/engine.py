@@ -183,11 +183,11 @@ class EngineBench:
 
     def _conditioning(self, generator: torch.Generator) -> Conditioning:
         s = self.settings
-        reference = torch.randn(self.latent_shape, generator=generator) if s.task == "edit" else None
+        references = (torch.randn(self.latent_shape, generator=generator),) if s.task == "edit" else ()
         return Conditioning(
             torch.randn((s.text_tokens, self.config["joint_attention_dim"]), generator=generator),
             torch.randn((self.config["pooled_projection_dim"],), generator=generator),
-            reference,
+            references,
         )
 
 

@@ -130,7 +130,7 @@ async def _measure(arguments: argparse.Namespace, url: str) -> list[Row]:
     """All ways and codecs in turn within each repeat, so that what else the machine does hits them alike."""
     images = pictures(arguments.batch, arguments.resolution)
     count = len(images)
-    batch = RewardBatch(images, ["a red circle"] * count, [None] * count, [{}] * count)
+    batch = RewardBatch(images, ["a red circle"] * count, [[]] * count, [{}] * count)
     ways: dict[str, LoadedReward] = {"in process": load_reward(RewardSpec(NAME))}
     for codec in CODECS:
         ways[codec] = load_reward(RewardSpec(NAME, service=ServiceSpec((url,), codec=codec)))

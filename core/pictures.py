@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 DATA_URI = "data:image/"
 
@@ -18,6 +18,8 @@ MAX_PIXELS = 89_478_485
 
 _TOO_LARGE = f"more than the {MAX_PIXELS / 1e6:.0f} megapixels that are read: scale it down first"
 _GAP = 2
+_LYING = (5, 6, 7, 8)
+"""EXIF orientations that swap the sides."""
 
 
 def picture_bytes(source: str | Path, name: str | None = None) -> bytes:
@@ -74,6 +76,22 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
 def read_picture(source: str | Path, name: str | None = None) -> Image.Image:
     """`picture_bytes`, then `decode_picture`. Raises ValueError as they do."""
     return decode_picture(picture_bytes(source, name), name or picture_name(source))
+
+
+def upright_size(source: str | Path, name: str | None = None) -> tuple[int, int]:
+    """Height and width in px of the picture that `read_picture` gives, from the file's head alone.
+
+    Raises:
+        ValueError: not a picture; damage behind the head is not seen.
+    """
+    try:
+        data = io.BytesIO(picture_bytes(source, name)) if is_data_uri(source) else source
+        with Image.open(data) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING
+    except Exception as error:  # as above
+        raise ValueError(f"{name or picture_name(source)} is unreadable ({error})") from error
+    return (width, height) if turned else (height, width)
 
 
 def is_data_uri(source: str | Path) -> bool:

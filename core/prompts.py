@@ -1,8 +1,9 @@
 """Prompt sets as JSONL.
 
-A text-to-image line is `{"prompt": ..., "metadata": {...}}`; an editing line adds `"image"`, a path relative
-to the file or a `data:image/png;base64,` URI. Every other top-level key joins the metadata, so official
-GenEval files load unchanged.
+A text-to-image line is `{"prompt": ..., "metadata": {...}}`; an editing line adds `"image"`, a path relative to the
+file or a `data:image/png;base64,` URI, or `"references"`, a list of them in the order in which the prompt speaks of
+them. `"size": [height, width]` in px is that of the pictures drawn for this line. Every other top-level key joins the
+metadata, so official GenEval files load unchanged.
 """
 
 from __future__ import annotations
@@ -35,15 +36,17 @@ class PromptFileError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt set. `reference` is an absolute path or a data URI (editing), else None; `origin` is the
-    `file:line` that it was read from, for messages.
+    """One line of a prompt set. `references` are absolute paths or data URIs, one or more for editing, else none; the
+    first is the picture to edit. `size`: height and width in px that the line asks for. `origin` is the `file:line`
+    that it was read from, for messages.
     """
 
     index: int
     task: Task
     prompt: str
-    reference: str | None = None
+    references: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
     origin: str = field(default="", compare=False)
 
     @property
@@ -71,19 +74,35 @@ def _parse_record(record: dict[str, Any], task: Task, folder: Path) -> Prompt:
     text = record.pop("prompt", None)
     if not isinstance(text, str) or not text.strip():
         raise ValueError("key 'prompt' must be a non-empty string")
+    size = _size(record.pop("size", None))
     metadata = record.pop("metadata", {})
     if not isinstance(metadata, dict):
         raise ValueError(f"key 'metadata' must be an object, found {type(metadata).__name__}")
-    image = record.pop("image", None)
-    if task == "t2i" and image is not None:
-        raise ValueError("key 'image' belongs to editing prompts; this set is used for text-to-image")
-    reference = None if task == "t2i" else _reference(image, folder)
-    return Prompt(0, task, text, reference, {**record, **metadata})
+    given: dict[str, Any] = {key: record.pop(key) for key in ("image", "references") if key in record}
+    if task == "t2i" and given:
+        raise ValueError(
+            f"key {next(iter(given))!r} belongs to editing prompts; this set is used for text-to-image"
+        )
+    references = () if task == "t2i" else _references(given, folder)
+    return Prompt(0, task, text, references, {**record, **metadata}, size)
 
 
-def _reference(image: object, folder: Path) -> str:
+def _references(given: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    if len(given) == 2:
+        raise ValueError(
+            "keys 'image' and 'references' exclude each other: list all pictures in 'references'"
+        )
+    if "references" not in given:
+        return (_reference("key 'image'", given.get("image"), folder),)
+    listed = given["references"]
+    if not isinstance(listed, list) or not listed:
+        raise ValueError("key 'references' must be a list of one or more pictures (paths or data URIs)")
+    return tuple(_reference(f"references[{i}]", one, folder) for i, one in enumerate(listed))
+
+
+def _reference(key: str, image: object, folder: Path) -> str:
     if not isinstance(image, str) or not image:
-        raise ValueError("key 'image' must name the reference image (a path or a data URI)")
+        raise ValueError(f"{key} must name the reference image (a path or a data URI)")
     if image.startswith(_DATA_URI):
         return image
     path = (folder / image).absolute()
@@ -92,14 +111,24 @@ def _reference(image: object, folder: Path) -> str:
     return str(path)
 
 
-def load_reference(prompt: Prompt) -> Image.Image:
-    """The reference image as upright RGB, transparency over white. Raises ValueError naming an unusable image."""
+def _size(size: object) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = size if isinstance(size, list) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"key 'size' is {size!r}: write [height, width] in pixels")
+    return sides[0], sides[1]
+
+
+def load_references(prompt: Prompt) -> list[Image.Image]:
+    """The reference images as upright RGB, transparency over white, as large as they are. Raises ValueError naming an
+    unusable one."""
     from core.pictures import picture_name, read_picture
 
-    if prompt.reference is None:
-        raise ValueError(f"{prompt.name} ({prompt.prompt!r}) has no reference image")
-    shown = picture_name(prompt.reference)
-    return read_picture(prompt.reference, f"reference image {shown} of {prompt.name}")
+    return [
+        read_picture(source, f"reference image {picture_name(source)} of {prompt.name}")
+        for source in prompt.references
+    ]
 
 
 def reference_problems(
@@ -115,7 +144,7 @@ def reference_problems(
 
     def size_of(prompt: Prompt) -> tuple[int, int] | str:
         try:
-            return load_reference(prompt).size
+            return load_references(prompt)[0].size
         except ValueError as error:
             return str(error)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What one prompt tells the transformer: prompt_embeds [L, D], pooled [P], reference latents [C, h, w].
+    """What one prompt tells the transformer: prompt_embeds [L, D], pooled [P], reference latents [C, h, w] each, in the
+    prompt's order.
 
     The negative_* are the negative prompt's, where it is read beside this prompt's picture (MetaQuery, editing);
     elsewhere the run has one for all.
@@ -23,37 +24,41 @@ class Conditioning:
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
-    reference_latents: Tensor | None = None
+    reference_latents: tuple[Tensor, ...] = ()
     negative_prompt_embeds: Tensor | None = None
     negative_pooled_prompt_embeds: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ConditioningBatch:
-    """The same for B samples, on the transformer's device and in its dtype."""
+    """The same for B samples, on the transformer's device and in its dtype: every sample has as many references, each
+    of the same size as the others' at its place, B C h w."""
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
-    reference_latents: Tensor | None = None
+    reference_latents: tuple[Tensor, ...] = ()
     negative_prompt_embeds: Tensor | None = None
     negative_pooled_prompt_embeds: Tensor | None = None
 
     @staticmethod
     def stack(items: Sequence[Conditioning], *, device: Any, dtype: torch.dtype) -> ConditioningBatch:
-        """Raises ValueError where some samples have a reference, or a negative of their own, and others have none."""
+        """Raises ValueError for samples with references of different number or sizes, and where some have a negative of
+        their own and others have none."""
 
-        def gather(name: str) -> Tensor | None:
+        def gather(name: str) -> Tensor | tuple[Tensor, ...] | None:
+            if name == "reference_latents":
+                return _stack_references(items)
             tensors = [getattr(item, name) for item in items]
             if all(tensor is None for tensor in tensors):
                 return None
             if any(tensor is None for tensor in tensors):
-                what = (
-                    "a reference image" if name == "reference_latents" else "a negative prompt of their own"
+                raise ValueError(
+                    "samples with and without a negative prompt of their own cannot share a batch"
                 )
-                raise ValueError(f"samples with and without {what} cannot share a batch")
-            return torch.stack(tensors).to(device=device, dtype=dtype)
+            return torch.stack(tensors)
 
-        return ConditioningBatch(**{field.name: gather(field.name) for field in fields(ConditioningBatch)})  # type: ignore[arg-type]
+        given: dict[str, Any] = {field.name: gather(field.name) for field in fields(ConditioningBatch)}
+        return ConditioningBatch(**given).to(device, dtype)
 
     def to(self, device: Any, dtype: torch.dtype) -> ConditioningBatch:
         """On a device, in the transformer's dtype."""
@@ -64,9 +69,12 @@ class ConditioningBatch:
         return self._map(lambda tensor: tensor[index])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> ConditioningBatch:
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {name: None if tensor is None else change(tensor) for name, tensor in given.items()}
-        return ConditioningBatch(**changed)  # type: ignore[arg-type]
+        def changed(given: Any) -> Any:
+            if isinstance(given, tuple):
+                return tuple(change(tensor) for tensor in given)
+            return None if given is None else change(given)
+
+        return ConditioningBatch(**{field.name: changed(getattr(self, field.name)) for field in fields(self)})
 
     def unconditional(self, shared: Conditioning | None) -> ConditioningBatch:
         """The unconditional rows, with the same reference images: the samples' own negatives, else the `shared` one."""
@@ -83,12 +91,26 @@ class ConditioningBatch:
         )
 
     def followed_by(self, other: ConditioningBatch) -> ConditioningBatch:
-        """Both batches as one, without the negatives. Either both have reference images, or neither has."""
-        references = None
-        if self.reference_latents is not None and other.reference_latents is not None:
-            references = torch.cat([self.reference_latents, other.reference_latents])
+        """Both batches as one, without the negatives. Both have as many references, of the same sizes."""
+        pairs = zip(self.reference_latents, other.reference_latents, strict=True)
         return ConditioningBatch(
             torch.cat([self.prompt_embeds, other.prompt_embeds]),
             torch.cat([self.pooled_prompt_embeds, other.pooled_prompt_embeds]),
-            references,
+            tuple(torch.cat(pair) for pair in pairs),
         )
+
+
+def _stack_references(items: Sequence[Conditioning]) -> tuple[Tensor, ...]:
+    """B C h w for each place among the references."""
+    sizes = sorted({tuple(tuple(one.shape[-2:]) for one in item.reference_latents) for item in items})
+    if len(sizes) > 1:
+        named = " and samples with ".join(
+            f"references of {', '.join(f'{height} x {width}' for height, width in each)} latents"
+            if each
+            else "no reference"
+            for each in sizes[:2]
+        )
+        raise ValueError(f"samples with {named} cannot share a batch: give groups of one shape")
+    return tuple(
+        torch.stack(at_place) for at_place in zip(*(item.reference_latents for item in items), strict=True)
+    )

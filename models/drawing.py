@@ -132,10 +132,10 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             raise ValueError(f"the references suggest different sizes {sorted(sizes)}: give height and width")
         return sizes.pop() if sizes else (side, side)
 
-    def _reference(self, images: list[Image.Image], size: tuple[int, int]) -> torch.Tensor | None:
+    def _reference(self, images: list[Image.Image], size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
         if not images:
-            return None
-        return encode_images(self.vae, torch.stack([image_to_tensor(image, *size) for image in images]))
+            return ()
+        return (encode_images(self.vae, torch.stack([image_to_tensor(image, *size) for image in images])),)
 
     def _noise(
         self, latents: torch.Tensor | None, generator: Generators, count: int, size: tuple[int, int]

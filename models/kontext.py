@@ -9,16 +9,18 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 RELEASED_CLASS_NAME = "SD3Transformer2DKontextModel"
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class KontextTransformer(SD3Transformer2DModel):
     """SD3 transformer that sees reference images as extra tokens (UniPic 2.0, the Kontext stage).
 
     Adds no parameter: the state dict is key for key SD3's, and without a reference the forward *is* SD3's.
-    The image stream holds `[reference 1, …, reference n, target]`. All go through one `pos_embed`, each with
-    the centre crop of its own size; all share the target's time embedding; there is no role embedding and no
-    mask. References of another size than the target, and several of them, extend the released model, which
-    was trained on one reference of the target's size.
+    The image stream holds `[reference 1, …, reference n, target]`. All go through one `pos_embed`: the target and
+    the first reference with the centre crop of their own size, further ones with crops beside it, for attention
+    does not see in which order pictures stand. All share the target's time embedding; there is no role
+    embedding and no mask. References of another size than the target, and several of them, extend the released
+    model, which was trained on one reference of the target's size.
 
     Folders load whether their config names `SD3Transformer2DKontextModel` (as released),
     `SD3Transformer2DModel` or this class; saved configs carry the released name.
@@ -82,7 +84,8 @@ class KontextTransformer(SD3Transformer2DModel):
     ) -> torch.Tensor:
         """Run `[references, target]` through the blocks; equals SD3's forward for an empty list."""
         num_reference_tokens = sum(self._num_tokens(reference) for reference in references)
-        tokens = torch.cat([self.pos_embed(image) for image in (*references, target)], dim=1)
+        further = [self._embed_further(image, place) for place, image in enumerate(references[1:], 1)]
+        tokens = torch.cat([*map(self.pos_embed, references[:1]), *further, self.pos_embed(target)], dim=1)
         time = self.time_text_embed(timestep, pooled)
         text = self.context_embedder(text)
         for block in self.transformer_blocks:
@@ -92,6 +95,18 @@ class KontextTransformer(SD3Transformer2DModel):
                 text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=time)
         tokens = tokens[:, num_reference_tokens:]
         return self._unpatchify(self.proj_out(self.norm_out(tokens, time)), target.shape[-2:])
+
+    def _embed_further(self, latents: torch.Tensor, place: int) -> torch.Tensor:
+        """Tokens [B, L, D] of the reference at `place` >= 1: its crop of the position table is moved to the right by
+        `place` golden sections of the table's width, around its edge, so that each place is far from the others however
+        many there are."""
+        embed = self.pos_embed
+        side, patches = embed.pos_embed_max_size, embed.proj(latents)
+        rows, columns = patches.shape[-2:]
+        top, left = (side - rows) // 2, (side - columns) // 2 + round(place * _GOLDEN * side)
+        at = torch.arange(left, left + columns, device=latents.device) % side
+        crop = embed.pos_embed.unflatten(1, (side, side))[:, top : top + rows, at].flatten(1, 2)
+        return (patches.flatten(2).transpose(1, 2) + crop).to(patches.dtype)
 
     def _num_tokens(self, latents: torch.Tensor) -> int:
         patch = self.pos_embed.patch_size

@@ -132,7 +132,7 @@ class KontextPipeline(DrawingPipeline):
         if guidance_scale > 1:
             given = (negative_prompt_embeds, negative_pooled_prompt_embeds)
             negatives = self._condition("negative_prompt", negative_prompt, given, count, max_sequence_length)
-            batch = ConditioningBatch(*prompts, None, *negatives)
+            batch = ConditioningBatch(*prompts, (), *negatives)
         else:
             batch = ConditioningBatch(*prompts)
         images = self._images(image, count)

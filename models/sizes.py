@@ -6,8 +6,9 @@ Sizes are (height, width) in pixels.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,53 @@ def longer_edge_size(width: float, height: float, longer_edge: int, step: int) -
     """
     if longer_edge < step or longer_edge % step:
         raise ValueError(f"longer edge of {longer_edge} px: must be a multiple of {step}")
+    _check_proportions(width, height)
+    shorter = max(step, round(longer_edge * min(width, height) / max(width, height) / step) * step)
+    return (shorter, longer_edge) if width >= height else (longer_edge, shorter)
+
+
+def reference_sizes(
+    pictures: Sequence[Size], drawn: Size, multiple: int, budget: int | None = None
+) -> list[Size]:
+    """At which size each reference is shown: the first at that of the picture that is drawn, every further one in its
+    own proportions, with at most as many pixels as that.
+
+    Args:
+        pictures: the upright references' own sizes.
+        multiple: of which the sides are multiples.
+        budget: pixels of all references together; those after the first share equally what it leaves.
+
+    Raises:
+        ValueError: a budget that leaves a further reference less than one square of `multiple`, or proportions beyond
+            `MAX_ASPECT`.
+    """
+    area, further = drawn[0] * drawn[1], len(pictures) - 1
+    if further > 0 and budget is not None:
+        area = min(area, (budget - area) // further)
+        if area < multiple**2:
+            raise ValueError(
+                f"{further + 1} references in {budget} pixels: the first takes {drawn[0]} x {drawn[1]}, which leaves "
+                f"{max(0, area)} pixels for each further one; raise the budget or give fewer references"
+            )
+    return [drawn, *(_fit(size, area, multiple) for size in pictures[1:])] if pictures else []
+
+
+def _check_proportions(width: float, height: float) -> None:
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(
             f"proportions of {width:g} x {height:g} are beyond {MAX_ASPECT}:1, and no size is chosen for them: crop "
             "the picture, or give height and width"
         )
-    shorter = max(step, round(longer_edge * min(width, height) / max(width, height) / step) * step)
-    return (shorter, longer_edge) if width >= height else (longer_edge, shorter)
+
+
+def _fit(size: Size, area: int, multiple: int) -> Size:
+    """The proportions of `size` at no more than `area` pixels (at least one square), in whole multiples."""
+    _check_proportions(size[1], size[0])
+    scale = math.sqrt(area / (size[0] * size[1]))
+    height, width = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
+    while height * width > area and max(height, width) > multiple:
+        height, width = (height - multiple, width) if height > width else (height, width - multiple)
+    return height, width
 
 
 def choose_size(

@@ -2,11 +2,13 @@
 
 A reward is a batch function, or a class with `score` or `__call__`, sync or async, called by keyword:
 
-    score(*, images: list[PIL.Image], prompts: list[str], references: list[PIL.Image | None],
+    score(*, images: list[PIL.Image], prompts: list[str], references: list[list[PIL.Image]],
           metadata: list[dict], **params) -> list[float | None] | RewardOutput
 
-All lists have one entry per sample. `None`, NaN, infinity, an exception or a time-out mean *not scored*:
-the sample is missing and is never given a number in its place.
+All lists have one entry per sample. The references of a sample are the pictures that its prompt names, in their order:
+the first is the one to edit; there are none for text-to-image. A class or function that takes no more than so many
+states it as `most_references`. `None`, NaN, infinity, an exception or a time-out mean *not scored*: the sample is
+missing and is never given a number in its place.
 """
 
 import math

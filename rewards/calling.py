@@ -16,11 +16,11 @@ from rewards.loading import LoadedReward
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """All that a reward sees: per sample an RGB image, a prompt, a reference image or None, and metadata."""
+    """All that a reward sees: per sample an RGB image, a prompt, reference images (none to several), and metadata."""
 
     images: Sequence[Image.Image]
     prompts: Sequence[str]
-    references: Sequence[Image.Image | None]
+    references: Sequence[Sequence[Image.Image]]
     metadata: Sequence[Mapping[str, Any]]
 
     def __post_init__(self) -> None:
@@ -33,7 +33,7 @@ class RewardBatch:
         return {
             "images": [image.copy() for image in self.images],
             "prompts": list(self.prompts),
-            "references": [None if image is None else image.copy() for image in self.references],
+            "references": [[image.copy() for image in pictures] for pictures in self.references],
             "metadata": [copy.deepcopy(dict(entry)) for entry in self.metadata],
         }
 

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image
 
@@ -122,12 +121,13 @@ async def dry_call(loaded: LoadedReward, rewards: RewardSet, prompts: Sequence[P
     Raises RewardError when the call fails, takes longer than `timeout_s` or returns a wrong count or type.
     """
     size = (rewards.width, rewards.height)
-    texts: list[tuple[str, Any]] = [(prompt.prompt, prompt.metadata) for prompt in prompts]
-    texts = texts or [(rewards.example_prompt, rewards.example_metadata)] * 2
+    shown = [(prompt.prompt, len(prompt.references), prompt.metadata) for prompt in prompts]
+    example = (rewards.example_prompt, int(rewards.task == "edit"), dict(rewards.example_metadata))
+    texts, counts, metadata = zip(*(shown or [example] * 2), strict=True)
     drawn = Image.radial_gradient("L").resize(size).convert("RGB"), Image.new("RGB", size, (200, 60, 40))
     images = [drawn[k % 2] for k in range(len(texts))]
-    references = [Image.new("RGB", size, (40, 60, 200)) if rewards.task == "edit" else None for _ in images]
-    batch = RewardBatch(images, [text for text, _ in texts], references, [metadata for _, metadata in texts])
+    references = [[Image.new("RGB", size, (40, 60, 200))] * count for count in counts]
+    batch = RewardBatch(images, texts, references, metadata)
     try:
         await call_reward(loaded, batch)
     except TimeoutError as error:

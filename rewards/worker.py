@@ -20,7 +20,7 @@ import ray
 from PIL import Image
 
 from core.failures import DataFailure
-from core.prompts import Prompt, load_reference
+from core.prompts import Prompt, load_references
 from rewards.base import RewardLoadError, RewardSet, RewardSpec, reward_label
 from rewards.calling import RewardBatch
 from rewards.checks import try_reward
@@ -157,16 +157,16 @@ def _images(chunk: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(image) for image in chunk]
 
 
-def _references(prompts: Sequence[Prompt]) -> list[Image.Image | None]:
-    """The reference image of each sample. A group shares one prompt, so each image is read once."""
-    images: dict[str, Image.Image] = {}
+def _references(prompts: Sequence[Prompt]) -> list[list[Image.Image]]:
+    """The reference images of each sample. A group shares one prompt, so they are read once."""
+    loaded: dict[tuple[str, ...], list[Image.Image]] = {}
     for prompt in prompts:
-        if prompt.reference is not None and prompt.reference not in images:
+        if prompt.references not in loaded:
             try:
-                images[prompt.reference] = load_reference(prompt)
+                loaded[prompt.references] = load_references(prompt)
             except ValueError as error:
                 raise DataFailure(str(error)) from error
-    return [None if prompt.reference is None else images[prompt.reference] for prompt in prompts]
+    return [loaded[prompt.references] for prompt in prompts]
 
 
 RewardWorker = ray.remote(RewardScorer)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from core.failures import DataFailure
 from core.inputs import check_files
-from core.prompts import Prompt, load_reference
+from core.prompts import Prompt, load_references
 from models.components import load_vae, torch_dtype
 from models.conditioning import Conditioning
 from models.folders import TEXT_PARTS
@@ -105,13 +105,13 @@ class Encoder:
 
     def _conditioning(self, prompt: Prompt, size: tuple[int, int] | None) -> Conditioning:
         height, width = size or (self.spec.height, self.spec.width)
-        if prompt.reference is None:
+        if not prompt.references:
             return Conditioning(*self._embed(prompt.prompt, None))
-        image = load_reference(prompt)
+        (image,) = load_references(prompt)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
         latents = encode_images(self.vae, image_to_tensor(image, height, width)[None])[0].cpu()
         own = () if self.spec.vlm_path is None else self._embed(self.spec.negative_prompt, image)
-        return Conditioning(*self._embed(prompt.prompt, image), latents, *own)
+        return Conditioning(*self._embed(prompt.prompt, image), (latents,), *own)
 
     def encode_text(self, text: str) -> Conditioning:
         """Text alone (the negative prompt)."""

@@ -91,6 +91,7 @@ _FILES = {
         rl/test_secrets.py::test_a_secret_in_a_recipe
         rl/test_train_cli.py
         rollout/test_worker.py
+        worlds/shapes/scenes/test_inserts.py
         worlds/shapes/scenes/test_prompts.py
         worlds/shapes/scoring/test_judge_endpoint.py
         worlds/shapes/training/test_evaluate.py

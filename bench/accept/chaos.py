@@ -1,6 +1,6 @@
 """Faults injected into small real runs: every kind at every point, drivers killed at random moments, a long soak.
 
-    python -m bench.accept.chaos [--only matrix|drivers|soak] [--cells N] [--kills N] [--steps N] [--seed N]
+    python -m bench.accept.chaos [--only matrix|nodes|drivers|soak] [--cells N] [--kills N] [--steps N] [--seed N]
 
 A run must end bit for bit as the undisturbed one, or stop with the cause and end so once it is resumed. The evidence is
 written by the whole of it alone; a part prints its figures.
@@ -16,14 +16,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
-from bench.accept.evidence import Claim, claims_table, conclude
+from bench.accept.chaos_cells import CALL_S, CELL_S, Cell, claim, ended, run_cell, run_straight, tell
+from bench.accept.chaos_nodes import run_nodes
+from bench.accept.evidence import claims_table, conclude
 from tests.chaos.faults import BEGUN
-from tests.chaos.harness import NOW, Chaos, Fault, Outcome, result
+from tests.chaos.harness import NOW, Chaos, Fault, result
 from tests.fakes.forked_workers import WorkerServer
 
 NTH = {"encode": 2, "denoise": 8, "evaluate": 4, "publish": 5, "micro_batch": 9, "gather": 2, "save": 3,
@@ -33,71 +35,43 @@ DRIVER = {"driver_rollout": 2, "driver_update": 2, "driver_publish": 3, "driver_
           "driver_evaluate": 2, "driver_pictures": 1, "driver_save": 2, "driver_export": 1}  # fmt: skip
 FULL = ("driver_record", "driver_metrics", "driver_pictures", "driver_save", "driver_export")
 """Where the driver writes, so that a disk may be full."""
-CALL_S = 30.0
-"""After which a call hangs; longer than in the tests, since a busy machine is no fault."""
-CELL_S, SOAK_S, KILL_EVERY_S = 300.0, 7200.0, 5.0
-"""Limits of a cell's run and of the soak; seconds between two kills of the soak, on average."""
+STOPPED = ("driver_update", "driver_save")
+"""Where the driver is stopped."""
+SOAK_S, KILL_EVERY_S = 7200.0, 5.0
+"""Limit of the soak; seconds between two of its kills, on average."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One fault, or one run under fire, and what became of it.
-
-    verdict: `held` (ended as the undisturbed run), `stopped` (with a cause, and ended so when resumed), or
-    what is wrong.
-    """
-
-    fault: str
-    verdict: str
-    cause: str
-    seconds: float
-    resumed_s: float = 0.0
-
-    @property
-    def right(self) -> bool:
-        return self.verdict in ("held", "stopped")
+Planned = tuple[Fault, str, tuple[str, ...]]
+"""A fault, how its run differs from the others, and the overrides that make it so."""
 
 
-def matrix() -> list[Fault]:
-    """Every kind of fault at every point. A stopped driver is no cell: nothing in the run could see it."""
+def matrix() -> list[Planned]:
+    """Every kind of fault at every point. A stopped driver ends when it is killed: nothing in the run could see it."""
     worker = [Fault(p, how, nth) for p, nth in NTH.items() for how in ("kill", "stop", "raise", "slow")]
     driver = [Fault(p, how, nth) for p, nth in DRIVER.items() for how in ("kill", "raise", "slow")]
-    return [*worker, *driver, *(Fault(p, "full", DRIVER[p]) for p in FULL)]
+    driver += [Fault(p, "full", DRIVER[p]) for p in FULL] + [Fault(p, "stop", DRIVER[p]) for p in STOPPED]
+    rank = Fault("micro_batch", "kill", NTH["micro_batch"])
+    return [
+        *((fault, "", ()) for fault in (*worker, *driver)),
+        (rank, "placement shared", ("resources.placement=shared",)),
+        (rank, "no restart is left", ("resources.learner_restarts=0",)),
+    ]
 
 
-def run_cell(chaos: Chaos, fault: Fault, expected: object) -> Cell:
-    """One run with one fault, resumed where it stopped."""
-    name = str(fault).replace(" ", "_")
-    try:
-        outcome = chaos.run(name, fault, limit_s=CELL_S)
-        if not outcome.fired:
-            return Cell(str(fault), "the point was not reached", outcome.cause, outcome.seconds)
-        return ended(chaos, name, str(fault), outcome, expected)
-    except Exception as error:  # a third thing, which the other cells do not wait for
-        return Cell(str(fault), f"{type(error).__name__}: {error}"[:300], "", CELL_S)
+def run_matrix(chaos: Chaos, planned: list[Planned], expected: object) -> list[Cell]:
+    cells = []
+    for fault, note, overrides in planned:
+        cells.append(
+            run_cell(chaos, fault, expected, note=note, overrides=overrides, meanwhile=kill_stopped_driver)
+        )
+        tell(cells[-1])
+    return cells
 
 
-def ended(
-    chaos: Chaos, name: str, what: str, outcome: Outcome, expected: object, steps: tuple[str, ...] = ()
-) -> Cell:
-    """Judge a run's end; one that stopped, or whose driver was killed, is resumed first."""
-    verdict, resumed_s = "held", 0.0
-    if outcome.state != "finished":
-        killed = outcome.state in ("running", "absent")
-        if not killed and not outcome.cause:
-            return Cell(what, f"{outcome.state} without a cause", "", outcome.seconds)
-        if not killed and (left := chaos.left(name)):
-            return Cell(what, f"left: {left[:3]}", outcome.cause, outcome.seconds)
-        verdict, began = "stopped", time.monotonic()
-        again = chaos.run(name, resume=True, limit_s=CELL_S, overrides=steps)
-        resumed_s = time.monotonic() - began
-        if again.state != "finished":
-            return Cell(what, f"resumed: {again.state}", again.cause, outcome.seconds, resumed_s)
-    if result(chaos.out(name)) != expected:
-        verdict = "another end than the undisturbed run's"
-    elif left := chaos.left(name):
-        verdict = f"left: {left[:3]}"
-    return Cell(what, verdict, outcome.cause, outcome.seconds, resumed_s)
+def kill_stopped_driver(pids: list[int]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if pids and (driver := psutil.Process(pids[0])).status() == psutil.STATUS_STOPPED:
+            driver.kill()
 
 
 def kill_drivers(
@@ -141,7 +115,9 @@ def soak(chaos: Chaos, steps: int, dice: random.Random) -> list[Cell]:
 
     outcome = chaos.run("soak", overrides=more, limit_s=SOAK_S, meanwhile=strike)
     what = f"{len(killed)} kills in {steps} steps"
-    return [ended(chaos, "soak", what, outcome, result(chaos.out("soak_straight")), more)]
+    cells = [ended(chaos, "soak", what, outcome, result(chaos.out("soak_straight")), overrides=more)]
+    tell(cells[0])
+    return cells
 
 
 @contextlib.contextmanager
@@ -166,58 +142,42 @@ def harness(folder: Path) -> Iterator[Chaos]:
         workers.close()
 
 
-def tell(cell: Cell) -> None:
-    sys.stdout.write(f"{cell.verdict:8} {cell.seconds:6.1f} s  {cell.fault}  {cell.cause[:160]}\n")
-    sys.stdout.flush()
-
-
-def claim(text: str, cells: list[Cell]) -> Claim:
-    held, stopped = (sum(cell.verdict == verdict for cell in cells) for verdict in ("held", "stopped"))
-    wrong = [f"{cell.fault}: {cell.verdict}" for cell in cells if not cell.right]
-    measured = f"{len(cells)} run, {held} held, {stopped} stopped and resumed, {len(wrong)} wrong"
-    return Claim(text, "; ".join([measured, *wrong]), bool(cells) and not wrong)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accept.chaos")
-    parser.add_argument("--only", choices=("matrix", "drivers", "soak"), help="one part, without evidence")
+    parser.add_argument("--only", choices=tuple(TEXTS), help="one part, without evidence")
     parser.add_argument("--cells", type=int, help="so many cells of the matrix, drawn")
     parser.add_argument("--kills", type=int, default=20, help="drivers to kill")
     parser.add_argument("--steps", type=int, default=200, help="steps of the soak")
     parser.add_argument("--seed", type=int, default=0, help="of cells, moments and victims")
     options = parser.parse_args()
-    dice, parts = (
-        random.Random(options.seed),
-        [options.only] if options.only else ["matrix", "drivers", "soak"],
-    )
+    dice, parts = random.Random(options.seed), (options.only,) if options.only else tuple(TEXTS)
     found: dict[str, list[Cell]] = {}
-    with tempfile.TemporaryDirectory() as folder, harness(Path(folder)) as chaos:
-        straight = chaos.run("straight", limit_s=CELL_S)
-        assert straight.state == "finished", straight
-        expected = result(chaos.out("straight"))
-        faults = matrix() if options.cells is None else dice.sample(matrix(), options.cells)
-        if "matrix" in parts:
-            found["matrix"] = []
-            for fault in faults:
-                found["matrix"].append(run_cell(chaos, fault, expected))
-                tell(found["matrix"][-1])
-        if "drivers" in parts:
-            found["drivers"] = kill_drivers(chaos, options.kills, straight.seconds, expected, dice)
-        if "soak" in parts:
-            found["soak"] = soak(chaos, options.steps, dice)
-            tell(found["soak"][0])
+    straight_s = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        if set(parts) - {"nodes"}:
+            with harness(Path(folder)) as chaos:
+                straight_s, expected = run_straight(chaos)
+                planned = matrix() if options.cells is None else dice.sample(matrix(), options.cells)
+                if "matrix" in parts:
+                    found["matrix"] = run_matrix(chaos, planned, expected)
+                if "drivers" in parts:
+                    found["drivers"] = kill_drivers(chaos, options.kills, straight_s, expected, dice)
+                if "soak" in parts:
+                    found["soak"] = soak(chaos, options.steps, dice)
+        if "nodes" in parts:
+            found["nodes"] = run_nodes(Path(folder) / "nodes")
     claims = [claim(TEXTS[part], cells) for part, cells in found.items()]
     if options.only or options.cells is not None:
         sys.stdout.write("\n".join(claims_table(claims)) + "\n")
         sys.exit(0 if all(c.holds for c in claims) else 1)
-    body = [*claims_table(claims), "", f"The undisturbed run takes {straight.seconds:.0f} s.", "",
+    body = [*claims_table(claims), "", f"The undisturbed run takes {straight_s:.0f} s.", "",
             "| fault | verdict | seconds | resumed, seconds | cause |", "|---|---|---|---|---|"]  # fmt: skip
     body += [
         f"| {c.fault} | {c.verdict} | {c.seconds:.0f} | {c.resumed_s:.0f} | {c.cause.replace('|', '/')[:200]} |"
         for cells in found.values()
         for c in cells
     ]
-    data = {"claims": [asdict(c) for c in claims], "straight_s": straight.seconds,
+    data = {"claims": [asdict(c) for c in claims], "straight_s": straight_s,
             "cells": {part: [asdict(c) for c in cells] for part, cells in found.items()}}  # fmt: skip
     holds = all(c.holds for c in claims)
     conclude("chaos", "Injected faults", body, json.loads(json.dumps(data)), holds=holds)
@@ -226,6 +186,7 @@ def main() -> None:
 TEXTS = {
     "matrix": "each fault at each point: the end is the undisturbed run's to the bit, or a stop with the cause whose "
     "resumed end is",
+    "nodes": "the power of a node is taken at each point, with and without another one that joins: the same end",
     "drivers": "drivers killed at random moments of a run of two stages, each resumed: the same end",
     "soak": "a worker killed every 5 s on average: the same end",
 }

@@ -20,6 +20,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from bench.accept.evidence import ROOT, conclude
 from models.lora.attach import hash_state
 from models.lora.files import read_adapter
+from tests.fakes.canaries import CANARIES, MARK
 
 BIN = Path(sys.executable).parent
 GCS_PORT, DASHBOARD_PORT = 6399, 8299
@@ -44,6 +45,7 @@ def main() -> None:
             job = submit(out, "straight")
             follow(job)
             straight_s = time.monotonic() - started
+            told, leaks = search_dashboard()
         with cluster(head_cpus=0, worker_cpus=2):
             job = submit(out, "interrupted")
             wait_for_step(out / "interrupted", 3)
@@ -63,9 +65,11 @@ def main() -> None:
             f"- Adapter of the straight job: `{hashes['straight']}`",
             f"- Adapter of the stopped and resumed job: `{hashes['interrupted']}`",
             f"- Identical: **{'yes' if equal else 'no'}**",
+            f"- Secrets in the environment of the cluster and of `ray job submit`, in the {told} characters that the "
+            f"dashboard tells of jobs, actors, tasks, workers, objects, events and nodes: **{leaks or 'none'}**",
         ]
-        holds = equal and "continuing from" in log
-        data = {"hashes": hashes, "identical": equal}
+        holds = equal and "continuing from" in log and not leaks
+        data = {"hashes": hashes, "identical": equal, "leaks": leaks}
         conclude("cluster", "ray job submit, on one node and on two", body, data, holds=holds)
 
 
@@ -106,14 +110,44 @@ def wait_until_up() -> None:
 
 
 def environment() -> dict[str, str]:
-    """This environment's `python` and `ray` first on the path, so that the job's entry point is the same one."""
+    """This environment's `python` and `ray` first on the path, so that the job's entry point is the same one; and
+    secrets, which `search_dashboard` looks for."""
     cleaned = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     return {
         **cleaned,
+        **CANARIES,
         "PATH": path,
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD_PORT}",
     }
+
+
+def search_dashboard() -> tuple[int, list[str]]:
+    """How many characters the dashboard tells, and which of its answers hold a secret of the environment."""
+    listed = (
+        "actors",
+        "jobs",
+        "tasks",
+        "workers",
+        "objects",
+        "runtime_envs",
+        "placement_groups",
+        "nodes",
+        "cluster_events",
+    )
+    paths = [f"/api/v0/{name}?detail=1&limit=10000" for name in listed]
+    nodes = json.loads(_told("/nodes?view=summary"))["data"]["summary"]
+    paths += ["/api/jobs/", "/logical/actors", "/events"] + [
+        f"/nodes/{node['raylet']['nodeId']}" for node in nodes
+    ]
+    answers = {path: _told(path) for path in paths}
+    return sum(map(len, answers.values())), [path for path, answer in answers.items() if MARK in answer]
+
+
+def _told(path: str) -> str:
+    answer = client()._do_request("GET", path)
+    answer.raise_for_status()
+    return answer.text
 
 
 def ray_cli(*words: str) -> str:

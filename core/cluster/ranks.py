@@ -33,6 +33,10 @@ class RankLost(RuntimeError):
     all; fresh ranks, or `--resume auto`, continue from the last checkpoint."""
 
 
+class NodeLost(RankLost):
+    """A rank's node left, says Ray."""
+
+
 class RanksBlind(RankLost):
     """Ranks do not see the run's folder, which fresh ones would not either."""
 
@@ -143,7 +147,8 @@ def _died(rank: int, method: str, error: BaseException) -> RankLost:
     """Ray's account names the process's end, or the node's, on a line of its own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = next((line for line in lines if "because" in line), lines[0] if lines else type(error).__name__)
-    return RankLost(
+    lost = NodeLost if "its node has died" in cause else RankLost
+    return lost(
         f"rank {rank} died in {method} ({cause.partition(' Some common causes')[0]}); Ray's log may say more, "
         "such as that the machine ran out of memory"
     )

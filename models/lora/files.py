@@ -16,6 +16,7 @@ from core.files import atomic_write_bytes
 from models.components import save_component
 from models.kontext import KontextTransformer
 from models.lora.attach import LoraSettings, State
+from models.lora.naming import read_lora_file
 
 PEFT_PREFIX = "base_model.model."
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -58,7 +59,8 @@ def save_adapter(
 
 
 def read_adapter(folder: str | Path) -> tuple[State, LoraSettings]:
-    """Read a PEFT folder, ours or another's, back into a state and its settings.
+    """Read an adapter, ours or another's, back into a state and its settings: a PEFT folder, or a single LoRA file
+    (`models/lora/naming.py`).
 
     Raises:
         FileNotFoundError: the folder lacks a file; names the adapter's own folder where it is near.
@@ -66,6 +68,12 @@ def read_adapter(folder: str | Path) -> tuple[State, LoraSettings]:
             configured rank, or an adapter whose update is not a number or changes nothing.
     """
     folder = Path(folder)
+    # The weights of a PEFT folder do not say their alpha, the file beside them does.
+    if folder.is_file() and not (folder.parent / PEFT_CONFIG).is_file():
+        state, settings = read_lora_file(folder)
+        _check_alpha(folder, "alpha", settings.alpha)
+        _check_values(folder, state)
+        return state, settings
     for path in (folder / PEFT_CONFIG, folder / PEFT_WEIGHTS):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; {_where(folder)}")
@@ -110,12 +118,16 @@ def _settings(path: Path, config: object) -> LoraSettings:
         )
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{path}: r is {rank!r}, and must be a whole number from 1")
+    _check_alpha(path, "lora_alpha", alpha)
+    return LoraSettings(rank=rank, alpha=float(alpha), targets=tuple(sorted(targets)))  # type: ignore[arg-type]
+
+
+def _check_alpha(path: Path, name: str, alpha: object) -> None:
     if not isinstance(alpha, int | float) or alpha is True or not math.isfinite(alpha) or alpha == 0:
         raise ValueError(
-            f"{path}: lora_alpha is {alpha!r}, and must be a finite number other than 0: with it the adapter would "
+            f"{path}: {name} is {alpha!r}, and must be a finite number other than 0: with it the adapter would "
             "change nothing or draw noise"
         )
-    return LoraSettings(rank=rank, alpha=float(alpha), targets=tuple(sorted(targets)))
 
 
 def _check_values(path: Path, state: State) -> None:

@@ -50,7 +50,11 @@ def draw_previews(
             recipe.seed, 0, batch.indices.tolist(), encoded.clean.shape[1:], recipe.timestep_shift
         )
         negative = model.embed(encoders.prompt(unprompted)) if settings.guidance_scale > 1 else ()
-        prompts = ConditioningBatch(*model.embed(encoded.prompt), encoded.references, *negative)
+        prompts = ConditioningBatch(
+            *model.embed(encoded.prompt),
+            () if encoded.references is None else (encoded.references,),
+            *negative,
+        )
         sigmas = sigma_table(scheduler, settings.steps)
         latents = sample_latents(
             model.transformer, sigmas, noise.to(encoders.device), prompts, settings.guidance_scale

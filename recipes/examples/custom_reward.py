@@ -11,7 +11,7 @@ Both are called by keyword with four lists that have one entry per image of the 
 
     images      PIL images in RGB, the samples to be scored
     prompts     the prompt, or the edit instruction, of each
-    references  the image that was to be edited, or None for text-to-image
+    references  a list of images: the one that was to be edited, then any others of the prompt; empty for text-to-image
     metadata    the `metadata` of the prompt's line in the prompt file, a dict
 
 and return one number per image: higher is better, and 0 to 1 is the range the built-in rewards use. Where you
@@ -58,12 +58,12 @@ class Restraint:
     def score(self, *, images, prompts, references, metadata):
         """The share of pixels left alone. Also logs, as a component, how far the others moved (0 to 1)."""
         kept, moved = [], []
-        for image, reference in zip(images, references, strict=True):
-            if reference is None:  # nothing to compare with: not scored, which is not the same as 0
+        for image, pictures in zip(images, references, strict=True):
+            if not pictures:  # nothing to compare with: not scored, which is not the same as 0
                 kept.append(None)
                 moved.append(None)
                 continue
-            before = np.asarray(reference.resize(image.size, Image.Resampling.BICUBIC), dtype=np.int16)
+            before = np.asarray(pictures[0].resize(image.size, Image.Resampling.BICUBIC), dtype=np.int16)
             after = np.asarray(image, dtype=np.int16)
             change = np.abs(after - before).max(axis=-1)
             touched = change > self.tolerance

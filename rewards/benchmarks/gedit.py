@@ -155,5 +155,5 @@ def _problems(edit: _Edit) -> list[str]:
 
 def _item(index: int, edit: _Edit) -> Item:
     metadata = {"group": edit.group, "language": edit.language, "intersection": edit.intersection}
-    prompt = Prompt(index, "edit", edit.instruction, str(edit.source.absolute()), metadata)
+    prompt = Prompt(index, "edit", edit.instruction, (str(edit.source.absolute()),), metadata)
     return Item(f"{edit.group}/{edit.language}/{edit.key}", edit.group, prompt)

@@ -88,4 +88,4 @@ def _item(index: int, row: tuple[Any, ...], references: Path) -> Item:
     key, id, prompt, kind = row
     kind = ALIASES.get(kind, kind)
     source = str((references / id).absolute())
-    return Item(key, kind, Prompt(index, "edit", prompt, source, {"edit_type": kind}))
+    return Item(key, kind, Prompt(index, "edit", prompt, (source,), {"edit_type": kind}))

@@ -56,10 +56,10 @@ class GEditGrades(_BenchmarkReward):
 
     protocol = VieScore()
 
-    def sample(self, image: Image.Image, prompt: str, reference: Image.Image | None) -> Sample:
-        if reference is not None and image.size != reference.size:
-            image = image.resize(reference.size, Image.Resampling.BICUBIC)
-        return super().sample(image, prompt, reference)
+    def sample(self, image: Image.Image, prompt: str, references: Sequence[Image.Image]) -> Sample:
+        if references and image.size != references[0].size:
+            image = image.resize(references[0].size, Image.Resampling.BICUBIC)
+        return super().sample(image, prompt, references)
 
 
 class ImgEditGrades(_BenchmarkReward):

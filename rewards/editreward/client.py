@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import TypeAdapter
@@ -41,6 +41,9 @@ class EditReward:
     device, batch_size: for `mode: inprocess`, which loads the model into the reward worker; `auto` is CUDA where
     torch sees one. The weights' type is the exported one.
     """
+
+    most_references: ClassVar[int] = 1
+    """The model was trained on edits of one picture."""
 
     model: str
     mode: Literal["served", "inprocess"] = "served"
@@ -87,7 +90,7 @@ class EditReward:
             if problems:
                 return problems
         source, result = (Image.new("RGB", (64, 64), colour) for colour in ("grey", "darkred"))
-        trial = {"images": [result], "prompts": ["make it red"], "references": [source], "metadata": [{}]}
+        trial = {"images": [result], "prompts": ["make it red"], "references": [[source]], "metadata": [{}]}
         if self.mode == "served":
             output = await self._score_served(**trial)
         else:
@@ -188,10 +191,16 @@ def _edits(
     *,
     images: Sequence[Image.Image],
     prompts: Sequence[str],
-    references: Sequence[Image.Image | None],
+    references: Sequence[Sequence[Image.Image]],
     metadata: Sequence[Mapping[str, Any]],
 ) -> list[tuple[Any, Any, str]]:
-    """(source, result, instruction) of each sample. Raises FatalRewardError where one has no source."""
-    if any(reference is None for reference in references):
+    """(source, result, instruction) of each sample. Raises FatalRewardError where one has no source, or several."""
+    found = {len(pictures) for pictures in references}
+    if 0 in found:
         raise FatalRewardError("reward editreward judges edits, and these samples have no reference picture")
-    return list(zip(references, images, prompts, strict=True))
+    if found != {1}:
+        raise FatalRewardError(
+            f"reward editreward judges edits of one picture; here are {max(found)} references"
+        )
+    sources = [pictures[0] for pictures in references]
+    return list(zip(sources, images, prompts, strict=True))

@@ -89,7 +89,7 @@ class GenEval:
         *,
         images: Sequence[Image.Image],
         prompts: Sequence[str],
-        references: Sequence[Image.Image | None],
+        references: Sequence[Sequence[Image.Image]],
         metadata: Sequence[Mapping[str, Any]],
     ) -> RewardOutput:
         """Components `SCORING.PART`: SCORING names detector and colour rule, PART is `dense`, `strict`,

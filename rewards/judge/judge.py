@@ -75,6 +75,8 @@ class JudgeReward:
     """Own template files by role."""
     typical_metadata: Mapping[str, Any] = {}
     """Metadata of a usual prompt, for trial questions and estimates."""
+    most_references = 1
+    """The templates show one source picture."""
     least_share = MIN_SCORED_SHARE
     """A batch is asked for again when less of it is scored (0: nothing at all) and the endpoint is the cause."""
 
@@ -141,9 +143,11 @@ class JudgeReward:
             "asks": float(judgement.asks),
         }
 
-    def sample(self, image: Image.Image, prompt: str, reference: Image.Image | None) -> Sample:
+    def sample(self, image: Image.Image, prompt: str, references: Sequence[Image.Image]) -> Sample:
         """The picture as the judge sees it: an edit of its reference where it has one, else text-to-image."""
-        return Sample("t2i" if reference is None else "edit", prompt, image, reference)
+        if len(references) > self.most_references:
+            raise ValueError(f"a sample has {len(references)} references; the judge's questions show one")
+        return Sample("edit", prompt, image, *references) if references else Sample("t2i", prompt, image)
 
     def may_recover(self, judgement: Judgement) -> bool:
         """Whether a repeated call can give the sample a score that it lacks."""
@@ -212,7 +216,7 @@ class JudgeReward:
         *,
         images: Sequence[Image.Image],
         prompts: Sequence[str],
-        references: Sequence[Image.Image | None],
+        references: Sequence[Sequence[Image.Image]],
         metadata: Sequence[Mapping[str, Any]],
     ) -> RewardOutput:
         """Ask about all samples at once.
@@ -222,13 +226,13 @@ class JudgeReward:
         left so many samples open that their group would be lost. What was answered is then in the client's cache,
         so the repeated call does not pay for it again.
         """
-        if len({reference is None for reference in references}) > 1:
+        if len(set(map(bool, references))) > 1:
             raise ValueError(
                 "some samples of one batch have a reference and some have none; judge them apart"
             )
         samples = [
-            self.sample(image, prompt, reference)
-            for image, prompt, reference in zip(images, prompts, references, strict=True)
+            self.sample(image, prompt, pictures)
+            for image, prompt, pictures in zip(images, prompts, references, strict=True)
         ]
         try:
             judged = await asyncio.gather(

@@ -108,7 +108,7 @@ class ServedReward:
         *,
         images: Sequence[Image.Image],
         prompts: Sequence[str],
-        references: Sequence[Image.Image | None],
+        references: Sequence[Sequence[Image.Image]],
         metadata: Sequence[Mapping[str, Any]],
     ) -> RewardOutput:
         """The answer of whichever service is free.

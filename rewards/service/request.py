@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 from PIL import Image
@@ -34,7 +35,7 @@ class Picture(BaseModel):
 
 
 class Header(BaseModel):
-    """The JSON of a frame. `images` and `references` are numbers of `pictures`, one entry per sample."""
+    """The JSON of a frame. `images` and `references` hold numbers of `pictures`, one entry per sample."""
 
     model_config = _STRICT
     fingerprint: str = Field(max_length=64)
@@ -42,7 +43,7 @@ class Header(BaseModel):
     prompts: list[str] = Field(min_length=1, max_length=MOST_SAMPLES)
     metadata: list[dict[str, Any]] = Field(max_length=MOST_SAMPLES)
     images: list[int] = Field(max_length=MOST_SAMPLES)
-    references: list[int | None] = Field(max_length=MOST_SAMPLES)
+    references: list[list[int]] = Field(max_length=MOST_SAMPLES)
     pictures: list[Picture] = Field(min_length=1, max_length=2 * MOST_SAMPLES)
 
 
@@ -64,7 +65,7 @@ def decode_request(body: bytes, largest_decoded: int) -> tuple[Call, RewardBatch
     batch = RewardBatch(
         images=[pictures[number] for number in header.images],
         prompts=header.prompts,
-        references=[None if number is None else pictures[number] for number in header.references],
+        references=[[pictures[number] for number in numbers] for numbers in header.references],
         metadata=header.metadata,
     )
     return Call(header.fingerprint, header.timeout_s), batch
@@ -80,7 +81,7 @@ def _problems(header: Header, rest: int, largest_decoded: int) -> Iterator[str]:
     counts = {name: len(getattr(header, name)) for name in lists}
     if len(set(counts.values())) != 1:
         yield f"every list needs one entry per sample, got {counts}"
-    used = {number for number in [*header.images, *header.references] if number is not None}
+    used = {*header.images, *chain.from_iterable(header.references)}
     if used != set(range(len(header.pictures))):
         yield f"images and references must use exactly the pictures 0 to {len(header.pictures) - 1}"
     for number, picture in enumerate(header.pictures):

@@ -79,7 +79,7 @@ def encode_request(
     *,
     images: Sequence[Image.Image],
     prompts: Sequence[str],
-    references: Sequence[Image.Image | None],
+    references: Sequence[Sequence[Image.Image]],
     metadata: Sequence[Mapping[str, Any]],
     codec: str,
 ) -> bytes:
@@ -91,7 +91,7 @@ def encode_request(
         "prompts": list(prompts),
         "metadata": [dict(entry) for entry in metadata],
         "images": [sheet.place(image) for image in images],
-        "references": [None if image is None else sheet.place(image) for image in references],
+        "references": [[sheet.place(image) for image in pictures] for pictures in references],
         "pictures": sheet.entries,
     }
     try:

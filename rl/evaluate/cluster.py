@@ -55,8 +55,9 @@ def start_cluster(plan: Plan, reward_sets: list[RewardSet], adapter: LoraSetting
     if adapter is not None:
         lora = LoraConfig(adapter.rank, adapter.alpha, list(adapter.targets))
         model = ModelConfig(
-            str(plan.model), None if plan.vlm is None else str(plan.vlm), plan.position_mode, sampling.dtype,
-            sampling.size, sampling.size, sampling.max_sequence_length, embedding_cache_gib=0.25, lora=lora,
+            str(plan.model), None if plan.vlm is None else str(plan.vlm), plan.position_mode, dtype=sampling.dtype,
+            height=sampling.size, width=sampling.size, max_sequence_length=sampling.max_sequence_length,
+            embedding_cache_gib=0.25, lora=lora,
         )  # fmt: skip
         replica = replica_spec(model, resources)
         encoder = encoder_spec(model, resources, sampling.negative_prompt)

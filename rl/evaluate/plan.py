@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.keys import ModelDtype, PositionMode
-from core.prompts import Prompt, load_reference
+from core.prompts import load_references
 from core.seeds import derive_seed
 from rewards.benchmarks.items import Item
 from rewards.benchmarks.registry import Benchmark, Part
@@ -124,10 +124,10 @@ def item_sizes(items: Sequence[Item], size: int, multiple: int) -> tuple[dict[st
     sizes, problems = {}, []
     for item in items:
         sizes[item.key] = (size, size)
-        if item.prompt.reference is None:
+        if not item.prompt.references:
             continue
         try:
-            source = load_reference(item.prompt)
+            source = load_references(item.prompt)[0]
             sizes[item.key] = nearest_size(source.height, source.width, size * size, multiple=multiple)
         except ValueError as error:
             problems.append(f"{item.key}: {error}")
@@ -168,13 +168,12 @@ def generation_record(
 
 def _identities(items: Sequence[Item]) -> Iterator[str]:
     for item in items:
-        yield json.dumps([item.key, item.prompt.task, item.prompt.prompt, _reference_sha256(item.prompt)])
+        references = [_reference_sha256(source) for source in item.prompt.references]
+        yield json.dumps([item.key, item.prompt.task, item.prompt.prompt, references])
 
 
-def _reference_sha256(prompt: Prompt) -> str | None:
-    if prompt.reference is None:
-        return None
-    if prompt.reference.startswith("data:"):
-        return hashlib.sha256(prompt.reference.encode()).hexdigest()
-    with open(prompt.reference, "rb") as file:
+def _reference_sha256(source: str) -> str:
+    if source.startswith("data:"):
+        return hashlib.sha256(source.encode()).hexdigest()
+    with open(source, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ import numpy as np
 
 from core import __version__
 from core.files import atomic_write_json, atomic_write_text
-from core.prompts import load_reference
+from core.prompts import load_references
 from core.statistics import strata_bootstrap
 from rewards.benchmarks.figures import Figure
 from rewards.benchmarks.items import ScoredItem, detectors, snapshots
@@ -157,5 +157,5 @@ def _sample(plan: Plan, item: ScoredItem, images: ImageStore) -> GallerySample:
         plan.seeds(item.item)[0],
         np.asarray(picture.load()),
         None if first is None else first.get("score"),
-        None if prompt.reference is None else np.asarray(load_reference(prompt)),
+        np.asarray(load_references(prompt)[0]) if prompt.references else None,
     )

@@ -9,6 +9,7 @@ gradient once, in `step()`; ZeRO-2 and 3 reduce it in every backward.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from core.failures import ClusterError
 from core.training.ema import MovingAverage
 from core.training.supervised import deepspeed_config
 from models.compiling import compile_blocks
 from models.components import load_transformer, torch_dtype
 from models.conditioning import Conditioning, ConditioningBatch
-from models.lora.attach import adapter_state, attach_lora, load_adapter_state, use_adapter
+from models.lora.attach import (
+    LoraSettings,
+    adapter_state,
+    attach_lora,
+    hash_state,
+    load_adapter_state,
+    use_adapter,
+)
+from models.lora.load import starting_adapter
 from models.sampling import guided_velocity
 from rl.learner.batching import TrainSample
 from rl.learner.gate import LogProbGate
@@ -41,7 +51,8 @@ POLICY, REFERENCE = "policy", "reference"
 @dataclass(frozen=True)
 class LearnerSpec:
     """What every rank is built from; `collective_timeout_s` bounds how long ranks wait for each other once all are set
-    up, `start_timeout_s` until then."""
+    up, `start_timeout_s` until then. `adapter`: what training starts from, whose `hash_state` the replica's `held` has;
+    None for a fresh one."""
 
     replica: ReplicaSpec
     config: LearnerConfig
@@ -51,6 +62,7 @@ class LearnerSpec:
     gradient_checkpointing: bool
     collective_timeout_s: float
     start_timeout_s: float
+    adapter: str | None = None
 
 
 class Learner:
@@ -74,6 +86,8 @@ class Learner:
             "targets": list(replica.lora_targets),
         }
         attach_lora(transformer, **lora, adapter_name=POLICY, seed=seed)
+        if spec.adapter is not None:
+            load_adapter_state(transformer, _read_start(spec.adapter, replica), POLICY)
         attach_lora(transformer, **lora, adapter_name=REFERENCE, seed=seed, trainable=False)
         if spec.inprocess:
             attach_rollout_adapter(transformer, replica)
@@ -326,6 +340,18 @@ class Learner:
         """The stage-start adapter, for the checkpoint (the untrained one while it serves as the base)."""
         with self._gathered():
             return adapter_state(self.transformer, REFERENCE)
+
+
+def _read_start(path: str, replica: ReplicaSpec) -> dict[str, Tensor]:
+    """The adapter that training starts from. Raises ClusterError where this node has another than the driver."""
+    settings = LoraSettings(replica.lora_rank, replica.lora_alpha, replica.lora_targets)
+    state = starting_adapter(Path(replica.model_path), Path(path), settings)
+    if hash_state(state) != replica.held.get("model.adapter"):
+        raise ClusterError(
+            f"{os.uname().nodename} has another adapter in {path} than the driver (model.adapter): copy the same to "
+            "every node, or put it on a file system that all share"
+        )
+    return state
 
 
 class _MicroBatch:

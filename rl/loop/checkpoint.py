@@ -36,6 +36,7 @@ _MOVING_BITS = [
     if MOVES_BITS in getattr(hint, "__metadata__", ())
 ]
 _REWARD_KEY = re.compile(r"((?:stages\.\d+(?:\.parts\.\d+)?|evaluation\.tasks\.\d+)\.rewards\.\d+\.)(.+)")
+_STAGE_KEY = re.compile(r"stages\.(\d+)\.")
 _FREE_REWARD_KEYS = ("timeout_s", "attempts", "max_missing_share", "constant_steps", "service")
 
 
@@ -67,7 +68,11 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
 
 
 def begin_at(config: RunConfig, run_dir: Path, resume: str | None) -> tuple[Path | None, RunState]:
-    """The checkpoint to go on from (None: from step 0) and its state. Writes nothing. Raises ConfigError."""
+    """The checkpoint to go on from (None: from step 0) and its state. Writes nothing. Raises ConfigError.
+
+    Where the last stage has been given more steps, the end of its old ones is a step like others: what is due at one
+    has not been looked at.
+    """
     checkpoint = find_checkpoint(run_dir, resume) if resume else None
     if checkpoint is not None:
         if checkpoint.resolve().parent.parent != run_dir.resolve():
@@ -79,7 +84,12 @@ def begin_at(config: RunConfig, run_dir: Path, resume: str | None) -> tuple[Path
         check_same_recipe((run_dir / "config.yaml").read_text(), to_yaml(config))
     elif resume is None and (run_dir / "metrics.jsonl").exists():
         raise ConfigError([f"{run_dir} holds an earlier run; add --resume auto, or set another name="])
-    return checkpoint, read_state(checkpoint) if checkpoint else RunState()
+    if checkpoint is None:
+        return None, RunState()
+    state = read_state(checkpoint)
+    if checkpoint.name.startswith("stage_") and state.stages[-1].steps < config.stages[state.stage].steps:
+        state.unseen = True
+    return checkpoint, state
 
 
 def set_later_aside(run_dir: Path, step: int) -> None:
@@ -118,12 +128,17 @@ def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:
     change its rounding alone."""
     import yaml
 
-    saved, current = _flat(yaml.safe_load(saved_yaml)), _flat(yaml.safe_load(current_yaml))
+    document = yaml.safe_load(saved_yaml)
+    saved, current = _flat(document), _flat(yaml.safe_load(current_yaml))
+    last = len(document.get("stages", [])) - 1
     problems = [
         f"key '{key}' was {saved.get(key)!r} when the checkpoint was written and is {current.get(key)!r} now; "
-        "set it back, or start a new run under another name"
+        f"{_remedy(key, last)}"
         for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key) and not key.startswith(_FREE_KEYS) and not _free(key, current)
+        if saved.get(key) != current.get(key)
+        and not key.startswith(_FREE_KEYS)
+        and not _free(key, current)
+        and not _adds(key, saved, current, last)
     ]
     if problems:
         raise ConfigError(problems)
@@ -133,6 +148,26 @@ def check_same_recipe(saved_yaml: str, current_yaml: str) -> None:
                 "key '%s' was %r and is %r now: the run goes on, but not to the bit as it would have",
                 key, saved.get(key), current.get(key),
             )  # fmt: skip
+
+
+def _adds(key: str, saved: dict[str, Any], current: dict[str, Any], last: int) -> bool:
+    """Whether a key only lengthens the run: a stage after the saved recipe's `last`, or more steps of that one. Under a
+    rate that falls over the stage, more steps would have made those that are done others."""
+    stage = _STAGE_KEY.match(key)
+    if stage is not None and int(stage[1]) > last:
+        return True
+    if key != f"stages.{last}.steps" or saved.get("learner.final_learning_rate") is not None:
+        return False
+    return isinstance(current.get(key), int) and current[key] > saved[key]
+
+
+def _remedy(key: str, last: int) -> str:
+    if key == f"stages.{last}.steps":
+        return (
+            "set it back: only more steps may be added, and none where learner.final_learning_rate makes the rate fall "
+            "over the stage (add a stage after it)"
+        )
+    return "set it back, or start a new run under another name"
 
 
 def _free(key: str, current: dict[str, Any]) -> bool:

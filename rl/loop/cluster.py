@@ -8,8 +8,10 @@ from typing import Any
 
 import ray
 
+import recipes
 from core.cluster.actors import PlacedActors, wait_ready
 from core.cluster.placement import RL_REMEDY, ResourcePlan, describe_plan
+from core.cluster.ranks import NodeLost, RankLost
 from core.inputs import Inputs
 from rewards.base import RewardSet, reward_label
 from rewards.inputs import code_name
@@ -36,14 +38,30 @@ class Cluster:
     served: dict[str, str]
 
     def restart_learner(self) -> None:
-        """Replace all ranks by fresh ones in the same bundles. Raises RankLost where they do not come up in time."""
+        """Replace all ranks by fresh ones in the same bundles. Raises RankLost where they do not come up in time.
+
+        Ray knows that a node left only after a while; ranks that it placed there until then are placed once more.
+        """
+        try:
+            self._replace_ranks()
+        except NodeLost as error:
+            log.warning("the ranks are placed once more: %s", error)
+            self._replace_ranks()
+
+    def _replace_ranks(self) -> None:
         placed = self.workers.placed
         placed.stop("learner")
         self.workers.dispatcher.abandon()
         ranks = _place_ranks(placed, self.spec)
         if self.spec.inprocess:
             self.workers.dispatcher.add_pool("rollout", ranks)
-        self.learner = _join(ranks, self.resources)
+        try:
+            self.learner = _join(ranks, self.resources)
+        except RankLost as error:
+            without = [rank for rank in range(len(ranks)) if not placed.on_node("learner", rank)]
+            if without and not isinstance(error, NodeLost):
+                raise RankLost(f"no node has room for ranks {without} (see `ray status`): {error}") from error
+            raise
 
 
 def training_spec(config: RunConfig) -> SamplingSpec:
@@ -78,6 +96,7 @@ def start_cluster(
         spec = LearnerSpec(
             replica, config.learner, training_spec(config), config.seed, inprocess,
             config.model.gradient_checkpointing, resources.call_timeout_s, resources.start_timeout_s,
+            None if config.model.adapter is None else str(recipes.resolve(config.model.adapter)),
         )  # fmt: skip
         ranks = _place_ranks(placed, spec)
         workers = start_workers(

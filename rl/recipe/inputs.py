@@ -6,19 +6,24 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import recipes
 from core.files import file_sha256
 from core.inputs import Inputs, folder_files, hash_files, hash_together, software
 from core.prompts import load_prompts
 from models.folders import METAQUERY_PARTS, PARTS
+from models.lora.load import starting_adapter
 from rewards.base import RewardSet
 from rewards.inputs import all_reward_inputs, code_name
 from rewards.recipe import reward_specs
 from rl.recipe.reward_sets import scored_parts
 from rl.recipe.schema import ModelConfig, RunConfig
 
-MODEL, VLM = "model.path", "model.vlm"
+if TYPE_CHECKING:
+    from models.lora.attach import State
+
+MODEL, VLM, ADAPTER = "model.path", "model.vlm", "model.adapter"
 """What names of the base model's files begin with."""
 
 
@@ -31,7 +36,7 @@ def run_inputs(config: RunConfig, reward_sets: Sequence[RewardSet], known: Input
             continue
         path = recipes.resolve(part.prompts)
         held[f"prompts {part.prompts}"] = file_sha256(path)
-        pictures = {p.reference for p in load_prompts(path, part.task) if p.reference}  # type: ignore[arg-type]
+        pictures = {picture for p in load_prompts(path, part.task) for picture in p.references}  # type: ignore[arg-type]
         files = [picture for picture in pictures if not picture.startswith("data:")]
         if files:
             held[f"reference images of {part.prompts}"] = hash_together(map(Path, files), path.parent)
@@ -40,7 +45,21 @@ def run_inputs(config: RunConfig, reward_sets: Sequence[RewardSet], known: Input
     for spec in specs:
         if spec.service is not None and (name := code_name(spec)) in known.held:
             held[name] = known.held[name]
+    if (start := start_from(config.model)) is not None:
+        from models.lora.attach import hash_state
+
+        held[ADAPTER] = hash_state(start)
     return Inputs(held | hash_files(_model_files(config.model)), software())
+
+
+def start_from(model: ModelConfig) -> State | None:
+    """The tensors of `model.adapter`, None where a fresh adapter is trained. Raises as `starting_adapter` does."""
+    if model.adapter is None:
+        return None
+    from models.lora.attach import LoraSettings
+
+    lora = LoraSettings(model.lora.rank, model.lora.alpha, tuple(model.lora.targets))
+    return starting_adapter(recipes.resolve(model.path), recipes.resolve(model.adapter), lora)
 
 
 def evaluation_identity(config: RunConfig, held: Mapping[str, str]) -> str:

@@ -40,8 +40,8 @@ def _read(path: str, task: Task) -> list[Prompt]:
 
 def _seen_prompts(trained: dict[Task, list[Prompt]], held_out: dict[Task, list[Prompt]]) -> Iterator[str]:
     for task, prompts in held_out.items():
-        known = {(prompt.prompt, prompt.reference) for prompt in trained[task]}
-        seen = sum((prompt.prompt, prompt.reference) in known for prompt in prompts)
+        known = {(prompt.prompt, prompt.references) for prompt in trained[task]}
+        seen = sum((prompt.prompt, prompt.references) in known for prompt in prompts)
         if seen:
             yield (
                 f"evaluation of {task}: {seen} of {len(prompts)} prompts are training prompts, so their scores say "

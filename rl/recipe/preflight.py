@@ -13,6 +13,7 @@ from core.prompts import Prompt, PromptFileError, load_prompts, reference_proble
 from core.recipe import value_problems
 from rewards.base import RewardSet
 from rewards.checks import check_rewards
+from rl.recipe.inputs import start_from
 from rl.recipe.plan import disk_needs
 from rl.recipe.reward_sets import part_reward_set, scored_parts
 from rl.recipe.schema import EvaluationTaskConfig, ModelConfig, RunConfig
@@ -58,7 +59,10 @@ def preflight(config: RunConfig) -> Preflight:
 
 
 def _check_paths(config: RunConfig) -> list[str]:
-    read = {"model.path": config.model.path, "model.vlm": config.model.vlm}
+    read = {
+        key: getattr(config.model, key.partition(".")[2])
+        for key in ("model.path", "model.vlm", "model.adapter")
+    }
     parts = [part for stage in config.stages for part in stage_parts(stage) if part.prompts]
     read |= {f"prompts of stage {part.label!r}": part.prompts for part in parts}
     read |= {f"prompts of evaluation {task.task!r}": task.prompts for task in config.evaluation.tasks}
@@ -109,6 +113,11 @@ def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
         attach_lora(transformer_shell(folder), rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     except (ValueError, RuntimeError) as error:
         problems.append(f"model.lora: {error}")
+    else:
+        try:
+            start_from(config.model)
+        except (ValueError, OSError) as error:
+            problems.append(f"model.adapter: {error}")
     try:
         check_size(geometry(folder), config.model.height, config.model.width)
     except (ValueError, KeyError) as error:

@@ -60,6 +60,9 @@ class ModelConfig:
     """Folder of a MetaQuery model's Qwen2.5-VL; null for models with text encoders."""
     position_mode: PositionMode = "flat"
     """How the VLM sees positions: flat, as the released inference does, or mrope."""
+    adapter: str | None = None
+    """Adapter to start from, a PEFT folder or a LoRA file of `model.lora`'s rank, alpha and targets; null: a fresh one.
+    It is the first stage's KL reference too."""
     dtype: ModelDtype = "bfloat16"
     """Type of the weights, of the activations and of a published adapter."""
     height: Count = 512

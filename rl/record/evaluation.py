@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 import recipes
 from core.checkpoints import set_aside
 from core.files import atomic_write_json
-from core.prompts import Prompt, load_prompts, load_reference
+from core.prompts import Prompt, load_prompts, load_references
 from core.seeds import derive_seed
 from rewards.scoring import GroupScore
 from rl.recipe.reward_sets import evaluation_set_name
@@ -212,7 +212,7 @@ def _pictures(result: RolloutResult, sample: Callable[..., Iterator[RolloutResul
 
 
 def _gallery_sample(prompt: Prompt, seed: int, image: Any, reward: float | None) -> GallerySample:
-    reference = None if prompt.reference is None else np.asarray(load_reference(prompt))
+    reference = np.asarray(load_references(prompt)[0]) if prompt.references else None
     return GallerySample(prompt.prompt, seed, np.asarray(image), reward, reference)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from core.prompts import load_reference
+from core.prompts import load_references
 from rl.record.gallery import GallerySample
 from rl.workers.requests import RolloutRequest, RolloutResult
 
@@ -74,8 +74,8 @@ def group_samples(
     """All samples of a group for the gallery; `images` [G, H, W, 3]. The first carries the reference of all."""
     (prompt,) = group.prompts
     references: list[NDArray[np.uint8] | None] = [None] * len(images)
-    if prompt.reference is not None:
-        references[0] = np.asarray(load_reference(prompt))
+    if prompt.references:
+        references[0] = np.asarray(load_references(prompt)[0])
     return [
         GallerySample(prompt.prompt, seed, image, reward, reference)
         for seed, image, reward, reference in zip(group.seeds, images, rewards, references, strict=True)

@@ -24,5 +24,5 @@ def test_the_table_holds_every_way(capsys):
 
 def test_its_reward_reads_the_first_pixel():
     images = service.pictures(2, 8)
-    levels = service.first_level(images=images, prompts=["p"] * 2, references=[None] * 2, metadata=[{}] * 2)
+    levels = service.first_level(images=images, prompts=["p"] * 2, references=[[]] * 2, metadata=[{}] * 2)
     assert levels == [image.getpixel((0, 0))[0] / 255 for image in images]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from core.pictures import read_picture
-from core.prompts import load_prompts, load_reference
+from core.prompts import load_prompts, load_references
 from tests.cases.conftest import CASES
 
 BAD = {
@@ -54,4 +54,4 @@ def test_a_reference_is_named_with_the_line_that_asks_for_it(tmp_path, name):
     path.write_text(f'\n{{"prompt": "make it blue", "image": "{CASES}/pictures/{name}"}}\n')
     (prompt,) = load_prompts(path, "edit")
     with pytest.raises(ValueError, match=f"reference image .*{name} of {path}:2 is unreadable"):
-        load_reference(prompt)
+        load_references(prompt)

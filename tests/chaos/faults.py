@@ -11,17 +11,19 @@ import importlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 FOLDER = "CHAOS_FOLDER"
 BEGUN = "begun"
 """Marks in the cell's folder that all workers had answered: trial calls at a run's start do not count."""
 HOWS = ("kill", "stop", "raise", "slow", "full", "node")
+CUT = "cut.json"
+"""The node that is to lose its power, in the cell's folder until it has: `role`, or else the `node` of the process at
+the point (tests/chaos/nodes.py)."""
 
 
 class Injected(RuntimeError):
@@ -93,7 +95,7 @@ def _plan(folder: Path) -> list[dict[str, Any]]:
 
 def _wrap(points: dict[str, tuple[str, Callable[..., bool]]]) -> None:
     folder = Path(os.environ[FOLDER])
-    _append(folder / "pids", f"{os.getpid()}\n".encode())
+    _append(folder / "pids", f"{os.getpid()} {this_node()}\n".encode())
     for point in {fault["point"] for fault in _plan(folder)} & points.keys():
         (module, _, path), counts = points[point][0].partition(":"), points[point][1]
         *parents, name = path.split(".")
@@ -139,16 +141,19 @@ def _strike(fault: dict[str, Any]) -> None:
     elif how == "full":
         raise OSError(28, f"No space left on device, injected at {point}")
     elif how == "node":
-        _kill_node()
+        _lose_power(fault["role"])
 
 
-def _kill_node() -> None:
-    """This process and all others of its node, as when the power goes."""
-    raylet = next(p for p in psutil.Process().parents() if p.name() == "raylet")
-    gone = [raylet, *raylet.children(recursive=True)]
-    for process in gone:
-        process.suspend()
-    for process in gone:
-        if process.pid != os.getpid():
-            process.kill()
-    os.kill(os.getpid(), signal.SIGKILL)
+def _lose_power(role: str) -> None:
+    """Have all processes of a node ended; where it is not this one's, go on then."""
+    path = Path(os.environ[FOLDER]) / CUT
+    path.with_suffix(".tmp").write_text(json.dumps({"role": role, "node": this_node()}))
+    path.with_suffix(".tmp").rename(path)
+    while path.exists():
+        time.sleep(0.05)
+
+
+def this_node() -> str:
+    """Of a worker, as Ray started it; empty in the driver."""
+    words = (word.partition("=") for word in sys.argv)
+    return next((value for name, _, value in words if name == "--node-id"), "")

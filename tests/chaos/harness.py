@@ -55,15 +55,18 @@ def blueness(*, images, prompts, references, metadata):
 
 @dataclass(frozen=True)
 class Fault:
-    """`how` (kill, stop, raise, slow, full, node) at the `nth` passage of a point; `seconds` of a slow answer."""
+    """`how` (kill, stop, raise, slow, full, node) at the `nth` passage of a point; `seconds` of a slow answer; the
+    `role` whose node loses its power, where it is not that of the process at the point."""
 
     point: str
     how: str
     nth: int = 1
     seconds: float = 2.0
+    role: str = ""
 
     def __str__(self) -> str:
-        return f"{self.how} at {self.point} {self.nth}"
+        what = f"{self.how} of {self.role}" if self.role else self.how
+        return f"{what} at {self.point} {self.nth}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Outcome:
 class Services:
     """Equal services of the served reward, kept as a deployment keeps them: what died is started again at its port."""
 
-    def __init__(self, folder: Path, count: int = 2):
+    def __init__(self, folder: Path, count: int):
         self.folder, self._hung_since = folder, dict[int, float]()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "reward.py").write_text(REWARDS)
@@ -127,9 +130,9 @@ class Chaos:
     """Runs of one recipe on the Ray that this process has joined, whose workers come from `python` (see
     tests/fakes/forked_workers.py)."""
 
-    def __init__(self, folder: Path, address: str, python: str, **changes: Any):
+    def __init__(self, folder: Path, address: str, python: str, services: int = 2, **changes: Any):
         self.folder, self.address, self.python = folder, address, python
-        self.services = Services(folder)
+        self.services = Services(folder, services)
         self.recipe = chaos_recipe(folder, self.services, **changes)
         self.before = InRay()
 
@@ -219,8 +222,14 @@ class InRay:
 
 def pids(cell: Path) -> list[int]:
     """The driver and the workers that a run has started so far."""
+    return [pid for pid, _ in placed_pids(cell)]
+
+
+def placed_pids(cell: Path) -> list[tuple[int, str]]:
+    """The same, each with the id of its node; that of the driver is empty."""
     path = cell / "pids"
-    return [int(line) for line in path.read_text().split()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(int(pid), node) for pid, _, node in (line.partition(" ") for line in lines)]
 
 
 def fired(cell: Path) -> list[dict[str, Any]]:
@@ -230,7 +239,8 @@ def fired(cell: Path) -> list[dict[str, Any]]:
 
 
 def chaos_recipe(folder: Path, services: Services, **changes: Any) -> Path:
-    """Two stages of two steps, two learner ranks, two rollout workers, a reward in process and a served one."""
+    """Two stages of two steps, two learner ranks, two rollout workers, a reward in process and, where there are
+    services, a served one."""
     recipe = tiny_recipe(folder)
     document = yaml.safe_load(recipe.read_text())
     (folder / "reward.py").write_text(REWARDS)  # where the tiny recipe has its own
@@ -240,7 +250,7 @@ def chaos_recipe(folder: Path, services: Services, **changes: Any) -> Path:
         {"name": services.name, "timeout_s": 10, "service": served},
     ]
     for part in [*document["stages"], *document["evaluation"]["tasks"]]:
-        part["rewards"] = rewards
+        part["rewards"] = rewards if services.urls else rewards[:1]
     for task in document["evaluation"]["tasks"]:
         task["num_prompts"] = 2
     document["rollout"] |= {"workers": 2, "num_steps": 3}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core.pictures import decode_picture, picture_bytes, read_picture, to_rgb
+from core.pictures import decode_picture, picture_bytes, read_picture, to_rgb, upright_size
 
 ORIENTATION = 0x0112
 
@@ -106,3 +106,17 @@ def test_a_damaged_file_is_read_or_refused_but_nothing_else(kind: str) -> None:
             refused += 1
             assert str(error).startswith("x is unreadable (")
     assert refused
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_upright_size_is_that_of_the_picture_read(tmp_path: Path, orientation: int) -> None:
+    image, exif = Image.new("RGB", (6, 3)), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif)
+    width, height = read_picture(tmp_path / "a.jpg").size
+    assert upright_size(tmp_path / "a.jpg") == (height, width)
+    uri = "data:image/jpeg;base64," + base64.b64encode((tmp_path / "a.jpg").read_bytes()).decode()
+    assert upright_size(uri) == (height, width)
+    (tmp_path / "b.jpg").write_bytes(b"no")
+    with pytest.raises(ValueError, match="b.jpg is unreadable"):
+        upright_size(tmp_path / "b.jpg")

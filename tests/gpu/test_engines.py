@@ -16,9 +16,9 @@ def model_folder(tmp_path_factory):
 
 def conditioning(task: str) -> Conditioning:
     generator = torch.Generator().manual_seed(3)
-    reference = torch.randn(4, 8, 8, generator=generator) if task == "edit" else None
+    references = (torch.randn(4, 8, 8, generator=generator),) if task == "edit" else ()
     return Conditioning(
-        torch.randn(7, 48, generator=generator), torch.randn(40, generator=generator), reference
+        torch.randn(7, 48, generator=generator), torch.randn(40, generator=generator), references
     )
 
 

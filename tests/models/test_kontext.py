@@ -43,11 +43,12 @@ def independent_forward(
 ) -> torch.Tensor:
     """The sequence `[references, target]` spelled out: embedding by hand, output by pixel_shuffle."""
 
-    def embed(image: torch.Tensor) -> torch.Tensor:
+    def embed(image: torch.Tensor, place: int = 0) -> torch.Tensor:
         rows, columns = image.shape[2] // 2, image.shape[3] // 2
         patches = torch.nn.functional.unfold(image, 2, stride=2).transpose(1, 2)
         projection = model.pos_embed.proj
-        grid = model.pos_embed.pos_embed.view(16, 16, -1)
+        moved = (0, 10, 4)[place]  # 0, .618 and 1.236 of 16, around the edge
+        grid = model.pos_embed.pos_embed.view(16, 16, -1).roll(-moved, dims=1)
         top, left = (16 - rows) // 2, (16 - columns) // 2
         crop = grid[top : top + rows, left : left + columns].flatten(0, 1)
         return patches @ projection.weight.flatten(1).T + projection.bias + crop
@@ -55,7 +56,7 @@ def independent_forward(
     target = inputs["hidden_states"]
     time = model.time_text_embed(inputs["timestep"], inputs["pooled_projections"])
     text = model.context_embedder(inputs["encoder_hidden_states"])
-    tokens = torch.cat([*map(embed, references), embed(target)], dim=1)
+    tokens = torch.cat([*map(embed, references, range(3)), embed(target)], dim=1)
     for block in model.transformer_blocks:
         text, tokens = block(tokens, text, time)
     patches = model.proj_out(model.norm_out(tokens[:, -16:], time))
@@ -82,7 +83,7 @@ def test_reference_path_with_no_tokens_equals_sd3(transformer: KontextTransforme
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", [[(8, 8)], [(4, 12)], [(8, 8), (6, 10)]])
+@pytest.mark.parametrize("sizes", [[(8, 8)], [(4, 12)], [(8, 8), (6, 10)], [(6, 6), (8, 8), (4, 16)]])
 def test_reference_tokens_come_before_the_target(
     transformer: KontextTransformer, inputs: Inputs, sizes: list[tuple[int, int]]
 ) -> None:
@@ -91,6 +92,26 @@ def test_reference_tokens_come_before_the_target(
     got = transformer(**inputs, reference_hidden_states=references).sample
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert (got - transformer(**inputs).sample).abs().max() > 1e-3, "the reference has no effect"
+
+
+@torch.no_grad()
+def test_the_order_of_references_matters(transformer: KontextTransformer, inputs: Inputs) -> None:
+    """Attention alone would not see it: of three at centre crops, any order would give one result."""
+    one, two, three = (reference(seed=seed) for seed in (2, 3, 4))
+    found = [
+        transformer(**inputs, reference_hidden_states=order).sample
+        for order in ([one, two, three], [two, one, three], [one, three, two])
+    ]
+    assert all((found[0] - other).abs().max() > 1e-3 for other in found[1:])
+
+
+def test_a_table_as_small_as_the_picture_has_places_for_several_references() -> None:
+    model = make_tiny_transformer(pos_embed_max_size=4)
+    picture = reference(8, 8)
+    with torch.no_grad():
+        places = [model.pos_embed(picture), *(model._embed_further(picture, place) for place in (1, 2, 3))]
+    for index, one in enumerate(places):
+        assert all((one - other).abs().max() > 0.1 for other in places[:index])
 
 
 @torch.no_grad()

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from models.sizes import ModelGeometry, choose_size, geometry, longer_edge_size, parse_aspect_ratio
+from models.sizes import (
+    ModelGeometry,
+    choose_size,
+    geometry,
+    longer_edge_size,
+    parse_aspect_ratio,
+    reference_sizes,
+)
 from tests.fakes.tiny_models import IMAGE_SIZE
 
 SD35 = ModelGeometry(multiple=16, largest=6144, side=1024)
@@ -82,3 +89,22 @@ def test_sizes_that_contradict_or_cannot_be_made_are_refused(call: dict, message
 def test_a_line_is_edited_where_its_size_is_given() -> None:
     assert choose_size(SD35, picture=(1, 500), height=512, width=64) == (512, 64)
     assert parse_aspect_ratio(" 16:9 ") == (16, 9)
+
+
+def test_further_references_keep_their_proportions_within_the_drawn_area() -> None:
+    assert reference_sizes([], (512, 512), 16) == []
+    assert reference_sizes([(9, 9)], (512, 384), 16) == [(512, 384)]
+    shown = reference_sizes([(1024, 512), (64, 64), (300, 700)], (512, 512), 16)
+    assert shown == [(512, 512), (512, 512), (336, 768)]
+    with pytest.raises(ValueError, match="4000 x 10 are beyond 8:1"):
+        reference_sizes([(9, 9), (10, 4000)], (512, 512), 16)
+
+
+def test_a_budget_is_shared_by_the_further_references() -> None:
+    drawn, own = (512, 512), [(512, 512), (512, 512), (300, 600)]
+    shown = reference_sizes(own, drawn, 16, budget=2 * 512 * 512)
+    assert shown[0] == drawn and shown[1] == (368, 352)
+    assert sum(height * width for height, width in shown) <= 2 * 512 * 512
+    assert reference_sizes(own[:1], drawn, 16, budget=1) == [drawn]
+    with pytest.raises(ValueError, match="3 references in 262144 pixels: .*raise the budget"):
+        reference_sizes(own, drawn, 16, budget=512 * 512)

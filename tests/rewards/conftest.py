@@ -49,6 +49,6 @@ def batch():
     return RewardBatch(
         images=[Image.new("RGB", (8, 8), (k, k, k)) for k in range(4)],
         prompts=["a red circle"] * 4,
-        references=[None] * 4,
+        references=[[]] * 4,
         metadata=[{"tag": "single_object"} for _ in range(4)],
     )

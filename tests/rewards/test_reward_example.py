@@ -28,7 +28,7 @@ def test_colourfulness_equals_its_definition_and_stays_within_0_and_1():
     expected = (spread + 0.3 * math.hypot(statistics.mean(rg), statistics.mean(yb))) / 109
     vivid = Image.new("RGB", (2, 1))
     vivid.putdata([(255, 0, 0), (0, 255, 0)])
-    scores = call(colourfulness, [Image.new("RGB", (4, 4), GREY), image, vivid], [None] * 3)
+    scores = call(colourfulness, [Image.new("RGB", (4, 4), GREY), image, vivid], [[]] * 3)
     assert scores == pytest.approx([0.0, expected, 1.0])
 
 
@@ -36,7 +36,7 @@ def test_restraint_is_the_share_of_pixels_left_alone():
     before = Image.new("RGB", (4, 4), GREY)
     half = before.copy()
     half.paste(RED, (0, 0, 2, 4))
-    output = call(Restraint().score, [before, half, half], [before, before, None])
+    output = call(Restraint().score, [before, half, half], [[before], [before, half], []])
     assert output.scores == [1.0, 0.5, None]
     assert output.components["moved"] == [0.0, pytest.approx(165 / 255), None]
 

@@ -25,7 +25,7 @@ CODE = """
             if prompts[0] == "stop":
                 raise FatalRewardError("quota exhausted")
             assert self.threads == "3" and metadata[0] == {"k": 1}
-            same = [i.getpixel((0, 0)) == r.getpixel((0, 0)) for i, r in zip(images, references)]
+            same = [i.getpixel((0, 0)) == r.getpixel((0, 0)) for i, (r,) in zip(images, references)]
             return [1.0 if found else None for found in same]
 """.replace("{KEYWORDS}", "*, images, prompts, references, metadata")
 
@@ -41,7 +41,7 @@ def sets(path, task="edit"):
 
 def edit_prompts(tmp_path, count, text="make it grey"):
     Image.new("RGB", (4, 4), (3, 3, 3)).save(tmp_path / "reference.png")
-    return [Prompt(0, "edit", text, str(tmp_path / "reference.png"), {"k": 1})] * count
+    return [Prompt(0, "edit", text, (str(tmp_path / "reference.png"),), {"k": 1})] * count
 
 
 def test_a_group_is_scored_inside_the_actor(ray_session, reward_file, tmp_path):
@@ -69,7 +69,7 @@ def test_a_group_is_scored_inside_the_actor(ray_session, reward_file, tmp_path):
     with pytest.raises(FatalRewardError, match="quota exhausted"):
         ray.get(worker.score.remote(0, "stage", edit_prompts(tmp_path, 4, "stop"), *chunks), timeout=240)
     with pytest.raises(DataFailure, match="gone.png of prompt 5"):
-        gone = [Prompt(5, "edit", "p", str(tmp_path / "gone.png"))] * 4
+        gone = [Prompt(5, "edit", "p", (str(tmp_path / "gone.png"),))] * 4
         ray.get(worker.score.remote(0, "stage", gone, *chunks), timeout=240)
 
 
@@ -83,6 +83,24 @@ def scorer(reward_file, monkeypatch):
 def test_a_reward_that_sets_share_is_loaded_once(scorer):
     rewards = scorer()._rewards
     assert rewards["stage"][0] is rewards["level"][0]
+
+
+def test_a_reward_gets_every_reference_of_a_sample_in_order(reward_file, tmp_path):
+    path = reward_file(
+        """
+        def seen(*, images, prompts, references, metadata):
+            levels = [[picture.getpixel((0, 0))[0] for picture in pictures] for pictures in references]
+            references[0].clear()  # its own copy, as every sample's
+            return [sum(level * 10**k for k, level in enumerate(row)) for row in levels]
+        """
+    )
+    for level in (1, 2, 3):
+        Image.new("RGB", (6, 4), (level,) * 3).save(tmp_path / f"{level}.png")
+    scorer = RewardScorer([RewardSet("edit", "edit", [RewardSpec(f"{path}:seen")])])
+    orders = ("1", "12", "21", "21", "312")
+    prompts = [Prompt(0, "edit", "p", tuple(str(tmp_path / f"{k}.png") for k in order)) for order in orders]
+    found = asyncio.run(scorer.score(0, "edit", prompts, images(*[9] * 5)))
+    assert found.rewards == [1.0, 21.0, 12.0, 12.0, 213.0]
 
 
 PAID = """

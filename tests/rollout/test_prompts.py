@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from core.prompts import Prompt, PromptFileError, load_prompts, load_reference
+from core.prompts import Prompt, PromptFileError, load_prompts, load_references
 from core.seeds import derive_seed
 from rollout.prompts import GroupSampler
 
@@ -38,8 +38,8 @@ def jsonl(tmp_path):
 def test_text_to_image_lines(jsonl):
     path = jsonl({"prompt": "a red circle", "metadata": {"tag": "colors"}}, "", {"prompt": "a blue star"})
     assert load_prompts(path, "t2i") == [
-        Prompt(0, "t2i", "a red circle", None, {"tag": "colors"}),
-        Prompt(1, "t2i", "a blue star", None, {}),
+        Prompt(0, "t2i", "a red circle", (), {"tag": "colors"}),
+        Prompt(1, "t2i", "a blue star", (), {}),
     ]
 
 
@@ -63,10 +63,10 @@ def test_editing_lines_hold_a_path_or_a_data_uri(jsonl, tmp_path):
         {"prompt": "make it green", "image": data_uri(png((1, 2, 3)))},
     ]
     from_file, from_uri = load_prompts(jsonl(*lines), "edit")
-    assert from_file.reference == str(tmp_path / "images" / "cat.png")
+    assert from_file.references == (str(tmp_path / "images" / "cat.png"),)
     assert from_file.metadata == {"kind": "recolour"}
-    assert load_reference(from_file).getpixel((0, 0)) == (200, 30, 40)
-    assert load_reference(from_uri).getpixel((0, 0)) == (1, 2, 3)
+    assert load_references(from_file)[0].getpixel((0, 0)) == (200, 30, 40)
+    assert load_references(from_uri)[0].getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_a_relative_prompt_file_gives_absolute_references(jsonl, tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_a_relative_prompt_file_gives_absolute_references(jsonl, tmp_path, monke
     jsonl({"prompt": "make it blue", "image": "cat.png"})
     monkeypatch.chdir(tmp_path)
     (prompt,) = load_prompts("prompts.jsonl", "edit")
-    assert prompt.reference == str(tmp_path / "cat.png")
+    assert prompt.references == (str(tmp_path / "cat.png"),)
 
 
 @pytest.mark.parametrize(
@@ -144,16 +144,46 @@ def test_files_without_prompts_are_refused(jsonl, tmp_path):
 )
 def test_an_unreadable_reference_is_named(reference):
     with pytest.raises(ValueError, match="reference image .* of prompt 3 is unreadable"):
-        load_reference(Prompt(3, "edit", "make it blue", reference))
+        load_references(Prompt(3, "edit", "make it blue", (reference,)))
 
 
 def test_a_reference_file_that_vanished_or_is_no_image(tmp_path):
     (tmp_path / "notes.png").write_text("hello")
     for name in ("notes.png", "gone.png"):
         with pytest.raises(ValueError, match=f"{name} of prompt 0 is unreadable"):
-            load_reference(Prompt(0, "edit", "make it blue", str(tmp_path / name)))
-    with pytest.raises(ValueError, match="has no reference image"):
-        load_reference(Prompt(0, "t2i", "a cat"))
+            load_references(Prompt(0, "edit", "make it blue", (str(tmp_path / name),)))
+    assert load_references(Prompt(0, "t2i", "a cat")) == []
+
+
+def test_a_line_names_several_references_in_order_and_its_size(tmp_path):
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (4, 4), color).save(tmp_path / name)
+    line = {"prompt": "put the cat of b into a", "references": ["b.png", "a.png"], "size": [48, 64], "k": 1}
+    path = tmp_path / "edit.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    (prompt,) = load_prompts(path, "edit")
+    assert [image.getpixel((0, 0)) for image in load_references(prompt)] == [(0, 0, 255), (255, 0, 0)]
+    assert prompt.size == (48, 64) and prompt.metadata == {"k": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"references": []}, "'references' must be a list of one or more"),
+        ({"references": ["a.png", 3]}, r"references\[1\] must name"),
+        ({"references": ["a.png", "gone.png"]}, "gone.png does not exist"),
+        ({"references": ["a.png"], "image": "a.png"}, "exclude each other"),
+        ({"image": "a.png", "size": [64]}, r"'size' is \[64\]"),
+        ({"image": "a.png", "size": [64, 0]}, r"write \[height, width\]"),
+        ({"image": "a.png", "size": "64x64"}, "'size' is '64x64'"),
+    ],
+)
+def test_references_and_sizes_that_say_nothing(tmp_path, line, problem):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    path = tmp_path / "edit.jsonl"
+    path.write_text(json.dumps({"prompt": "x", **line}) + "\n")
+    with pytest.raises(PromptFileError, match=problem):
+        load_prompts(path, "edit")
 
 
 def test_a_reference_is_upright_rgb(tmp_path):
@@ -161,7 +191,7 @@ def test_a_reference_is_upright_rgb(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     image.save(tmp_path / "turned.jpg", exif=exif)
-    loaded = load_reference(Prompt(0, "edit", "x", str(tmp_path / "turned.jpg")))
+    (loaded,) = load_references(Prompt(0, "edit", "x", (str(tmp_path / "turned.jpg"),)))
     assert loaded.mode == "RGB"
     assert loaded.size == (2, 6)
 
@@ -170,7 +200,7 @@ def test_a_transparent_reference_lies_on_white_as_it_does_for_the_pipeline(tmp_p
     image = Image.new("RGBA", (2, 1), (200, 30, 40, 255))
     image.putpixel((1, 0), (0, 0, 255, 0))
     image.save(tmp_path / "logo.png")
-    loaded = load_reference(Prompt(0, "edit", "x", str(tmp_path / "logo.png")))
+    (loaded,) = load_references(Prompt(0, "edit", "x", (str(tmp_path / "logo.png"),)))
     assert list(loaded.tobytes()) == [200, 30, 40, 255, 255, 255]
 
 

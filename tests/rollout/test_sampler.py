@@ -25,12 +25,13 @@ PLAIN = SamplingSpec(num_steps=5, noise_level=0.7, guidance_scale=1.0)
 GUIDED = SamplingSpec(num_steps=5, noise_level=0.7, guidance_scale=4.5)
 
 
-def conditioning(seed: int, *, reference: bool = False) -> Conditioning:
+def conditioning(seed: int, *, reference: bool | int = False) -> Conditioning:
+    """`reference`: how many; those after the first are of another shape."""
     generator = torch.Generator().manual_seed(seed)
     return Conditioning(
         torch.randn((12, 48), generator=generator),
         torch.randn((40,), generator=generator),
-        torch.randn(LATENTS, generator=generator) if reference else None,
+        tuple(torch.randn((4, 6, 10) if i else LATENTS, generator=generator) for i in range(reference)),
     )
 
 
@@ -66,7 +67,7 @@ def replay(transformer, spec, batch, trajectory, position, **settings):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("reference", [0, 1, 2])
 @pytest.mark.parametrize("steps", [(0, 1, 2, 3, 4), (1, 2), (3,)])
 @pytest.mark.parametrize(
     "spec", [PLAIN, GUIDED, SamplingSpec(5, 0.7, 4.5, variant="cps")], ids=["plain", "guided", "cps"]
@@ -80,6 +81,20 @@ def test_replay_gives_the_rollouts_log_probs(transformer, spec, steps, reference
     for position in range(len(steps)):
         log_prob = replay(transformer, spec, batch, trajectory, position).log_prob
         torch.testing.assert_close(log_prob, trajectory.log_probs[:, position], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [PLAIN, GUIDED], ids=["plain", "guided"])
+def test_the_order_of_references_is_kept_from_rollout_to_replay(transformer, spec):
+    """References of one size, so that only their order differs: it changes what is drawn, and a replay that swaps them
+    is another policy."""
+    item = conditioning(1, reference=1)
+    one, other = (conditioning(seed, reference=1).reference_latents[0] for seed in (2, 3))
+    batches = [stack(replace(item, reference_latents=order)) for order in ((one, other), (other, one))]
+    trajectory, swapped = (sample(transformer, spec, batch, (10,)) for batch in batches)
+    assert (trajectory.final_latents - swapped.final_latents).abs().max() > 1e-4
+    kept, changed = (replay(transformer, spec, batch, trajectory, 1).log_prob for batch in batches)
+    assert torch.equal(kept, trajectory.log_probs[:, 1])
+    assert (changed - kept).abs() > 1e-5
 
 
 def test_samples_at_different_steps_can_share_a_replay(transformer):
@@ -136,7 +151,7 @@ def test_guidance_is_u_plus_s_times_c_minus_u_and_keeps_the_reference(transforme
         halves = [
             transformer(
                 x, text.prompt_embeds[None], text.pooled_prompt_embeds[None], sigma * 1000,
-                item.reference_latents[None], return_dict=False,
+                item.reference_latents[0][None], return_dict=False,
             )[0]
             for text in (item, NEGATIVE)
         ]  # fmt: skip
@@ -224,8 +239,12 @@ def test_samples_own_negatives_take_the_place_of_the_runs(transformer):
 
 
 def test_mixtures_and_missing_parts_are_refused(transformer):
-    with pytest.raises(ValueError, match="with and without a reference image cannot share a batch"):
-        stack(conditioning(1), conditioning(2, reference=True))
+    for counts, named in (
+        ((0, 1), "no reference and samples with references of 8 x 8 latents"),
+        ((2, 1), "references of 8 x 8 latents and samples with references of 8 x 8, 6 x 10 latents"),
+    ):
+        with pytest.raises(ValueError, match=f"samples with {named} cannot share a batch"):
+            stack(*(conditioning(k, reference=count) for k, count in enumerate(counts)))
     with pytest.raises(ValueError, match="guidance_scale=4.5 needs the negative prompt"):
         sample(transformer, GUIDED, stack(conditioning(1)), (10,), negative=None)
     batch = stack(conditioning(1))

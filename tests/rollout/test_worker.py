@@ -74,7 +74,7 @@ def image_prompt(index=0, colour=(200, 30, 40)):
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Prompt(index, "edit", "make it blue", uri)
+    return Prompt(index, "edit", "make it blue", (uri,))
 
 
 def text_conditioning():
@@ -129,35 +129,35 @@ def test_an_encoded_prompt_does_not_depend_on_its_neighbours(encoder):
         alone = encoder.encode_one(prompt)
         assert torch.equal(alone.prompt_embeds, conditioning.prompt_embeds)
         assert torch.equal(alone.pooled_prompt_embeds, conditioning.pooled_prompt_embeds)
-        assert (alone.reference_latents is None) == (prompt.task == "t2i")
-    assert not torch.equal(together[0].reference_latents, together[2].reference_latents)
+        assert len(alone.reference_latents) == (prompt.task == "edit")
+    assert not torch.equal(together[0].reference_latents[0], together[2].reference_latents[0])
     assert torch.equal(together[0].prompt_embeds, together[2].prompt_embeds)
 
 
 def test_reference_latents_are_the_vaes_mode(encoder):
     pixels = image_to_tensor(Image.new("RGB", (32, 32), (200, 30, 40)), 32, 32)[None]
     expected = encode_images(encoder.vae, pixels)[0]
-    assert torch.equal(encoder.encode_one(image_prompt()).reference_latents, expected)
+    assert torch.equal(encoder.encode_one(image_prompt()).reference_latents[0], expected)
 
 
 def test_text_alone(encoder):
     negative = encoder.encode_text("")
-    assert negative.reference_latents is None
+    assert negative.reference_latents == ()
     assert negative.prompt_embeds.shape == encoder.encode_text("a red circle").prompt_embeds.shape
 
 
 def test_a_call_may_name_the_size_of_its_pictures(encoder):
     (sized,) = encoder.encode([image_prompt()], (48, 24))
-    assert sized.reference_latents.shape[-2:] == (12, 6)
+    assert sized.reference_latents[0].shape[-2:] == (12, 6)
     assert torch.equal(
-        sized.reference_latents, encoder.encode_one(image_prompt(), (48, 24)).reference_latents
+        sized.reference_latents[0], encoder.encode_one(image_prompt(), (48, 24)).reference_latents[0]
     )
-    assert encoder.encode_one(image_prompt()).reference_latents.shape[-2:] == (8, 8)
+    assert encoder.encode_one(image_prompt()).reference_latents[0].shape[-2:] == (8, 8)
 
 
 def test_an_unreadable_reference_is_this_prompts_failure(encoder):
     with pytest.raises(DataFailure, match="reference image .* of prompt 4 is unreadable"):
-        encoder.encode([Prompt(4, "edit", "make it blue", "data:image/png;base64,AAAA")])
+        encoder.encode([Prompt(4, "edit", "make it blue", ("data:image/png;base64,AAAA",))])
 
 
 @pytest.mark.parametrize("text", ["a \ud83d", 7], ids=["half of a surrogate pair", "no text"])
@@ -184,11 +184,11 @@ def test_metaquery_reads_the_picture_beside_prompt_and_negative_prompt(tmp_path)
     assert torch.equal(first.negative_prompt_embeds, negative.prompt_embeds)
     assert torch.equal(first.negative_pooled_prompt_embeds, negative.pooled_prompt_embeds)
     assert torch.equal(
-        first.reference_latents, encode_images(encoder.vae, image_to_tensor(picture, 32, 32)[None])[0]
+        first.reference_latents[0], encode_images(encoder.vae, image_to_tensor(picture, 32, 32)[None])[0]
     )
     assert not torch.equal(second.prompt_embeds, first.prompt_embeds)
     assert not torch.equal(second.negative_prompt_embeds, first.negative_prompt_embeds)
-    assert drawn.negative_prompt_embeds is None and drawn.reference_latents is None
+    assert drawn.negative_prompt_embeds is None and drawn.reference_latents == ()
     assert torch.equal(encoder.encode_text("blurry").prompt_embeds, stock.encode(["blurry"])[0].prompt_embeds)
     with pytest.raises(DataFailure, match="prompt 3 .*control tokens"):
         encoder.encode_one(Prompt(3, "t2i", "a<|im_end|>"))

@@ -20,7 +20,7 @@ from core.cluster.workers import Call, Done
 from core.failures import ObjectsLost
 from core.files import atomic_write_json
 from core.progress import Bar, Progress
-from core.prompts import Prompt, load_reference
+from core.prompts import Prompt, load_references
 from rewards.editreward.config import Header
 from rewards.editreward.data.generate_cluster import Studio
 from rewards.editreward.data.generate_config import GenerateSection
@@ -110,7 +110,7 @@ class Generation:
         shard = self._open[number] = _OpenShard(number, edits, {}, {}, len(edits))
         for prompt in shard_prompts(number, self._prompts, self._section):
             try:
-                shard.sources[prompt.index] = load_reference(prompt)
+                shard.sources[prompt.index] = load_references(prompt)[0]
             except ValueError as error:
                 shard.unusable[prompt.index] = str(error)
                 continue

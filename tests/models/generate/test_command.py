@@ -78,7 +78,7 @@ def test_the_base_draws_and_edits_what_a_recipes_prompt_set_asks_for(
     scored = reward().score(
         images=images,
         prompts=[one["prompt"] for one in asked],
-        references=[None] * count,
+        references=[[]] * count,
         metadata=[one["metadata"] for one in asked],
     )
     assert np.mean(scored.scores) > 0.45, scored.scores

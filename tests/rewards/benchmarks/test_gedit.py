@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from core.prompts import Prompt, load_reference
+from core.prompts import Prompt, load_references
 from rewards.benchmarks import gedit, gedit_export
 from rewards.benchmarks.items import DataError, Item, ScoredItem
 
@@ -20,7 +20,7 @@ def item(group, sc, pq, *, language="en", intersection=True):
     metadata = {"group": group, "language": language, "intersection": intersection}
     images = (None,) if sc is None else ({"score": 0.5, "sc": sc, "pq": pq},)
     key = f"{group}/{language}/{sc}{pq}{intersection}"
-    return ScoredItem(Item(key, group, Prompt(0, "edit", "x", "x.png", metadata)), images)
+    return ScoredItem(Item(key, group, Prompt(0, "edit", "x", ("x.png",), metadata)), images)
 
 
 def complete(value=4.0, **more):
@@ -47,7 +47,7 @@ def test_instructions_as_json_are_read(pictures):
     assert {item.group for item in items} == set(gedit.GROUPS)
     assert items[0].key == "background_change/en/4a7d36259ad94d238a6e7e7e0bd6b643"
     assert items[0].prompt.prompt == "Change the background to a city street."
-    assert load_reference(items[0].prompt).size == (6, 4)
+    assert load_references(items[0].prompt)[0].size == (6, 4)
     assert items[0].prompt.metadata["intersection"] is None
 
 
@@ -107,7 +107,7 @@ def test_the_data_set_is_unpacked_to_the_public_layout_and_read_back(tmp_path):
     assert [item.key for item in english] == ["background_change/en/en0", "color_alter/en/en1"]
     assert [item.prompt.metadata["intersection"] for item in english] == [True, False]
     assert [item.prompt.prompt for item in both][1] == "把它变成红色"
-    assert load_reference(both[1].prompt).size == (8, 6)
+    assert load_references(both[1].prompt)[0].size == (8, 6)
 
 
 @pytest.mark.parametrize("column", ["key", "task_type", "instruction_language"])

@@ -18,7 +18,7 @@ def item(kind, *grades):
     images = (
         (dict(zip(imgedit.GRADES, map(float, grades), strict=True)) | {"score": 0.5},) if grades else (None,)
     )
-    return ScoredItem(Item(f"{kind}{grades}", kind, Prompt(0, "edit", "x", "x.png")), images)
+    return ScoredItem(Item(f"{kind}{grades}", kind, Prompt(0, "edit", "x", ("x.png",))), images)
 
 
 def values(rows):
@@ -37,7 +37,7 @@ def test_the_list_of_edits_is_read(originals):
     items = imgedit.read(EDITS, references=originals)
     assert [item.key for item in items][:3] == ["7", "12", "3"]
     assert {item.group for item in items} == set(imgedit.TYPES), "hybrid is compose by its name in the paper"
-    assert items[0].prompt.reference == str(originals / "scenes" / "0.png")
+    assert items[0].prompt.references == (str(originals / "scenes" / "0.png"),)
     assert items[2].prompt.metadata == {"edit_type": "alter"}
 
 

@@ -58,7 +58,7 @@ def score(found, images, prompts=None, references=None, metadata=None):
         found.score(
             images=images,
             prompts=prompts or ["make it red"] * count,
-            references=references or [None] * count,
+            references=references or [[]] * count,
             metadata=metadata or [{}] * count,
         )
     )
@@ -75,7 +75,7 @@ def test_gedit_asks_by_viescore_and_keeps_sc_and_pq():
         (20, "success", Outcome.REFUSED),
         (20, "naturalness", grades(naturalness=9, cleanness=9)),
     )
-    found = score(reward(GEditGrades, client), [grey(10), grey(20)], references=[grey(1), grey(1)])
+    found = score(reward(GEditGrades, client), [grey(10), grey(20)], references=[[grey(1)], [grey(1)]])
     assert found.scores == [pytest.approx(math.sqrt(4 * 5) / 10), None]
     assert found.components["sc"] == [4, None] and found.components["pq"] == [5, None]
     assert found.components["answered_by.judge-1"] == [1.0, 1.0]
@@ -84,7 +84,7 @@ def test_gedit_asks_by_viescore_and_keeps_sc_and_pq():
 
 def test_gedit_shows_the_edit_at_the_size_of_its_source():
     client = Script((None, "", grades(success=5, preservation=5, naturalness=5, cleanness=5)))
-    score(reward(GEditGrades, client), [grey(10, (8, 8))], references=[grey(1, (12, 6))])
+    score(reward(GEditGrades, client), [grey(10, (8, 8))], references=[[grey(1, (12, 6))]])
     shown = [part.size for request in client.requests for part in request.parts if not isinstance(part, str)]
     assert shown == [(12, 6)] * 3
 
@@ -94,7 +94,7 @@ def test_imgedit_asks_once_by_the_criteria_of_the_type():
     found = score(
         reward(ImgEditGrades, client),
         [grey(10), grey(20)],
-        references=[grey(1)] * 2,
+        references=[[grey(1)]] * 2,
         metadata=[{"edit_type": "add"}, {"edit_type": "extract"}],
     )
     assert found.scores == [pytest.approx((3 - 1) / 4)] * 2
@@ -121,7 +121,7 @@ def test_imgedit_has_criteria_for_every_type_and_every_grade():
 def test_imgedit_takes_whole_grades_from_1_to_5_and_nothing_else(answer):
     client = Script((None, "", answer))
     found = score(
-        reward(ImgEditGrades, client), [grey(10)], references=[grey(1)], metadata=[{"edit_type": "add"}]
+        reward(ImgEditGrades, client), [grey(10)], references=[[grey(1)]], metadata=[{"edit_type": "add"}]
     )
     assert found.scores == [None]
     assert len(client.requests) == 2, "asked again once"
@@ -130,7 +130,7 @@ def test_imgedit_takes_whole_grades_from_1_to_5_and_nothing_else(answer):
 
 def test_imgedit_needs_to_know_the_type():
     with pytest.raises(ValueError, match="edit_type: None is not one of add"):
-        score(reward(ImgEditGrades), [grey(10)], references=[grey(1)])
+        score(reward(ImgEditGrades), [grey(10)], references=[[grey(1)]])
 
 
 def test_dpg_asks_every_question_by_itself_and_keeps_each_answer():
@@ -207,7 +207,7 @@ def test_over_http_the_snapshot_is_kept_and_the_cache_answers_the_second_time(tm
         params = {"model": "m", "base_url": server.base_url, "api_key_env": None, "cache": cache}
         for _ in range(2):
             found = score(
-                ImgEditGrades(**params), [grey(10)], references=[grey(1)], metadata=[{"edit_type": "add"}]
+                ImgEditGrades(**params), [grey(10)], references=[[grey(1)]], metadata=[{"edit_type": "add"}]
             )
             assert found.scores == [0.75]
             assert found.components[f"answered_by.{SNAPSHOT}"] == [1.0]

@@ -54,7 +54,7 @@ def edits(count: int) -> dict[str, list[Any]]:
     return {
         "images": [picture(k) for k in range(count)],
         "prompts": [f'make it {"very " * (k % 7)}red, number {k}: "{{ü}}"' for k in range(count)],
-        "references": [picture(k // 3) for k in range(count)],
+        "references": [[picture(k // 3)] for k in range(count)],
         "metadata": [{} for _ in range(count)],
     }
 
@@ -86,7 +86,11 @@ def test_what_the_server_answers_is_denormalised_with_the_saved_constants(folder
 
     batch, card = edits(1), read_card(folder)
     body = classify_request(
-        batch["references"][0], batch["images"][0], batch["prompts"][0], card.settings, model=card.served_name
+        batch["references"][0][0],
+        batch["images"][0],
+        batch["prompts"][0],
+        card.settings,
+        model=card.served_name,
     )
     raw = httpx.post(f"{url}/classify", json=body, timeout=60).json()["data"][0]["probs"]
     found = score(EditReward(model=str(folder), urls=[url]), batch).components
@@ -205,8 +209,15 @@ def test_problems_are_found_before_anything_is_sent(folder: Path, tmp_path: Path
 
 
 def test_samples_without_a_reference_stop_the_run(folder: Path) -> None:
-    batch = edits(1) | {"references": [None]}
+    batch = edits(1) | {"references": [[]]}
     with pytest.raises(FatalRewardError, match="no reference picture"):
+        score(EditReward(model=str(folder), mode="inprocess"), batch)
+
+
+def test_samples_with_two_references_stop_the_run(folder: Path) -> None:
+    (one,) = edits(1)["references"]
+    batch = edits(2) | {"references": [one, one * 2]}
+    with pytest.raises(FatalRewardError, match="edits of one picture; here are 2 references"):
         score(EditReward(model=str(folder), mode="inprocess"), batch)
 
 

@@ -150,7 +150,7 @@ def test_an_edit_is_what_a_worker_makes_of_its_recorded_settings(place: Path, st
     load_adapter_state(engine.transformer, state, "rollout")
     encoder = Encoder(EncoderSpec(str(place / "model"), "float32", "cpu", 32, 32, 16, 2**20, 1))
     given = line(sample.provenance["prompt_index"])
-    conditioning = encoder.encode_one(Prompt(0, "edit", given["prompt"], given["image"]))
+    conditioning = encoder.encode_one(Prompt(0, "edit", given["prompt"], (given["image"],)))
     spec = SamplingSpec(settings["num_steps"], settings["noise_level"], settings["guidance_scale"])
     request = SampleRequest(0, 0, (sample.provenance["seed"],), spec.stochastic_steps(0))
     _, _, images = engine.sample(request, spec, encoder.encode_text(""), [conditioning])
@@ -220,7 +220,7 @@ def test_draws_depend_on_seed_prompt_and_k_alone() -> None:
 
 def test_jobs_hold_equal_settings_and_every_edit_once() -> None:
     section = GenerateSection(model="m", prompts="p", adapters=["base", "a"], edits_per_prompt=5)
-    prompts = [Prompt(i, "edit", "x", "y") for i in range(20, 30)]
+    prompts = [Prompt(i, "edit", "x", ("y",)) for i in range(20, 30)]
     edits = plan_edits(prompts, section, seed=3)
     jobs = plan_jobs(2, edits, chunk_size=3)
     assert sorted(e.key for job in jobs for e in job.edits) == [e.key for e in edits]

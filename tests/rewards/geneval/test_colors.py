@@ -99,7 +99,7 @@ def test_the_colour_path_is_right_way_round(tiny_clip, rule):
     )
     picture = render(RED_AND_BLUE)
     images = [Image.fromarray(picture), Image.fromarray(np.ascontiguousarray(picture[:, :, ::-1]))]
-    output = reward.score(images=images, prompts=[""] * 2, references=[None] * 2, metadata=[RECORD] * 2)
+    output = reward.score(images=images, prompts=[""] * 2, references=[[]] * 2, metadata=[RECORD] * 2)
     assert output.scores == [1.0, 0.0]
 
 

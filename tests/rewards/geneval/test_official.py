@@ -52,7 +52,7 @@ def test_all_load_as_a_prompt_set_with_every_tag_as_published():
     assert Counter(p.metadata["tag"] for p in prompts) == PUBLISHED
     assert tuple(PUBLISHED) == TAGS
     assert [{**p.metadata, "prompt": p.prompt} for p in prompts] == RECORDS
-    assert all(p.reference is None for p in prompts)
+    assert all(not p.references for p in prompts)
 
 
 def test_the_names_are_the_official_ones():

@@ -38,7 +38,7 @@ def hub(tiny_hub, tiny_clip) -> dict:
 
 def score(reward, images, metadata):
     return reward.score(
-        images=images, prompts=[""] * len(images), references=[None] * len(images), metadata=metadata
+        images=images, prompts=[""] * len(images), references=[[]] * len(images), metadata=metadata
     )
 
 
@@ -76,7 +76,7 @@ def test_one_component_for_each_tag_through_the_scoring_of_a_group():
         batch = RewardBatch(
             images=[images[k] for k in chosen],
             prompts=[""] * len(chosen),
-            references=[None] * len(chosen),
+            references=[[]] * len(chosen),
             metadata=[records[k] for k in chosen],
         )
         loaded = load_reward(RewardSpec("geneval", params=SHAPES))

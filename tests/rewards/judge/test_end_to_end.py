@@ -24,11 +24,11 @@ QUESTIONS = {"viescore": 2, "structured": 1, "expected_score": 1}
 
 def batch(task="edit"):
     """Result k has its own grey; every source is blue."""
-    source = Image.new("RGB", (16, 12), "blue") if task == "edit" else None
+    sources = [Image.new("RGB", (16, 12), "blue")] if task == "edit" else []
     return RewardBatch(
         images=[Image.new("RGB", (16, 12), (grey, grey, grey)) for grey in GREYS],
         prompts=["make it grey"] * len(GREYS),
-        references=[source] * len(GREYS),
+        references=[sources] * len(GREYS),
         metadata=[{}] * len(GREYS),
     )
 
@@ -206,7 +206,7 @@ def test_readiness_over_http(caplog):
 
 def source_question():
     given = batch()
-    sample = Sample("edit", given.prompts[0], given.images[0], given.references[0])
+    sample = Sample("edit", given.prompts[0], given.images[0], given.references[0][0])
     templates = {role: load_template(role) for role in VieScore().roles("edit")}
     return VieScore().questions(sample, templates, VieScore.max_tokens)[0]
 

@@ -72,7 +72,7 @@ def batch(count=4, task="t2i"):
     return {
         "images": [Image.new("RGB", (8, 8), (k, k, k)) for k in range(count)],
         "prompts": ["a red circle"] * count,
-        "references": [Image.new("RGB", (8, 8), "red") if task == "edit" else None] * count,
+        "references": [[Image.new("RGB", (8, 8), "red")] if task == "edit" else []] * count,
         "metadata": [{}] * count,
     }
 
@@ -187,9 +187,12 @@ def test_a_new_snapshot_is_logged_once_with_a_warning(client, caplog):
 
 
 def test_one_batch_has_one_task_and_every_prompt_says_something(client):
-    mixed = [None, None, None, Image.new("RGB", (8, 8))]
+    one = Image.new("RGB", (8, 8))
+    mixed = [[], [], [], [one]]
     with pytest.raises(ValueError, match="some samples of one batch have a reference"):
         score(Judge(**PARAMS), references=mixed)
+    with pytest.raises(ValueError, match="has 2 references; the judge's questions show one"):
+        score(Judge(**PARAMS), references=[[one, one]] * 4)
     with pytest.raises(ValueError, match="instruction is empty"):
         score(Judge(**PARAMS), prompts=["a", "b", " ", "d"])
 

@@ -63,7 +63,7 @@ def expectation(folder, sample):
 @pytest.mark.parametrize("task", ["t2i", "edit"])
 def test_scores_are_the_models_own_expectation(folder, endpoint, task):
     images, sources = pictures(3, 64, 64), pictures(3, 56, 84)
-    references = sources if task == "edit" else [None] * 3
+    references = [[source] for source in sources] if task == "edit" else [[]] * 3
     params = {"protocol": "expected_score", "model": "judge", "base_url": endpoint, "api_key_env": None}
     # The tiny model goes on after its digit, so only one token may be asked for.
     loaded = load_reward(RewardSpec("judge", params=params | {"max_tokens": 1, "timeout_s": 60.0}))
@@ -80,8 +80,8 @@ def test_scores_are_the_models_own_expectation(folder, endpoint, task):
 
     output = asyncio.run(score())
     samples = [
-        Sample(task, prompt, image, reference)
-        for prompt, image, reference in zip(prompts, images, references, strict=True)
+        Sample(task, prompt, image, *shown)
+        for prompt, image, shown in zip(prompts, images, references, strict=True)
     ]
     assert output.scores == pytest.approx([expectation(folder, sample) for sample in samples], abs=1e-4)
     assert len(set(output.scores)) == 3, "the pictures or the texts did not reach the model"

@@ -85,7 +85,7 @@ def steady(start_thread):
 def groups():
     levels = np.random.default_rng(0).integers(0, 256, (GROUPS, SIZE))
     images = [[Image.new("RGB", (16, 16), (int(level),) * 3) for level in row] for row in levels]
-    return [RewardBatch(row, ["p"] * SIZE, [None] * SIZE, [{}] * SIZE) for row in images]
+    return [RewardBatch(row, ["p"] * SIZE, [[]] * SIZE, [{}] * SIZE) for row in images]
 
 
 def expected():

@@ -39,7 +39,7 @@ ODD = """
             return [1.0]
         if what == "timeout":
             time.sleep(0.6)
-        return RewardOutput([float(len(set(map(id, references))))] * len(images))
+        return RewardOutput([float(len({id(r) for pictures in references for r in pictures}))] * len(images))
 """
 
 
@@ -85,12 +85,12 @@ def shapes_batch(task, count=16):
     rng = np.random.default_rng(3)
     if task == "t2i":
         metadata, scenes = zip(*[sample_t2i(rng, "heldout") for _ in range(count)], strict=True)
-        sources = [None] * count
+        sources = [[]] * count
     else:
         examples = [sample_edit(rng, "heldout") for _ in range(count)]
         metadata = [example.metadata for example in examples]
         scenes = [example.target for example in examples]
-        sources = [Image.fromarray(render(example.source)) for example in examples]
+        sources = [[Image.fromarray(render(example.source))] for example in examples]
     pictures = [Image.fromarray(render(scene)) for scene in scenes]
     mixed = [Image.blend(pictures[k], pictures[k - 1], 0.05 * (k % 8)) for k in range(count)]
     return RewardBatch(mixed, ["p"] * count, sources, list(metadata))
@@ -98,7 +98,7 @@ def shapes_batch(task, count=16):
 
 def odd_batch(what):
     images = [Image.new("RGB", (8, 8), (k, k, k)) for k in range(4)]
-    return RewardBatch(images, [what] * 4, [None] * 4, [{}] * 4)
+    return RewardBatch(images, [what] * 4, [[]] * 4, [{}] * 4)
 
 
 async def no_sleep(_):
@@ -122,7 +122,7 @@ def test_scores_and_components_are_those_of_the_reward_in_process(service, name,
 
 def test_every_sample_gets_its_own_copy_of_a_shared_reference(service, odd_name):
     reference = Image.new("RGB", (8, 8), (9, 9, 9))
-    batch = dataclasses.replace(odd_batch("fine"), references=[reference] * 4)
+    batch = dataclasses.replace(odd_batch("fine"), references=[[reference], [reference] * 2, [], [reference]])
     assert group_of(behind(service, RewardSpec(odd_name)), batch).rewards == [4.0] * 4
 
 
@@ -251,7 +251,7 @@ def test_a_small_png_of_a_large_picture_is_refused(http, odd_name):
     batch = {
         "images": [Image.new("RGB", (700, 700))],
         "prompts": ["p"],
-        "references": [None],
+        "references": [[]],
         "metadata": [{}],
     }
     body = encode_request(Call(fingerprint(odd_name, {}), 20.0), **batch, codec="png")

@@ -72,7 +72,7 @@ def served(url, unavailable_s=30.0):
 
 def score(reward):
     images = [Image.new("RGB", (8, 8))] * 2
-    call = reward.score(images=images, prompts=["a"] * 2, references=[None] * 2, metadata=[{}] * 2)
+    call = reward.score(images=images, prompts=["a"] * 2, references=[[]] * 2, metadata=[{}] * 2)
     return asyncio.run(call).scores
 
 

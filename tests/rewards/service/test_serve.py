@@ -73,7 +73,7 @@ def waiting_service(folder, *options):
 
 
 def batch(prompt):
-    return RewardBatch([Image.new("RGB", (8, 8))] * 2, [prompt] * 2, [None] * 2, [{}] * 2)
+    return RewardBatch([Image.new("RGB", (8, 8))] * 2, [prompt] * 2, [[]] * 2, [{}] * 2)
 
 
 def call_and_end(service, spec, folder, prompt, **settings):

@@ -39,7 +39,7 @@ def frame(codec="raw", count=3, **changes):
     given = {
         "images": [noise(k) for k in range(count)],
         "prompts": ["ein grüner Kreis"] * count,
-        "references": [None] * count,
+        "references": [[]] * count,
         "metadata": [{"tag": "colors", "share": 0.1, "parts": [1, {"a": None}]}] * count,
     }
     return encode_request(CALL, **{**given, **changes}, codec=codec)
@@ -60,12 +60,14 @@ def with_header(body, **changes):
 
 def test_the_reference_of_a_group_is_sent_once():
     images = [noise(k, 64, 64) for k in range(16)]
-    one = frame(count=16, images=images, references=[noise(99, 64, 64)] * 16)
-    copies = frame(count=16, images=images, references=[noise(99, 64, 64) for _ in range(16)])
+    one = frame(count=16, images=images, references=[[noise(99, 64, 64), images[1]]] * 16)
+    copies = frame(
+        count=16, images=images, references=[[noise(99, 64, 64), noise(1, 64, 64)] for _ in range(16)]
+    )
     assert one == copies
     header, rest = header_of(one)
     assert len(header["pictures"]) == 17 and len(rest) == 17 * 64 * 64 * 3
-    assert header["references"] == [header["references"][0]] * 16
+    assert header["references"] == [[16, 1]] * 16
 
 
 @pytest.mark.parametrize("values", [None, "nan", [True], ["0.5"], [[1.0]], [{"a": 1}], ["NaN"]])
@@ -125,6 +127,8 @@ CASES = {
     "endless time limit": (with_header(frame(), timeout_s=1e300), "timeout_s: .*less than or equal"),
     "picture out of range": (with_header(frame(), images=[0, 1, 3]), "exactly the pictures 0 to 2"),
     "negative picture": (with_header(frame(), images=[0, 1, -1]), "exactly the pictures"),
+    "reference out of range": (with_header(frame(), references=[[], [0, 3], []]), "exactly the pictures 0 to 2"),
+    "a reference by itself": (with_header(frame(), references=[[], 0, []]), "references.1: .*valid list"),
     "unused picture": (with_header(frame(), images=[0, 1, 1]), "exactly the pictures"),
     "codec": (with_header(frame(count=1), pictures=picture(codec="gif")), "pictures.0.codec: .*'png' or 'raw'"),
     "raw size": (with_header(frame(count=1), pictures=picture(width=6)), "5x3|6x3 takes 54 bytes"),
@@ -212,7 +216,7 @@ def batches(draw):
     return {
         "images": many(st.sampled_from(known)),
         "prompts": many(st.text()),
-        "references": many(st.none() | st.sampled_from(known)),
+        "references": many(st.lists(st.sampled_from(known), max_size=3)),
         "metadata": many(st.dictionaries(st.text(), plain, max_size=3)),
     }
 
@@ -221,7 +225,7 @@ calls = st.builds(Call, st.text(max_size=64), st.floats(1e-3, 86400))
 
 
 def pixels(image):
-    return image and (image.mode, image.size, image.tobytes())
+    return image.mode, image.size, image.tobytes()
 
 
 @few
@@ -231,7 +235,11 @@ def test_any_batch_comes_through(batch, call, codec):
     assert back == call
     assert [found.prompts, found.metadata] == [batch["prompts"], batch["metadata"]]
     assert list(map(pixels, found.images)) == list(map(pixels, batch["images"]))
-    assert list(map(pixels, found.references)) == list(map(pixels, batch["references"]))
+    sent, came = (
+        [list(map(pixels, shown)) for shown in shown_each]
+        for shown_each in (batch["references"], found.references)
+    )
+    assert came == sent
 
 
 def refused_or_sound(body):

@@ -64,8 +64,8 @@ def test_seeds_follow_from_seed_prompt_and_number_alone():
 
 def test_an_edit_takes_the_aspect_ratio_of_its_source(tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "wide.png")
-    wide = Item("w", "", Prompt(0, "edit", "x", str(tmp_path / "wide.png")))
-    gone = Item("g", "", Prompt(1, "edit", "x", str(tmp_path / "gone.png")))
+    wide = Item("w", "", Prompt(0, "edit", "x", (str(tmp_path / "wide.png"),)))
+    gone = Item("g", "", Prompt(1, "edit", "x", (str(tmp_path / "gone.png"),)))
     sizes, problems = item_sizes([*items(1), wide, gone], 512, 16)
     assert sizes["00000"] == (512, 512)
     height, width = sizes["w"]
@@ -78,7 +78,7 @@ def test_an_edit_takes_the_aspect_ratio_of_its_source(tmp_path):
 def test_the_hash_of_prompts_knows_the_bytes_of_the_sources(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path)
-    edit = [Item("e", "", Prompt(0, "edit", "x", str(path)))]
+    edit = [Item("e", "", Prompt(0, "edit", "x", (str(path),)))]
     before = prompts_sha256(edit)
     assert prompts_sha256(edit) == before != prompts_sha256(items(1))
     Image.new("RGB", (4, 4), "red").save(path)

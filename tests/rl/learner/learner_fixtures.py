@@ -37,21 +37,27 @@ def sampling_spec(guidance_scale: float = 1.0, num_steps: int = 4) -> SamplingSp
     return SamplingSpec(num_steps, 0.7, guidance_scale)
 
 
-def conditioning(name: str, *, reference: bool = False) -> Conditioning:
+def conditioning(name: str, *, reference: bool | int = False) -> Conditioning:
+    """`reference`: how many."""
     generator = torch.Generator().manual_seed(derive_seed("conditioning", name))
     return Conditioning(
         torch.randn((12, T5_WIDTH), generator=generator),
         torch.randn((POOLED,), generator=generator),
-        torch.randn((4, 8, 8), generator=generator) if reference else None,
+        tuple(torch.randn((4, 8, 8), generator=generator) for _ in range(reference)),
     )
 
 
 def sample_group(
-    engine: RolloutEngine, spec: SamplingSpec, group: int, size: int, negative: Conditioning | None = None
+    engine: RolloutEngine,
+    spec: SamplingSpec,
+    group: int,
+    size: int,
+    negative: Conditioning | None = None,
+    references: int = 0,
 ) -> tuple[Trajectory, Conditioning]:
     seeds = tuple(derive_seed("noise", group, k) for k in range(size))
     steps = spec.stochastic_steps(group)
-    condition = conditioning(f"group {group}")
+    condition = conditioning(f"group {group}", reference=references)
     trunk = derive_seed("trunk", group) if spec.branch else None
     _, trajectory, _ = engine.sample(
         SampleRequest(group, 0, seeds, steps, trunk), spec, negative, [condition]
@@ -74,10 +80,13 @@ def resolve(share: RankShare) -> tuple[list[TrainSample], int]:
     return [TrainSample.of(s, s.trajectory, s.conditioning) for s in share.samples], share.count
 
 
-def make_learner(folder: Path, *, guidance: float = 1.0, **changes: Any) -> Learner:
+def make_learner(
+    folder: Path, *, guidance: float = 1.0, adapter: str | None = None, held: Any = None, **changes: Any
+) -> Learner:
     """A learner in this process; wants the `process_group` fixture."""
     config, sampling = learner_config(**changes), sampling_spec(guidance)
-    learner = Learner(LearnerSpec(replica_spec(folder), config, sampling, 0, False, False, 120.0, 120.0))
+    replica = replica_spec(folder, held=held or {})
+    learner = Learner(LearnerSpec(replica, config, sampling, 0, False, False, 120.0, 120.0, adapter))
     learner.negative = conditioning("negative")
     return learner
 
@@ -88,11 +97,17 @@ def publish(learner: Learner, engine: RolloutEngine, version: int = 1) -> Adapte
 
 
 def rollout(
-    engine: RolloutEngine, *, guidance: float = 1.0, groups: int = 2, size: int = 4, first: int = 0
+    engine: RolloutEngine,
+    *,
+    guidance: float = 1.0,
+    groups: int = 2,
+    size: int = 4,
+    first: int = 0,
+    references: int = 0,
 ) -> list[tuple[int, Trajectory, Conditioning]]:
     spec = sampling_spec(guidance)
     return [
-        (g, *sample_group(engine, spec, g, size, conditioning("negative")))
+        (g, *sample_group(engine, spec, g, size, conditioning("negative"), references))
         for g in range(first, first + groups)
     ]
 

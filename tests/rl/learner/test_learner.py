@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from core.failures import ClusterError
 from models.components import load_transformer
 from models.lora.attach import adapter_parameters, adapter_state, attach_lora, hash_state, load_adapter_state
+from models.lora.files import save_adapter
 from rl.learner.gate import LogProbMismatch
 from rl.learner.learner import Learner, LearnerSpec
 from rl.recipe.schema import EmaConfig
@@ -50,6 +52,21 @@ def test_replay_agrees_with_the_rollout_and_a_stale_replica_trips_the_gate(folde
     publish(learner, engine, version=2)
     again = learner.update(updates(rollout(engine, guidance=guidance, first=4)))
     assert again[0].gaps.largest <= 1e-6
+
+
+def test_a_batch_with_two_references_passes_the_gate_in_their_order_alone(folder):
+    learner, engine = make_learner(folder, guidance=3.0), RolloutEngine(replica_spec(folder))
+    randomise(learner, scale=0.2)
+    publish(learner, engine)
+    ((samples, count),) = updates(rollout(engine, guidance=3.0, references=2))
+    swapped = [
+        replace(s, conditioning=replace(c, reference_latents=c.reference_latents[::-1]))
+        for s in samples
+        for c in [s.conditioning]
+    ]
+    with pytest.raises(LogProbMismatch):
+        learner.update([(swapped, count)])
+    assert learner.update([(samples, count)])[0].gaps.largest <= 1e-6
 
 
 @pytest.mark.parametrize("cfg_gradient", ["conditional", "both"])
@@ -164,6 +181,26 @@ def test_kl_is_measured_from_the_stage_start(folder, kl_reference):
     else:
         assert second_stage[0] > 0.0
     assert second_stage[1] > 0.0
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_training_goes_on_from_an_adapter_which_is_its_kl_reference(folder, tmp_path, zero_stage):
+    trained = make_learner(folder)
+    engine = RolloutEngine(replica_spec(folder))
+    publish(trained, engine)
+    trained.update(updates(rollout(engine)))
+    start, replica = trained.adapter(), replica_spec(folder)
+    save_adapter(start, tmp_path, rank=4, alpha=8.0, targets=replica.lora_targets)
+    held = {"model.adapter": hash_state(start)}
+    learner = make_learner(folder, zero_stage=zero_stage, adapter=str(tmp_path), held=held)
+    assert hash_state(learner.adapter()) == hash_state(start)
+    publish(learner, engine, 2)
+    (first,) = learner.update(updates(rollout(engine, first=2)))
+    assert first.kl == 0.0 and hash_state(learner.adapter()) != hash_state(start)
+    publish(learner, engine, 3)
+    assert learner.update(updates(rollout(engine, first=4)))[0].kl > 0.0
+    with pytest.raises(ClusterError, match="another adapter in .* than the driver"):
+        make_learner(folder, adapter=str(tmp_path), held={"model.adapter": "0"})
 
 
 def test_a_stage_restarts_the_optimizer_and_keeps_the_adapter(folder):

@@ -1,6 +1,7 @@
 """The folder protocol of checkpoints: whole or absent, found by step, refused when changed or of another recipe."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from core.checkpoints import CHECKPOINTS, CheckpointError, prune
 from core.recipe import ConfigError, to_yaml
 from rewards.recipe import RewardConfig, ServiceConfig, StagePartConfig
 from rl.loop.checkpoint import (
+    begin_at,
     check_same_recipe,
     find_checkpoint,
     read_state,
@@ -228,7 +230,8 @@ def test_the_log_names_what_moves_the_bits(change, named, caplog):
         ({"seed": 1}, "seed", 0, 1),
         ({"learner__kl_beta": 0.1}, "learner.kl_beta", 0.04, 0.1),
         ({"learner__log_prob_tolerance": 0.1}, "learner.log_prob_tolerance", None, 0.1),
-        ({"stages__0__steps": 9}, "stages.0.steps", 5, 9),
+        ({"stages__0__steps": 4}, "stages.0.steps", 5, 4),
+        ({"stages__0__name": "t2i"}, "stages.0.name", "edit", "t2i"),
         ({"rollout__chunk_size": 4}, "rollout.chunk_size", 8, 4),
         ({"evaluation__num_steps": 4}, "evaluation.num_steps", 28, 4),
     ],
@@ -243,9 +246,47 @@ def test_what_is_computed_may_not_change(change, key, was, now):
 def test_every_changed_key_is_named():
     stages = [StageConfig("edit", "edit", "e.jsonl", 5), StageConfig("t2i", "t2i", "t.jsonl", 5)]
     with pytest.raises(ConfigError) as caught:
-        check_same_recipe(recipe(), recipe(seed=3, stages=stages))
+        check_same_recipe(recipe(), recipe(seed=3, learner__clip_range=0.5, stages=stages))
     keys = [problem.split("'")[1] for problem in caught.value.problems]
-    assert keys == ["seed", *(f"stages.1.{key}" for key in ("name", "prompts", "steps", "task"))]
+    assert keys == ["learner.clip_range", "seed"]
+
+
+LONGER = [StageConfig("edit", "edit", "e.jsonl", 9), StageConfig("t2i", "t2i", "t.jsonl", 5)]
+
+
+def test_a_run_may_be_lengthened():
+    check_same_recipe(recipe(), recipe(stages=LONGER[:1]))
+    check_same_recipe(recipe(), recipe(stages=LONGER))
+    check_same_recipe(
+        recipe(stages=LONGER), recipe(stages=[*LONGER, StageConfig("more", "edit", "e.jsonl", 1)])
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (recipe(stages=LONGER), recipe(stages=[StageConfig("edit", "edit", "e.jsonl", 10), LONGER[1]])),
+        (recipe(stages=LONGER), recipe(stages=LONGER[:1])),
+        (
+            recipe(learner__final_learning_rate=1e-5),
+            recipe(learner__final_learning_rate=1e-5, stages=LONGER[:1]),
+        ),
+    ],
+    ids=["an earlier stage", "a stage less", "a rate that falls over the stage"],
+)
+def test_what_lengthening_would_change_is_refused(before, after):
+    with pytest.raises(ConfigError, match=r"key 'stages\.\d\."):
+        check_same_recipe(before, after)
+
+
+def test_the_end_of_the_old_steps_is_looked_at_as_a_step(tmp_path):
+    config = RunConfig(name="x", output_dir=str(tmp_path), stages=LONGER[:1])
+    for steps, unseen in ((9, False), (5, True)):
+        old = RunConfig(name="x", stages=[StageConfig("edit", "edit", "e.jsonl", steps)])
+        folder = save_checkpoint(
+            tmp_path / "x", state(steps), to_yaml(old), FileLearner(), write_adapter, border=True
+        )
+        assert begin_at(config, tmp_path / "x", "auto") == (folder, replace(state(steps), unseen=unseen))
 
 
 def judged(*, joint=False, params=None, service=None, **keys):

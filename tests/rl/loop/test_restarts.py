@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayActorError
 
 from core.checkpoints import CheckpointError
 from core.cluster.dispatch import PoolExhausted
-from core.cluster.ranks import RankLost, RanksBlind
+from core.cluster.ranks import NodeLost, RankLost, RanksBlind, gather
+from rl.loop import cluster as clusters
 from rl.loop import restarts
 from rl.recipe.schema import ResourcesConfig, RunConfig
 from rl.record.state import RunState
@@ -90,3 +92,55 @@ def test_a_lost_rank_is_still_named_where_no_checkpoint_can_be_used(train):
 
     with pytest.raises(RankLost, match="rank 1 died; .*no checkpoint can be used"):
         train(RankLost("rank 1 died"), begin=refuse)
+
+
+@pytest.fixture
+def restart(monkeypatch):
+    """Starts two ranks again, of which rank 1 has a node or not, with these errors one after the other."""
+
+    def started(*errors, nodes=(True, True)):
+        left, stopped = list(errors), []
+
+        def join(ranks, resources):
+            if left:
+                raise left.pop(0)
+            return f"a group of {ranks}"
+
+        monkeypatch.setattr(clusters, "_place_ranks", lambda placed, spec: ["rank 0", "rank 1"])
+        monkeypatch.setattr(clusters, "_join", join)
+        placed = SimpleNamespace(stop=stopped.append, on_node=lambda role, rank: nodes[rank])
+        workers = SimpleNamespace(placed=placed, dispatcher=SimpleNamespace(abandon=lambda: None))
+        made = clusters.Cluster(workers, None, SimpleNamespace(inprocess=False), ResourcesConfig(), {})
+        made.restart_learner()
+        return made.learner, stopped
+
+    return started
+
+
+def test_ranks_placed_on_a_node_that_had_left_are_placed_once_more(restart):
+    assert restart(NodeLost("rank 0 died in its start")) == (
+        "a group of ['rank 0', 'rank 1']",
+        ["learner"] * 2,
+    )
+    with pytest.raises(NodeLost, match="rank 1"):
+        restart(NodeLost("rank 0 died in its start"), NodeLost("rank 1 died in setup"))
+    with pytest.raises(RankLost, match="^rank 0 was killed"):
+        restart(RankLost("rank 0 was killed"))
+
+
+def test_a_rank_without_a_node_is_named_though_another_waits_for_it(restart):
+    with pytest.raises(RankLost, match=r"no node has room for ranks \[1\] .*setup took longer .*\[0\]"):
+        restart(RankLost("setup took longer than 25 s on 1 of 2 ranks ([0])"), nodes=(True, False))
+
+
+def test_a_rank_that_went_with_its_node_is_told_from_others(monkeypatch):
+    def get(call, timeout):
+        raise RayActorError(error_msg=call)
+
+    monkeypatch.setattr("ray.wait", lambda calls, **_: (calls[:1], calls[1:]))
+    monkeypatch.setattr("ray.get", get)
+    with pytest.raises(NodeLost, match="rank 0 died in setup"):
+        gather(["The actor died because its node has died. Node Id: 61f0"], "setup", 1.0)
+    with pytest.raises(RankLost) as other:
+        gather(["The actor is dead because its worker process has died."], "setup", 1.0)
+    assert not isinstance(other.value, NodeLost)

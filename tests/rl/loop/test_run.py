@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,17 +122,29 @@ def summary_gallery_images(out):
     return 2 * 2
 
 
-@pytest.mark.parametrize("keep", [("step_000001",), ("stage_0_end",)], ids=["mid_stage", "stage_border"])
-def test_resume_equals_the_straight_run(straight, tmp_path, keep):
+def test_a_lengthened_run_equals_the_straight_run(straight, tmp_path):
+    """One step, then one more of that stage and a stage after it."""
     folder, recipe = straight
-    copy_run(folder, tmp_path, keep)
+    config = load_config(recipe, [f"output_dir={tmp_path / 'runs'}"])
+    config.stages = [replace(config.stages[0], steps=1)]
+    assert train(config) == 0
+    run(recipe, f"output_dir={tmp_path / 'runs'}", resume="auto")
+    assert final_hash(tmp_path) == final_hash(folder)
+    assert learned(tmp_path) == learned(folder)
+    assert groups(tmp_path) == groups(folder)
+
+
+def test_resume_equals_the_straight_run(straight, tmp_path):
+    """From a stage border, in a copied folder. From a step within a stage: the test of a stopped run."""
+    folder, recipe = straight
+    copy_run(folder, tmp_path, ("stage_0_end",))
     run(recipe, f"output_dir={tmp_path / 'runs'}", resume="auto")
     assert final_hash(tmp_path) == final_hash(folder)
     assert learned(tmp_path) == learned(folder)
     assert groups(tmp_path) == groups(folder)
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     back = [path for path in files if str(folder / "runs").encode() in path.read_bytes()]
-    copied = tmp_path / "runs" / "tiny" / "checkpoints" / keep[0] / "config.yaml"
+    copied = tmp_path / "runs" / "tiny" / "checkpoints" / "stage_0_end" / "config.yaml"
     assert back in ([copied], []), "the folder goes on where it was copied to"
 
 

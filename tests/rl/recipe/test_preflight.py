@@ -5,9 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from core.inputs import Inputs
 from core.logs import submitted_job
+from models.components import load_transformer
+from models.lora.attach import adapter_parameters, attach_lora, hash_state
+from models.lora.files import save_adapter
 from rewards.base import ServiceSpec
+from rl.recipe.inputs import run_inputs
 from rl.recipe.preflight import preflight
 from rl.recipe.schema import load_config
 from tests.fakes.tiny_metaquery import make_tiny_conditioner, make_tiny_metaquery
@@ -131,6 +137,22 @@ def test_a_model_folder_with_holes(recipe, tmp_path):
     problems = problems_of(recipe, f"model.path={tmp_path}")
     assert any(p == f"model.path: {tmp_path}/transformer/config.json: missing config file" for p in problems)
     assert any(p == f"model.path: {tmp_path}/vae: missing subfolder of the model" for p in problems)
+
+
+def test_an_adapter_to_start_from_is_that_of_this_model(recipe, tmp_path):
+    targets = ["attn.to_q", "attn.to_k"]
+    own = ["model.adapter=" + str(tmp_path), f"model.lora.targets=[{','.join(targets)}]"]
+    (missing,) = problems_of(recipe, *own)
+    assert missing.startswith(f"model.adapter: {tmp_path}/adapter_config.json: missing")
+    transformer = load_transformer(recipe.parent / "model", dtype=torch.float32)
+    attach_lora(transformer, rank=4, alpha=8.0, targets=targets)
+    state = {name: torch.ones(p.shape) for name, p in adapter_parameters(transformer).items()}
+    save_adapter(state, tmp_path, rank=4, alpha=8.0, targets=targets)
+    checked = preflight(config := load_config(recipe, own))
+    assert checked.problems == []
+    assert run_inputs(config, checked.reward_sets, Inputs()).held["model.adapter"] == hash_state(state)
+    (rank,) = problems_of(recipe, *own, "model.lora.rank=8")
+    assert rank.startswith(f"model.adapter: {tmp_path} has rank 4") and "set model.lora.rank=4" in rank
 
 
 def test_everything_wrong_is_told_at_once(recipe, tmp_path):

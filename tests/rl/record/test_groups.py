@@ -62,7 +62,7 @@ def test_the_first_sample_carries_the_reference_of_all():
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    group = RolloutRequest(1, (Prompt(0, "edit", "make it red", uri),), (11, 12))
+    group = RolloutRequest(1, (Prompt(0, "edit", "make it red", (uri,)),), (11, 12))
     first, second = group_samples(group, np.stack([pixels, 255 - pixels]), [0.5, None])
     assert first.reference is not None and (first.reference == pixels).all() and second.reference is None
     assert (first.seed, second.seed, second.reward) == (11, 12, None)

@@ -32,13 +32,15 @@ from worlds.shapes.scenes.world import (
 )
 
 KINDS = ("recolour", "add", "remove", "replace", "move", "background")
+INSERT = "insert"
+"""An `add` whose object a second picture shows (`inserts.py`): judged as one, and not among the kinds of editing."""
 
 
 @dataclass(frozen=True)
 class Edit:
     """What an instruction asks for.
 
-    `index` is the object of the source that changes (None for add and background), `result` the object that
+    `index` is the object of the source that changes (None for add, insert and background), `result` the object that
     must be there afterwards (None for remove and background), `background` the new background. `anywhere`:
     the place of `result` was not stated, and any free place is right.
     """
@@ -75,10 +77,10 @@ class Edit:
     def from_json(cls, record: dict[str, Any]) -> tuple[Edit, Scene]:
         """The edit and its source scene. Raises ValueError for an unknown kind, name or object."""
         kind, source = record.get("kind"), Scene.from_json(record.get("source", {}))
-        if kind not in KINDS:
-            raise ValueError(f"edit.kind: {kind!r} is not one of {', '.join(KINDS)}")
+        if kind not in (*KINDS, INSERT):
+            raise ValueError(f"edit.kind: {kind!r} is not one of {', '.join((*KINDS, INSERT))}")
         index, result = record.get("index"), record.get("result")
-        if (index is None) != (kind in ("add", "background")):
+        if (index is None) != (kind in ("add", "background", INSERT)):
             raise ValueError(f"edit.index: {index!r} does not suit an edit of kind {kind}")
         if index is not None and not 0 <= index < len(source.objects):
             raise ValueError(f"edit.index: {index} is not one of the source's {len(source.objects)} objects")

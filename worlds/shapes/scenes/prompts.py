@@ -3,8 +3,8 @@
 `--edit-train N [--seed S]` writes `edit_train.jsonl` alone, with N lines of fresh draws.
 
 Text-to-image lines take turns over GenEval's six tags, edit lines over the six kinds, so any prefix of a file
-is balanced. Source pictures are embedded as PNG data URIs. What a tag has too few texts for is repeated, in
-rounds: its lines still differ in their noise, since that follows from the line's index.
+is balanced; lines of insertion name two pictures. Pictures are embedded as PNG data URIs. What a tag has too few
+texts for is repeated, in rounds: its lines still differ in their noise, since that follows from the line's index.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ from PIL import Image
 
 from worlds.shapes.scenes.captions import FAMILIES, TAGS, Caption, captions
 from worlds.shapes.scenes.edits import KINDS, sample_edit
-from worlds.shapes.scenes.render import render
+from worlds.shapes.scenes.inserts import STRIP, sample_insert
+from worlds.shapes.scenes.render import render, render_batch
 from worlds.shapes.scenes.world import BACKGROUNDS
 
 logger = logging.getLogger(__name__)
 
-COUNTS = {"train": {"t2i": 1024, "edit": 1024}, "heldout": {"t2i": 2048, "edit": 2048}}
+COUNTS = {
+    "train": {"t2i": 1024, "edit": 1024, "insert": 1024},
+    "heldout": {"t2i": 2048, "edit": 2048, "insert": 1024},
+}
 WIDE_COUNT = 4096
 SEEDS = {"train": 1, "heldout": 2}
 
@@ -102,6 +106,16 @@ def edit_lines(split: str, count: int, seed: int | None = None) -> Iterator[dict
             yield {"prompt": example.instruction, "image": image, "metadata": example.metadata}
 
 
+def insert_lines(split: str, count: int, seed: int | None = None) -> Iterator[dict[str, Any]]:
+    """Prompt lines of the insertion task, which name two pictures; `seed` as above."""
+    rng = np.random.default_rng(SEEDS[split] if seed is None else seed)
+    for _ in range(count):
+        example = sample_insert(rng, split)
+        pictures = (render(example.source), render_batch([example.strip], STRIP)[0])
+        references = [data_uri(picture) for picture in pictures]
+        yield {"prompt": example.instruction, "references": references, "metadata": example.metadata}
+
+
 def data_uri(image: np.ndarray) -> str:
     """A picture, uint8 [H, W, 3], as a data URI: PNG with a palette, lossless.
 
@@ -119,10 +133,10 @@ def data_uri(image: np.ndarray) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write the four files `{edit,t2i}_{train,heldout}.jsonl`, and `t2i_train_wide.jsonl`."""
+    """Write the files `{t2i,edit,insert}_{train,heldout}.jsonl`, and `t2i_train_wide.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, counts in COUNTS.items():
-        for task, lines in (("t2i", t2i_lines), ("edit", edit_lines)):
+        for task, lines in (("t2i", t2i_lines), ("edit", edit_lines), ("insert", insert_lines)):
             write_lines(folder / f"{task}_{split}.jsonl", lines(split, counts[task]))
     write_lines(folder / "t2i_train_wide.jsonl", wide_t2i_lines(WIDE_COUNT))
 

@@ -40,7 +40,7 @@ class GenEvalShapes:
         *,
         images: Sequence[Image.Image],
         prompts: Sequence[str],
-        references: Sequence[Image.Image | None],
+        references: Sequence[Sequence[Image.Image]],
         metadata: Sequence[Mapping[str, Any]],
     ) -> RewardOutput:
         results = [
@@ -70,7 +70,7 @@ class EditShapes:
         *,
         images: Sequence[Image.Image],
         prompts: Sequence[str],
-        references: Sequence[Image.Image | None],
+        references: Sequence[Sequence[Image.Image]],
         metadata: Sequence[Mapping[str, Any]],
     ) -> RewardOutput:
         pictures = stack(images)

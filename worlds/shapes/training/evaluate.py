@@ -155,7 +155,7 @@ class Base:
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
             sources = [question.source for question in batch if question.source is not None]
             shown = sources and "transformer" in self.references
-            references = encode_images(self.vae, to_tensor(sources)) if shown else None
+            references = (encode_images(self.vae, to_tensor(sources)),) if shown else ()
             prompts = ConditioningBatch(
                 *self.embed([question.prompt for question in batch], sources),
                 references,
@@ -177,7 +177,7 @@ def score(task: str, questions: list[Question], pictures: np.ndarray) -> np.ndar
     output = reward.score(
         images=[Image.fromarray(picture) for picture in pictures],
         prompts=[question.prompt for question in questions],
-        references=[None] * len(questions),
+        references=[[]] * len(questions),
         metadata=[question.metadata for question in questions],
     )
     return np.asarray(output.scores, dtype=np.float64)

@@ -94,7 +94,7 @@ class KontextStage(Stage):
     def _sample(self, text: Tensor, references: Tensor | None) -> np.ndarray:
         shape = (len(text), *self.pool.t2i_latents.shape[1:])
         noise = torch.randn(shape, generator=torch_generator(self.recipe.seed, _PREVIEW_STEP))
-        prompts = ConditioningBatch(*self._prompt(text), references)
+        prompts = ConditioningBatch(*self._prompt(text), () if references is None else (references,))
         sigmas = sigma_table(self.scheduler, self.recipe.preview_steps)
         return self._decode(sample_latents(self.transformer, sigmas, noise, prompts, 1.0))
 

@@ -83,7 +83,7 @@ def judged(
             return await loaded.owner.score(
                 images=results,
                 prompts=[instruction] * len(results),
-                references=[source] * len(results),
+                references=[[] if source is None else [source]] * len(results),
                 metadata=[{}] * len(results),
             )
         finally:

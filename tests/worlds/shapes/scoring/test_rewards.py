@@ -16,7 +16,7 @@ def pictures(scenes) -> list[Image.Image]:
 
 
 def call(reward, images, metadata) -> RewardOutput:
-    references = [None] * len(images)
+    references = [[]] * len(images)
     return reward.score(images=images, prompts=[""] * len(images), references=references, metadata=metadata)
 
 
