@@ -72,6 +72,7 @@ _FILES = {
         rewards/judge/test_cache.py
         rewards/judge/test_client.py
         rewards/judge/test_end_to_end.py
+        rewards/judge/test_load.py
         rewards/judge/test_vllm.py
         rewards/judge/test_wire.py
         rewards/service
