@@ -89,6 +89,10 @@ def start_cluster(
     for line in describe_plan(plan, plan_title(resources)):
         log.info(line)
     key = "resources.placement_timeout_s"
+    log.info(
+        "%d processes start and load their models, within %g s (resources.start_timeout_s)",
+        len(plan.actors), resources.start_timeout_s,
+    )  # fmt: skip
     with PlacedActors(plan, "the plan", RL_REMEDY, resources.placement_timeout_s, key=key) as placed:
         inprocess, replica = (
             resources.placement == "inprocess",
