@@ -1,4 +1,4 @@
-"""Pictures of sixteen shapes in one run, through every place that has to keep them apart, compared bit for bit."""
+"""Pictures of many shapes in one run, through every place that has to keep them apart, compared bit for bit."""
 
 import json
 
@@ -30,7 +30,8 @@ SIZES = [
 
 
 def write_edits(folder):
-    """The references of the cases, then pictures at ten further sizes; line 6 asks to be squashed."""
+    """The references of the cases, then pictures at ten further sizes, then two references in one line; line 6 asks to
+    be squashed."""
     lines = [json.loads(line) for line in (CASES / "references" / "edit.jsonl").read_text().splitlines()]
     for line in lines:
         line["image"] = str(CASES / "references" / line["image"])
@@ -39,6 +40,7 @@ def write_edits(folder):
         pixels = np.random.default_rng(number).integers(0, 255, (2 * height, 2 * width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{height}x{width}.png")
         lines.append({"prompt": "make it red", "image": f"{height}x{width}.png", "size": (height, width)})
+    lines.append({"prompt": "add a star", "references": [lines[0]["image"], lines[1]["image"]]})
     (folder / "edit.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -51,7 +53,8 @@ def straight(tmp_path_factory, ray_session):
         model__longer_edge=64,
         model__sizes=[{"height": 32, "width": 48}, {"height": 48, "width": 32}],
         rollout__group_size=2,
-        rollout__prompts_per_rollout=8,
+        model__reference_pixels=64 * 32 + 1024,
+        rollout__prompts_per_rollout=10,
         learner__micro_batch_size=2,
     )
     write_edits(folder)
@@ -64,11 +67,14 @@ def test_all_shapes_are_trained_on_and_the_gate_is_0(straight):
     folder, recipe, _ = straight
     rule = shape_rule(load_config(recipe).model)
     prompts = load_prompts(folder / "edit.jsonl", "edit")
-    assert len({rule.of(prompt).size for prompt in prompts}) == 15  # two of the cases have one shape
-    assert count_shapes(load_config(recipe)) == 17
+    assert len({rule.of(prompt).size for prompt in prompts}) == 15  # two of the cases have the same
+    assert rule.of(prompts[-1]).references == ((64, 32), (16, 56))
+    assert count_shapes(load_config(recipe)) == 18
+    seen = {json.loads(line)["prompt"] for line in groups(folder).splitlines() if '"stage": "edit"' in line}
+    assert "add a star" in seen
     steps = [r for r in records(folder) if "loss/total" in r]
     assert len(steps) == 3 and all(r["gate/log_prob_gap_max"] <= 1e-6 for r in steps)
-    assert all(r["reward/missing_share"] == 0 and r["optimizer/samples"] >= 14 for r in steps)
+    assert all(r["reward/missing_share"] == 0 and r["optimizer/samples"] >= 18 for r in steps)
 
 
 def test_pictures_are_kept_in_their_proportions(straight):
