@@ -20,6 +20,8 @@ from models.folders import TEXT_PARTS
 from models.latents import encode_images, image_to_tensor
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import PositionMode
+from models.references import shown_references
+from models.sizes import geometry
 from models.text import SD3TextEncoder
 from rollout.engine import WorkerInfo
 from rollout.machine import machine_failures
@@ -107,8 +109,9 @@ class Encoder:
         height, width = size or (self.spec.height, self.spec.width)
         if not prompt.references:
             return Conditioning(*self._embed(prompt.prompt, None))
-        (image,) = load_references(prompt)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        (image,) = shown_references(
+            load_references(prompt), (height, width), geometry(self.spec.model_path).multiple
+        )
         latents = encode_images(self.vae, image_to_tensor(image, height, width)[None])[0].cpu()
         own = () if self.spec.vlm_path is None else self._embed(self.spec.negative_prompt, image)
         return Conditioning(*self._embed(prompt.prompt, image), (latents,), *own)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import recipes
 from core.prompts import Prompt
+from models.sizes import geometry
 from rewards.base import RewardSet
 from rewards.recipe import reward_set
 from rl.recipe.schema import EvaluationTaskConfig, RunConfig
@@ -30,4 +34,9 @@ def part_reward_set(
 ) -> RewardSet:
     """The part's rewards, to be tried on its first prompt."""
     name = stage_set_name(part.label) if isinstance(part, StagePart) else evaluation_set_name(part.task)
-    return reward_set(name, part.task, part.rewards, prompts, config.model.height, config.model.width)
+    found = reward_set(name, part.task, part.rewards, prompts, config.model.height, config.model.width)
+    try:
+        multiple = geometry(recipes.resolve(config.model.path)).multiple
+    except (OSError, ValueError, KeyError):  # told of the model
+        return found
+    return replace(found, reference_multiple=multiple)
