@@ -83,26 +83,18 @@ def select_rewards(recipe: ServedRecipe, labels: Sequence[str]) -> list[RewardSe
 
 def serve(trials: Sequence[RewardSet], listener: socket.socket, arguments: argparse.Namespace) -> None:
     """Load the rewards, then answer until a signal comes; requests in work may finish within the grace period."""
-    import uvicorn
-
     from rewards.service.app import ServiceSettings, build_app
     from rewards.service.hosting import HostedReward
+    from rewards.service.listening import listening_server
 
     rewards = [HostedReward(trial, arguments.concurrency) for trial in trials]
     settings = ServiceSettings(arguments.max_request_mb * 2**20, arguments.token_env)
-    config = uvicorn.Config(
-        build_app(rewards, settings),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=75,  # longer than clients keep theirs, so that these never write into a closing one
-        timeout_graceful_shutdown=arguments.grace_s,
-    )
+    server = listening_server(build_app(rewards, settings), grace_s=arguments.grace_s)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     sys.stdout.write(f"listening on {url}: {', '.join(reward.label for reward in rewards)}\n")
     sys.stdout.flush()
-    uvicorn.Server(config).run(sockets=[listener])
+    server.run(sockets=[listener])
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -83,9 +83,11 @@ def train(config: RunConfig, *, resume: str | None = None, accept: bool = False)
     from rl.recipe.preflight import preflight
     from rl.recipe.reward_plan import reward_lines
 
+    log.info("checking the recipe, its prompts, pictures, model and rewards")
     checked = preflight(config)
     if checked.problems:
         raise ConfigError(checked.problems)
+    log.info("results go to %s", _run_dir(config))
     for line in reward_lines(config):
         log.info(line)
     for line in notes(config):

@@ -15,7 +15,7 @@ BUDGET_S = {"unit": 120, "component": 240, "e2e": 180, "chaos": 120, "docs": 60}
 """Of `make test` on two quiet cores."""
 USES = {
     "ray": {"ray_session"},
-    "vllm": {"serving"},
+    "vllm": {"vllm_forks"},
     "browser": {"browser", "opened"},
     "gpu": {"card"},
 }
@@ -72,6 +72,7 @@ _FILES = {
         rewards/judge/test_cache.py
         rewards/judge/test_client.py
         rewards/judge/test_end_to_end.py
+        rewards/judge/test_load.py
         rewards/judge/test_vllm.py
         rewards/judge/test_wire.py
         rewards/service

@@ -12,6 +12,7 @@ from typing import Any
 
 import tenacity
 
+from rewards.answers import PLAIN, limit_answer
 from rewards.judge.budget import Budget, BudgetExhausted, bill, most_of, price_of
 from rewards.judge.limits import Clock, QueueTimeout, RateWindow, Throttle
 from rewards.judge.messages import INFRASTRUCTURE, JudgeReply, JudgeRequest, Outcome
@@ -208,11 +209,19 @@ def _result(state: tenacity.RetryCallState) -> Attempt:
 
 def _open_clients(settings: JudgeSettings) -> list[Any]:
     """One client per replica. Takes about a second the first time, since it imports `openai`."""
+    import httpx
     import openai
     import openai.resources.chat  # noqa: F401  (else the first request would wait for it)
 
     async def key() -> str:
         return read_key(settings)
+
+    def http() -> Any:
+        """No redirects: the library follows them, and would send prompts and pictures to whoever is named there."""
+        limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
+        return httpx.AsyncClient(
+            limits=limits, headers=PLAIN, event_hooks={"response": [limit_answer]}, follow_redirects=False
+        )
 
     return [
         openai.AsyncOpenAI(
@@ -220,6 +229,7 @@ def _open_clients(settings: JudgeSettings) -> list[Any]:
             base_url=url,
             max_retries=0,
             timeout=settings.timeout_s,
+            http_client=http(),
         )
         for url in settings.base_urls
     ]

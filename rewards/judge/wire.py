@@ -31,6 +31,7 @@ SETTINGS_CODES = {"unsupported_parameter", "unsupported_value", "unknown_paramet
 EVERY_REQUEST = (401, 402, 403, 404)
 GATEWAY_TIMEOUTS = (408, 504, 524)
 NOT_BILLED = (0, 0)
+NO_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
 
 
 def sampling(settings: JudgeSettings, request: JudgeRequest) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def read_error(error: Exception) -> Attempt:
     elif isinstance(error, openai.APIConnectionError):
         cause = error.__cause__ or error
         outcome, detail = Outcome.UNAVAILABLE, f"{type(cause).__name__}: {cause}".removesuffix(": ")
-    elif isinstance(error, openai.APIResponseValidationError | json.JSONDecodeError | UnicodeDecodeError):
+    elif isinstance(error, (openai.APIResponseValidationError, *NO_JSON)):
         outcome, detail = Outcome.UNAVAILABLE, "status 200 with a body that is no JSON"
     # A connection that was not even made cannot have been billed.
     never_sent = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
@@ -183,6 +184,10 @@ def _read_status(error: openai.APIStatusError) -> Attempt:
         outcome = Outcome.TIMEOUT
     elif status >= 500 or status in (409, 425):
         outcome = Outcome.UNAVAILABLE
-    reply = JudgeReply(outcome, detail=error.message + (f" ({error.code})" if error.code else ""))
+    detail = error.message + (f" ({error.code})" if error.code else "")
+    if 300 <= status < 400:  # it meets every request, and what it names is not followed
+        outcome = Outcome.FATAL
+        detail = f"HTTP {status} to {error.response.headers.get('location')}; if that is right, make it the base_url"
+    reply = JudgeReply(outcome, detail=detail)
     usage = None if outcome is Outcome.TIMEOUT else NOT_BILLED
     return Attempt(reply, usage, retry_after(error.response.headers, time.time()))

@@ -15,16 +15,17 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from rewards.base import RetryableRewardError, RewardOutput
+from rewards.base import RewardOutput
+from rewards.service.bodies import Bodies
 from rewards.service.faults import Fault, fault_of
 from rewards.service.hosting import HostedReward, get_ready
 from rewards.service.metrics import ServiceMetrics
 from rewards.service.request import decode_request
-from rewards.service.wire import MEDIA_TYPE, Cause, encode_scores, read_token
+from rewards.service.wire import Cause, encode_scores, read_token
 
 logger = logging.getLogger(__name__)
 
-BODY_S = 60.0
+_Scored = tuple[RewardOutput, float]  # with the seconds of the call
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class RewardService:
     def __init__(self, rewards: Sequence[HostedReward], settings: ServiceSettings) -> None:
         self._rewards = {reward.label: reward for reward in rewards}
         self._settings = settings
+        slots = sum(reward.concurrency for reward in rewards)
+        self._bodies = Bodies(settings.max_request_bytes, slots * settings.max_request_bytes)
         self._metrics = ServiceMetrics()
 
     async def healthz(self) -> Response:
@@ -102,7 +105,7 @@ class RewardService:
             except ClientDisconnect:
                 fault = Fault(Cause.INFRASTRUCTURE, "the caller hung up")
             except Fault as error:
-                fault = error
+                fault = error.with_traceback(None)  # which would keep the body until the next collection
         logger.warning("reward %s: not scored (%s): %s", known or "unknown", fault.cause.value, fault)
         self._metrics.failures.labels(known, fault.cause.value).inc()
         return await _answer(request, fault)
@@ -115,25 +118,30 @@ class RewardService:
             )
         if reward.problems:
             raise Fault(Cause.UNAVAILABLE, f"not ready: {'; '.join(reward.problems)}", 1.0)
-        timeout_s = reward.loaded.spec.timeout_s
         try:
-            async with reward.slot():
-                body = await _read_body(request, self._settings.max_request_bytes)
-                call, batch = await asyncio.to_thread(decode_request, body, self._settings.max_request_bytes)
-                if call.fingerprint != reward.fingerprint:
-                    raise Fault(Cause.OTHER_REWARD, f"the service scores with {_identity(reward)}")
-                timeout_s, start = call.timeout_s, time.monotonic()
-                output = await _while_wanted(request, reward.score(batch, timeout_s))
-        except ClientDisconnect:
+            async with self._bodies.read(request) as body:
+                output, seconds = await _while_wanted(request, self._in_turn(reward, body))
+        except (ClientDisconnect, Fault):
             raise
-        except Exception as error:  # a reward is foreign code and may raise anything
-            raise fault_of(error, timeout_s) from error
-        self._metrics.answered(label, output.scores, time.monotonic() - start)
+        except Exception as error:
+            raise fault_of(error, reward.loaded.spec.timeout_s) from error
+        self._metrics.answered(label, output.scores, seconds)
         return {
             "scores": encode_scores(output.scores),
             "components": {str(name): encode_scores(v) for name, v in output.components.items()},
             "sha256": reward.loaded.source.sha256,
         }
+
+    async def _in_turn(self, reward: HostedReward, body: bytearray) -> _Scored:
+        async with reward.slot():
+            call, batch = await asyncio.to_thread(decode_request, body, self._settings.max_request_bytes)
+            if call.fingerprint != reward.fingerprint:
+                raise Fault(Cause.OTHER_REWARD, f"the service scores with {_identity(reward)}")
+            start = time.monotonic()
+            try:
+                return await reward.score(batch, call.timeout_s), time.monotonic() - start
+            except Exception as error:  # a reward is foreign code and may raise anything
+                raise fault_of(error, call.timeout_s) from error
 
     def _authorize(self, request: Request) -> None:
         if not self._authorized(request):
@@ -170,28 +178,7 @@ def _identity(reward: HostedReward) -> str:
     return f"{spec.name} {spec.params} (hash {reward.fingerprint[:12]})"
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, counted while it streams; the server discards what follows an answer. Raises Fault, and
-    RetryableRewardError when it takes over a minute."""
-    if request.headers.get("content-type") != MEDIA_TYPE:
-        raise Fault(Cause.MALFORMED, f"content-type must be {MEDIA_TYPE}")
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > limit:
-                    raise Fault(
-                        Cause.TOO_LARGE, f"the request is larger than {limit} bytes (--max-request-mb)"
-                    )
-    except TimeoutError as error:
-        raise RetryableRewardError(f"the request did not arrive within {BODY_S:g} s") from error
-    return b"".join(parts)
-
-
-async def _while_wanted(request: Request, scoring: Coroutine[Any, Any, RewardOutput]) -> RewardOutput:
+async def _while_wanted(request: Request, scoring: Coroutine[Any, Any, _Scored]) -> _Scored:
     """The result of `scoring`, which is cancelled when the caller hangs up: then it does not begin where it still waits
     for its turn. Raises ClientDisconnect."""
 

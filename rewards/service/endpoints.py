@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from rewards.answers import PLAIN, limit_answer
 from rewards.base import FatalRewardError
 from rewards.service.faults import Away
 
@@ -112,12 +113,14 @@ class Connections:
         )
 
     def client(self) -> httpx.AsyncClient:
-        """That of the running loop. It limits only how long connecting takes."""
+        """That of the running loop. It limits only how long connecting takes and how large an answer is."""
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             self._clients[loop] = httpx.AsyncClient(
                 timeout=httpx.Timeout(None, connect=CONNECT_S),
                 limits=httpx.Limits(max_connections=None, keepalive_expiry=self._keepalive_s),
+                headers=PLAIN,
+                event_hooks={"response": [limit_answer]},
                 trust_env=False,
             )
         return self._clients[loop]

@@ -22,8 +22,8 @@ TRY_AGAIN_S = 10.0
 class HostedReward:
     """One served reward. `problems` is empty once its trial has passed.
 
-    `trial` holds the one reward, with what it is tried on. At most `concurrency` requests have their bodies in
-    memory; the others wait for one of these slots, in order. Raises RewardLoadError.
+    `trial` holds the one reward, with what it is tried on. At most `concurrency` requests are decoded and
+    scored; the others wait for one of these slots, in order. Raises RewardLoadError.
     """
 
     def __init__(self, trial: RewardSet, concurrency: int) -> None:
@@ -38,6 +38,7 @@ class HostedReward:
             ) from error
         self.problems = ["it has not been tried yet"]
         self._trial = trial
+        self.concurrency = concurrency
         self._slots = asyncio.Semaphore(concurrency)
 
     async def try_out(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,8 +14,9 @@ from rewards.calling import RewardBatch
 from rewards.service.wire import Call, WireError, split_frame
 
 LARGEST_SIDE = 8192
-MOST_SAMPLES = 1024
+MOST_SAMPLES, MOST_REFERENCES, MOST_PICTURES = 1024, 16, 4096
 MOST_REASONS = 10
+LONGEST_REASON = 200
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -44,19 +45,22 @@ class Header(BaseModel):
     prompts: list[str] = Field(min_length=1, max_length=MOST_SAMPLES)
     metadata: list[dict[str, Any]] = Field(max_length=MOST_SAMPLES)
     images: list[int] = Field(max_length=MOST_SAMPLES)
-    references: list[list[int]] = Field(max_length=MOST_SAMPLES)
-    addresses: list[str] = []
-    sources: list[list[int]] | None = Field(None, max_length=MOST_SAMPLES)
-    pictures: list[Picture] = Field(min_length=1, max_length=2 * MOST_SAMPLES)
+    references: list[Annotated[list[int], Field(max_length=MOST_REFERENCES)]] = Field(max_length=MOST_SAMPLES)
+    addresses: list[str] = Field([], max_length=MOST_PICTURES)
+    sources: list[Annotated[list[int], Field(max_length=MOST_REFERENCES)]] | None = Field(
+        None, max_length=MOST_SAMPLES
+    )
+    pictures: list[Picture] = Field(min_length=1, max_length=MOST_PICTURES)
 
 
-def decode_request(body: bytes, largest_decoded: int) -> tuple[Call, RewardBatch]:
+def decode_request(body: bytes | bytearray, largest_decoded: int) -> tuple[Call, RewardBatch]:
     """The batch of a frame. Raises WireError with every reason found.
 
     `largest_decoded`: bytes that all pictures together may take once decoded, which is what keeps a small PNG
     from growing into gigabytes. Samples that share a picture share the image object.
     """
     raw, rest = split_frame(body)
+    _check_counts(raw)
     try:
         header = Header.model_validate(raw)
     except ValidationError as error:
@@ -78,8 +82,21 @@ def decode_request(body: bytes, largest_decoded: int) -> tuple[Call, RewardBatch
 
 
 def _reason(error: Any) -> str:
-    """Where and what, without the value, which may be as large as the request."""
-    return f"{'.'.join(map(str, error['loc'])) or 'header'}: {error['msg']}"
+    """Where and what, without the value; a key may be as large as the request, too."""
+    where = ".".join(str(part)[:LONGEST_REASON] for part in error["loc"]) or "header"
+    return f"{where[:LONGEST_REASON]}: {error['msg']}"
+
+
+def _check_counts(raw: Any) -> None:
+    """Raises WireError. Pydantic makes an error of every entry that is wrong, at a hundred times the entry's size."""
+    header = raw if isinstance(raw, dict) else {}
+    lists = [value for value in header.values() if isinstance(value, list)]
+    pictures = header.get("pictures")
+    entries = [entry for entry in pictures if isinstance(entry, dict)] if isinstance(pictures, list) else []
+    if any(len(value) > MOST_PICTURES for value in lists) or any(
+        len(entry) > len(Header.model_fields) + MOST_REASONS for entry in [header, *entries[:MOST_PICTURES]]
+    ):
+        raise WireError([f"header: more than {MOST_SAMPLES} samples, or keys that this format does not have"])
 
 
 def _problems(header: Header, rest: int, largest_decoded: int) -> Iterator[str]:

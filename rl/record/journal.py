@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from rl.record.gallery import GallerySample, save_grid
 from rl.record.groups import GROUPS_FILE, GroupRecord, picture_path
 from rl.record.metrics import MetricsWriter
 from rl.record.state import RunState
-from rl.record.summary import RunSummary, print_summary, write_summary
+from rl.record.summary import RunSummary, duration, print_summary, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ class Journal:
         self, run_dir: Path, config: RunConfig, *, resume_step: int | None, redo_evaluation: bool = False
     ):
         self.run_dir, self.config_yaml = run_dir, to_yaml(config)
+        self._steps = sum(stage.steps for stage in config.stages)
+        self._timing: tuple[int, float] | None = None
+        """Steps done before the first one here, and when that began."""
         atomic_write_text(run_dir / "config.yaml", self.config_yaml)
         self.metrics = MetricsWriter(run_dir, resume_step=resume_step, redo_evaluation=redo_evaluation)
         for name in (SPANS_FILE, GROUPS_FILE):
@@ -42,11 +46,12 @@ class Journal:
     ) -> None:
         """Metrics of one finished step; `part`: the task that the step trained, in a joint stage."""
         self.metrics.log(values, step=step, stage=stage, stage_step=stage_step, part=part)
-        log.info(
-            "step %d (%s %d%s): reward %s, %.1f s",
-            step, stage, stage_step, f", {part}" if part else "", _short(values.get("reward/mean")),
-            values["time/step"],
-        )  # fmt: skip
+        seconds = values["time/step"]
+        self._timing = self._timing or (step - 1, time.monotonic() - seconds)
+        first, began = self._timing
+        left = (time.monotonic() - began) / (step - first) * (self._steps - step)
+        where = f"{stage} {stage_step}, {part}" if part else f"{stage} {stage_step}"
+        log.info("%s", step_line(values, f"step {step}/{self._steps} ({where})", left))
 
     def groups(self, records: Sequence[GroupRecord]) -> None:
         """What each sample of one step earned."""
@@ -129,11 +134,25 @@ class Journal:
         write_summary(summary, self.run_dir)
         self.metrics.close()
         if summary.finished:
-            print_summary(summary)
+            print_summary(summary, self.run_dir)
 
     def _append(self, name: str, records: Sequence[Span] | Sequence[GroupRecord]) -> None:
         append_records(self.run_dir / name, (asdict(record) for record in records))
 
 
-def _short(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+def step_line(values: Mapping[str, Any], where: str, left_s: float) -> str:
+    """What a step came to, for people; what was not measured is left out."""
+    clipped = [values.get(f"policy/clip_fraction_{side}") for side in ("low", "high")]
+    figures = {
+        "reward {:.4f}": values.get("reward/mean"),
+        "KL {:.2g}": values.get("policy/kl"),
+        "clipped {:.0%}": None if None in clipped else sum(c for c in clipped if c is not None),
+        "gradient {:.2g}": values.get("optimizer/grad_norm"),
+        "not scored {:.0%}": values.get("reward/missing_share") or None,
+        "{:.3g} images/s": values.get("throughput/images_per_second"),
+        "{:.1f} s": values["time/step"],
+    }
+    found = [form.format(value) for form, value in figures.items() if value is not None]
+    if values.get("reward/mean") is None:
+        found.insert(0, "nothing scored")
+    return f"{where}: {', '.join(found)}, {duration(left_s)} left"

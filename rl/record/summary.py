@@ -15,8 +15,10 @@ from core.files import atomic_write_json
 from core.statistics import Difference
 
 SUMMARY_FILE = "summary.json"
-WIDTH = 100
-"""Columns that the printed table may take, whatever the terminal's width."""
+WIDEST = 120
+"""Columns that the printed tables take at most."""
+_FIGURES = 60
+"""Of which figures and the spaces between them take so many, and a task's name the rest."""
 
 
 @dataclass(frozen=True)
@@ -117,22 +119,64 @@ def write_summary(summary: RunSummary, folder: str | Path) -> Path:
     return path
 
 
-def print_summary(summary: RunSummary, *, file: TextIO | None = None) -> None:
-    """Print the summary table, at most `WIDTH` columns wide, to `file` (standard output by default)."""
-    console = Console(file=file, width=WIDTH, highlight=False)
-    console.print(_changes_table(summary))
+def print_summary(
+    summary: RunSummary, folder: Path, *, file: TextIO | None = None, width: int | None = None
+) -> None:
+    """Print what the run in `folder` came to, and the commands that look at it and draw with it.
+
+    file: standard output by default. width: columns, by default the terminal's, at most `WIDEST`.
+    """
+    console = Console(file=file, width=width, highlight=False)
+    console.width = min(console.width, WIDEST)
+    console.print(Text(f"Run {summary.name}: held-out prompts, before and after"))
+    labels = [task for changes in _all_evaluations(summary) for task in changes]
+    room = min(max([len(label) for label in labels], default=4), console.width - _FIGURES)
+    for heading, changes in _blocks(summary):
+        console.print(Text(f"\n{heading}"))
+        if changes:
+            console.print(_changes_table(changes, room))
+    if labels:
+        console.print(Text("\nIntervals (95 %): paired bootstrap over prompts, not over training seeds."))
     if summary.base_guidance:
-        console.print(_guidance_table(summary.base_guidance))
-    if summary.best is not None:
-        console.print(Text(f"Best checkpoint: {summary.best}"), soft_wrap=True)
-    commit = f", commit {summary.commit[:12]}" if summary.commit else ""
-    learner = _restarts(summary.learner_restarts, "learner") if summary.learner_restarts else ""
-    console.print(
-        Text(
-            f"{summary.images:,} images in {duration(summary.seconds)}, {_restarts(summary.restarts, 'worker')}"
-            f"{learner}version {summary.version}{commit}"
+        console.print(Text("\nBase model by guidance scale"), _guidance_table(summary.base_guidance))
+    console.print()
+    for line in _last_lines(summary, folder):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _all_evaluations(summary: RunSummary) -> list[Mapping[str, Difference]]:
+    return [*(stage.evaluations for stage in summary.stages), summary.total]
+
+
+def _blocks(summary: RunSummary) -> list[tuple[str, Mapping[str, Difference]]]:
+    """A heading and what was evaluated, for each stage and the whole run."""
+    blocks = []
+    for stage in summary.stages:
+        unscored = f", {stage.missing_share:.1%} of its samples not scored" if stage.missing_share else ""
+        heading = (
+            f"stage {stage.name} ({stage.task}): {stage.steps} steps in {duration(stage.seconds)}, training reward "
+            f"{_number(stage.reward_mean)} in the last{unscored}"
         )
-    )
+        blocks.append((heading, stage.evaluations))
+    if summary.total:
+        steps = sum(stage.steps for stage in summary.stages)
+        blocks.append((f"whole run: {steps} steps in {duration(summary.seconds)}", summary.total))
+    return blocks
+
+
+def _last_lines(summary: RunSummary, folder: Path) -> list[str]:
+    learner = _restarts(summary.learner_restarts, "learner") if summary.learner_restarts else ""
+    commit = f", commit {summary.commit[:12]}" if summary.commit else ""
+    best = [f"best checkpoint: {summary.best}"] if summary.best is not None else []
+    return [
+        *best,
+        f"results: {folder}",
+        f"look:    python -m rl.report {folder}",
+        f"draw:    python -m models.generate --adapter {folder / 'adapter'}",
+        f"publish: python -m rl.export {folder} NEW_FOLDER",
+        f"{summary.images:,} images in {duration(summary.seconds)}, {_restarts(summary.restarts, 'worker')}"
+        f"{learner}version {summary.version}{commit}",
+    ]
 
 
 def _restarts(count: int, whose: str) -> str:
@@ -165,49 +209,26 @@ def _evaluations(differences: Mapping[str, Difference]) -> dict[str, dict[str, f
     }
 
 
-def _changes_table(summary: RunSummary) -> Table:
-    """One row per stage and evaluated task, then the whole run."""
-    table = _table(f"Run {summary.name}")
-    table.caption = "Held-out prompts. Intervals: paired bootstrap over prompts, not over training seeds."
-    table.add_column("stage", min_width=10, max_width=16, overflow="fold")
-    for header in ("steps", "time", "reward"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("task", no_wrap=True)
-    for header in ("before", "after", "difference (95 %)", "prompts"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for stage in summary.stages:
-        head = (stage.name, str(stage.steps), duration(stage.seconds), _number(stage.reward_mean))
-        _add_rows(table, head, stage.evaluations)
-        table.add_section()
-    if summary.total:
-        steps = sum(stage.steps for stage in summary.stages)
-        _add_rows(table, ("whole run", str(steps), duration(summary.seconds), ""), summary.total)
-    return table
-
-
-def _add_rows(table: Table, head: tuple[str, ...], evaluations: Mapping[str, Difference]) -> None:
-    """The rows of one stage; what belongs to the stage stands in its first row only."""
-    cells = [Text(cell) for cell in head]
-    if not evaluations:
-        table.add_row(*cells, "-")
-    for task, change in evaluations.items():
+def _changes_table(changes: Mapping[str, Difference], room: int) -> Table:
+    """One row per evaluated task; `room`: columns for its name."""
+    table = _table()
+    table.add_column("task", width=room, overflow="fold")
+    for header, columns in (("before", 7), ("after", 7), ("difference (95 %)", 26), ("prompts", 9)):
+        table.add_column(header, justify="right", no_wrap=True, width=columns)
+    for task, change in changes.items():
         interval = "" if change.low is None else f" [{_number(change.low, '+')}, {_number(change.high, '+')}]"
         prompts = f"{change.n}/{change.n + change.missing}" if change.missing else f"{change.n}"
         table.add_row(
-            *cells,
-            Text(task),
-            _number(change.before),
-            _number(change.after),
-            Text(_number(change.mean, "+") + interval),
+            Text(task), _number(change.before), _number(change.after), Text(_number(change.mean, "+") + interval),
             prompts,
-        )
-        cells = [Text("") for _ in head]
+        )  # fmt: skip
+    return table
 
 
 def _guidance_table(points: Mapping[str, tuple[GuidancePoint, ...]]) -> Table:
     """The base's evaluation by guidance scale, one row per task."""
     scales = sorted({point.guidance_scale for row in points.values() for point in row})
-    table = _table("Base model by guidance scale")
+    table = _table()
     table.add_column("task", no_wrap=True)
     for scale in scales:
         table.add_column(f"{scale:g}", justify="right")
@@ -217,14 +238,8 @@ def _guidance_table(points: Mapping[str, tuple[GuidancePoint, ...]]) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=Text(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        min_width=len(title),
-    )
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
 
 
 def _number(value: float | None, sign: str = "") -> str:

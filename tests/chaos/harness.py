@@ -30,8 +30,9 @@ CALL_S = 10.0
 """`resources.call_timeout_s`: what hangs is noticed after it, or twice that where two calls are under way."""
 LOOK_S, HUNG_S = 0.1, 5.0
 """Between two looks at a run; after which a hanging service is started again."""
-GONE_S = 20.0
-"""After a run's end, until nothing is left of it: Ray ends the actors of a driver that left."""
+GONE_S = 60.0
+"""After a run's end, until nothing is left of it: Ray ends the actors of a driver that left, and a driver that leaves
+sends its last metrics twice, for 10 s each where Ray's agent has no time."""
 TIMES = ("time", "throughput/", "workers/", "policy/version")
 """Metrics that may differ between two runs that computed the same: times, and what workers did."""
 

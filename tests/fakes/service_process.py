@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import httpx
-import uvicorn
 import yaml
 
 from rewards.base import RewardSet, RewardSpec, ServiceSpec
 from rewards.service.app import ServiceSettings, build_app
 from rewards.service.hosting import HostedReward
+from rewards.service.listening import listening_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,8 +73,11 @@ class ServiceThread:
         settings = ServiceSettings(max_request_mb * 2**20, token_env)
         app = build_app([HostedReward(trial, 4) for trial in trials], settings)
         listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16
+        )  # what nobody reads is noticed at once
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        self._server = listening_server(app)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()
 

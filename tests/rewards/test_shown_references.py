@@ -10,8 +10,7 @@ from PIL import Image
 from core.failures import DataFailure
 from core.pictures import read_picture
 from core.prompts import Prompt
-from models.references import shown_references
-from models.sizes import MAX_ASPECT
+from models.sizes import MAX_ASPECT, geometry
 from rewards.base import RewardSet, RewardSpec
 from rewards.checks import check_rewards
 from rewards.worker import RewardScorer
@@ -58,40 +57,33 @@ def readable_cases():
     return found
 
 
-def test_a_reward_gets_the_very_pixels_that_the_model_is_shown(reward_file, monkeypatch, tmp_path):
-    """Of every readable case, at several sizes."""
+@pytest.mark.parametrize("pixels", [None, 9500])
+def test_a_reward_gets_the_very_pixels_that_the_model_is_shown(reward_file, monkeypatch, tmp_path, pixels):
+    """Of every readable case, at several sizes, alone and behind another one."""
     encoded = []
-    monkeypatch.setattr(encoder, "encode_images", lambda _, pixels: encoded.append(pixels[0]) or pixels)
+    monkeypatch.setattr(encoder, "encode_images", lambda _, picture: encoded.append(picture[0]) or picture)
     make_tiny_folder(tmp_path / "model")
-    spec = encoder.EncoderSpec(str(tmp_path / "model"), "float32", "cpu", 32, 32, 16, 2**20, 1)
-    model = encoder.Encoder(spec)
-    scorer, seen = seeing_scorer(reward_file)
+    model = encoder.Encoder(
+        encoder.EncoderSpec(
+            str(tmp_path / "model"), "float32", "cpu", 32, 32, 16, 2**20, 1, reference_pixels=pixels
+        )
+    )
+    multiple = geometry(tmp_path / "model").multiple
+    scorer, seen = seeing_scorer(reward_file, reference_multiple=multiple, reference_pixels=pixels)
     files = readable_cases()
     assert len(files) > 15
-    for file in files:
-        prompt = Prompt(0, "edit", "p", (file,))
-        for size in SIZES:
+    for number, (file, other) in enumerate(zip(files, files[1:] + files[:1], strict=True)):
+        drawn = SIZES[number % len(SIZES)]
+        for references in ((file,), (other, file), (file, other)):
             encoded.clear()
             seen.clear()
-            model.encode_one(prompt, size)
-            asyncio.run(scorer.score(0, "edit", [prompt], np.zeros((1, *size, 3), np.uint8)))
+            prompt = Prompt(0, "edit", "p", references)
+            model.encode_one(prompt, drawn)
+            asyncio.run(scorer.score(0, "edit", [prompt], np.zeros((1, *drawn, 3), np.uint8)))
             (given,) = seen
-            assert [one.size for one in given] == [size[::-1]]
-            assert digests(given) == digests(map(to_picture, encoded)), (file, size)
-
-
-@pytest.mark.parametrize("budget", [None, 6000])
-def test_a_reward_gets_further_references_in_order_and_within_their_pixels(reward_file, budget):
-    scorer, seen = seeing_scorer(reward_file, reference_multiple=8, reference_pixels=budget)
-    files = readable_cases()[::3]
-    for pair in zip(files, files[1:] + files[:1], strict=True):
-        for size in SIZES[:2] if budget else SIZES:
-            seen.clear()
-            prompts = [Prompt(0, "edit", "p", pair)] * 2
-            asyncio.run(scorer.score(0, "edit", prompts, np.zeros((2, *size, 3), np.uint8)))
-            shown = shown_references([read_picture(file) for file in pair], size, 8, budget)
-            assert [digests(given) for given in seen] == [digests(shown)] * 2
-            assert sum(one.width * one.height for one in shown) <= (budget or 2 * size[0] * size[1])
+            assert given[0].size == drawn[::-1] and len(given) == len(references)
+            assert digests(given) == digests(map(to_picture, encoded)), (references, drawn)
+            assert sum(one.width * one.height for one in given) <= (pixels or 2 * drawn[0] * drawn[1])
 
 
 def test_a_square_of_the_drawn_size_is_not_touched(reward_file, tmp_path):

@@ -208,7 +208,9 @@ class Replica:
 
     def _healthy(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health", timeout=HEALTH_S, trust_env=False).status_code == 200
+            # The body is left unread: one that does not end would hold up the watch.
+            with httpx.stream("GET", f"{self.url}/health", timeout=HEALTH_S, trust_env=False) as answer:
+                return answer.status_code == 200
         except httpx.HTTPError:
             return False
 

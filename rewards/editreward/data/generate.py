@@ -85,7 +85,7 @@ def check(header: Header, section: GenerateSection) -> list[Prompt]:
     ]
     # What cannot be read is that prompt's failure alone, when its turn comes.
     drawn = (section.width, section.height)
-    problems += reference_problems(prompts, drawn, "generate.width and generate.height")[1]
+    problems += reference_problems(prompts, drawn, "set generate.width and generate.height to its own")[1]
     problems += [f"generate.model: {p}" for p in check_model_folder(recipes.resolve(section.model))]
     problems += output_problems("generate.output", output_folder(header, section.output, "edits"))
     paths = {"output_dir": header.output_dir, "generate.output": section.output or header.output_dir}

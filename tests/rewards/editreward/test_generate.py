@@ -165,7 +165,8 @@ def test_killed_with_sigkill_it_goes_on_and_yields_the_same_bytes(
     process = subprocess.Popen(
         [sys.executable, "-m", "rewards.editreward", "generate", str(place / "recipe.yaml"),
          f"generate.output={output}", "generate.workers=1"],
-        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": address} | worker_server.environment(),
+        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": address} | worker_server.environment()
+        | worker_server.commands("rewards.editreward"),
     )  # fmt: skip
     deadline = time.monotonic() + 300
     while not list(output.glob("*.tar")):

@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.records import read_records
+from rl.record.journal import step_line
 from rl.record.metrics import MetricsWriter
 
 
@@ -116,3 +117,19 @@ def test_a_fresh_writer_refuses_a_used_folder(tmp_path: Path) -> None:
         log_steps(writer, range(1, 2))
     with pytest.raises(FileExistsError, match="resume that run"):
         MetricsWriter(tmp_path)
+
+
+def test_a_step_is_one_line_without_what_was_not_measured() -> None:
+    values = {
+        "reward/mean": 0.61234, "reward/missing_share": 0.0, "policy/kl": 0.00123, "policy/clip_fraction_low": 0.05,
+        "policy/clip_fraction_high": 0.07, "optimizer/grad_norm": 0.345, "throughput/images_per_second": 5.31,
+        "time/step": 12.14,
+    }  # fmt: skip
+    assert step_line(values, "step 12/400 (edit 12)", 4800.0) == (
+        "step 12/400 (edit 12): reward 0.6123, KL 0.0012, clipped 12%, gradient 0.34, 5.31 images/s, 12.1 s, "
+        "1h 20m left"
+    )
+    bare = {"reward/mean": None, "reward/missing_share": 1.0, "time/step": 2.0}
+    assert step_line(bare, "step 1/2 (edit 1)", 2.0) == (
+        "step 1/2 (edit 1): nothing scored, not scored 100%, 2.0 s, 2 s left"
+    )
