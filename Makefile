@@ -63,7 +63,7 @@ chaos: extras
 accept: extras
 	@failed=; \
 	RAY_AUTH_MODE=token $(PY) -m bench.accept.cluster || failed=" cluster"; \
-	for proof in demo base vlm learning editreward table4 metaquery chaos; do \
+	for proof in demo base vlm learning two_references editreward table4 metaquery chaos; do \
 		$(PY) -m bench.accept.$$proof || failed="$$failed $$proof"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "make accept: these do not hold:$$failed (see docs/evidence/)" >&2; exit 1; fi

@@ -57,9 +57,7 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width} x {height} px are {_TOO_LARGE}")
+            refuse_large(image)
             return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ValueError(
@@ -71,6 +69,13 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
         ) from error
     except Exception as error:  # on damaged files PIL's decoders raise more than they document
         raise ValueError(f"{name} is unreadable ({error})") from error
+
+
+def refuse_large(image: Image.Image) -> None:
+    """Before its pixels are decoded: PIL itself only warns up to twice `MAX_PIXELS`. Raises ValueError."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} px are {_TOO_LARGE}")
 
 
 def read_picture(source: str | Path, name: str | None = None) -> Image.Image:

@@ -132,8 +132,8 @@ class KontextPipeline(DrawingPipeline):
 
         Raises ValueError for inputs that contradict each other or are missing.
         """
-        given = (prompt_embeds, pooled_prompt_embeds)
-        prompts = self._condition("prompt", prompt, given, None, max_sequence_length)
+        embeds = (prompt_embeds, pooled_prompt_embeds)
+        prompts = self._condition("prompt", prompt, embeds, None, max_sequence_length)
         count = len(prompts[0])
         if guidance_scale > 1:
             given = (negative_prompt_embeds, negative_pooled_prompt_embeds)
@@ -143,17 +143,10 @@ class KontextPipeline(DrawingPipeline):
             batch = ConditioningBatch(*prompts)
         size, shown = self._shown(image, count, height, width, reference_pixels)
         return self._draw(
-            batch,
-            shown,
-            size,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-        )
+            batch, shown, size, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents,
+            output_type=output_type, return_dict=return_dict,
+        )  # fmt: skip
 
     def _condition(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,13 @@ def draw_pictures(run: Path, seed: int) -> None:
     base = Base.load(BASE)
     trained = Base(load_transformer(run, dtype=torch.float32), base.vae, base.scheduler, base.encoder)
     for task in TASKS:
-        questions = heldout_questions(task, PROMPTS, seed)
-        columns = {
-            title: blocks(task, questions, model)
-            for title, model in (("base", base), ("after both stages", trained))
-        }
-        before_after_sheet(columns, IMAGES / f"learning_{task}.png")
+        models = {"base": base, "after both stages": trained}
+        draw_sheet(task, heldout_questions(task, PROMPTS, seed), models, IMAGES / f"learning_{task}.png")
+
+
+def draw_sheet(task: str, questions: list[Question], models: Mapping[str, Base], path: Path) -> None:
+    """A row for each question and a column for each model, under its title."""
+    before_after_sheet({title: blocks(task, questions, model) for title, model in models.items()}, path)
 
 
 def blocks(task: str, questions: list[Question], model: Base) -> list[GallerySample]:
@@ -44,7 +46,8 @@ def blocks(task: str, questions: list[Question], model: Base) -> list[GallerySam
     found = []
     for number, question in enumerate(questions):
         samples = pictures[number * count : (number + 1) * count]
-        reference = None if question.source is None else render_batch([question.source])[0]
+        seen = [scene for scene in (question.source, question.shown) if scene is not None]
+        reference = np.concatenate(render_batch(seen)) if seen else None
         found.append(
             GallerySample(question.prompt, 0, tiled(samples), float(rewards[number].mean()), reference)
         )

@@ -21,6 +21,7 @@ from typing import Protocol
 from PIL import Image, ImageOps
 
 from core.files import atomic_write_bytes, atomic_write_text
+from core.pictures import refuse_large
 from core.text import parse_json, read_text
 from rewards.benchmarks.items import Item
 
@@ -52,6 +53,7 @@ class Picture:
     def _open(self) -> Iterator[Image.Image]:
         try:
             with Image.open(self.path) as image:
+                refuse_large(image)
                 yield image
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.path}: is not a readable picture ({error}); make it again") from error

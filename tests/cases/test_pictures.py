@@ -2,9 +2,15 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from core import pictures
+from core.failures import DataError, SampleError
 from core.pictures import read_picture
 from core.prompts import load_prompts, load_references
+from rewards.benchmarks.layouts import Picture
+from rewards.editreward.data import shards
+from rewards.editreward.evaluate import pairs
 from tests.cases.conftest import CASES
 
 BAD = {
@@ -55,3 +61,14 @@ def test_a_reference_is_named_with_the_line_that_asks_for_it(tmp_path, name):
     (prompt,) = load_prompts(path, "edit")
     with pytest.raises(ValueError, match=f"reference image .*{name} of {path}:2 is unreadable"):
         load_references(prompt)
+
+
+def test_a_large_picture_is_refused_wherever_foreign_ones_are_read(tmp_path, monkeypatch):
+    """PIL warns up to twice the limit, and reads them."""
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 99)
+    path = tmp_path / "large.png"
+    Image.new("RGB", (10, 10)).save(path)
+    shard, pair, benchmark = shards._picture, pairs._picture, Picture(path).check
+    for read in (lambda: shard(path.read_bytes(), "x"), lambda: pair(path), benchmark):
+        with pytest.raises((SampleError, DataError, ValueError), match="10 x 10 px are more than"):
+            read()

@@ -19,6 +19,7 @@ from PIL import Image
 
 import recipes
 from core.agreement import best_threshold, pair_accuracy
+from core.pictures import refuse_large
 from core.statistics import Estimate, bootstrap_mean
 from core.text import parse_json, read_text
 from rewards.editreward.config import PairSetSection
@@ -134,6 +135,7 @@ def _by_source(values: np.ndarray, sources: Sequence[str], resamples: int, seed:
 def _picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
+            refuse_large(picture)
             return picture.convert("RGB")
     except Exception as error:
         raise DataError(f"{path} cannot be decoded ({type(error).__name__}: {error})") from error

@@ -60,6 +60,7 @@ def make(monkeypatch):
         control = Controller.__new__(Controller)
         control.config, control.spec, control.state = RunConfig(rollout=RolloutConfig()), None, RunState()
         control.state.stages.append(StageProgress("t2i"))
+        control.shapes = None
         control.learner, control._losses, control._policy = Learner(losses), 0, SimpleNamespace()
         control.drawn, control.ahead = [], []
         control.rollout = SimpleNamespace(

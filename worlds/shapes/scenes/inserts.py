@@ -1,10 +1,7 @@
 """Edits that need two pictures: the second shows the object to add, which the instruction calls "it".
 
-The second picture is a strip, wider and lower than the world's pictures. The transformer has one table of positions
-for all references and nothing that says which is which, so two of one size would be the same to it in either order; the
-ends of a strip lie where no picture of the world has a place, and the object stands at one of them.
-
-Split: by the source scene, as of all edits. What the second picture shows is independent of it.
+The second picture holds that object alone, in the middle of any background. Split: by the source scene, as of all
+edits; what the second picture shows is independent of it.
 """
 
 from __future__ import annotations
@@ -21,25 +18,18 @@ from worlds.shapes.scenes.world import (
     PLACES,
     Rng,
     Scene,
-    Shape,
     place,
     sample_name,
     sample_scene,
 )
 
-STRIP = (16, 64)
-"""Height and width of the second picture, px: as many pixels as the first has."""
-
-END = 48.0
-"""From an object at the left end of the strip to one at its right end, px."""
-
 
 @dataclass(frozen=True)
 class InsertExample:
-    """A source scene, a strip with the object to add, the instruction, a right target and the prompt's metadata."""
+    """A source scene, one that shows the object to add, the instruction, a right target, the prompt's metadata."""
 
     source: Scene
-    strip: Scene
+    shown: Scene
     instruction: str
     target: Scene
     metadata: dict[str, Any]
@@ -57,12 +47,7 @@ def sample_insert(rng: Rng, split: str) -> InsertExample:
         item = edit.result
         assert item is not None
         where = "" if edit.anywhere else f" at the {PLACES[item.cell]}"
+        alone = place(rng, item.shape, item.color, PLACES.index("center"))
+        shown = Scene(sample_name(rng, BACKGROUNDS), (alone,))
         metadata = {"edit": edit.to_json(source)}
-        return InsertExample(source, _strip(rng, item), f"add it{where}", example.target, metadata)
-
-
-def _strip(rng: np.random.Generator, item: Shape) -> Scene:
-    """An object like `item` at one end of a strip of any background."""
-    shown = place(rng, item.shape, item.color, 0)
-    shown = replace(shown, x=shown.x + END * int(rng.integers(2)))
-    return Scene(sample_name(rng, BACKGROUNDS), (shown,))
+        return InsertExample(source, shown, f"add it{where}", example.target, metadata)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from worlds.shapes.scenes.captions import FAMILIES, TAGS, Caption, captions
 from worlds.shapes.scenes.edits import KINDS, sample_edit
-from worlds.shapes.scenes.inserts import STRIP, sample_insert
+from worlds.shapes.scenes.inserts import sample_insert
 from worlds.shapes.scenes.render import render, render_batch
 from worlds.shapes.scenes.world import BACKGROUNDS
 
@@ -111,8 +111,7 @@ def insert_lines(split: str, count: int, seed: int | None = None) -> Iterator[di
     rng = np.random.default_rng(SEEDS[split] if seed is None else seed)
     for _ in range(count):
         example = sample_insert(rng, split)
-        pictures = (render(example.source), render_batch([example.strip], STRIP)[0])
-        references = [data_uri(picture) for picture in pictures]
+        references = [data_uri(picture) for picture in render_batch([example.source, example.shown])]
         yield {"prompt": example.instruction, "references": references, "metadata": example.metadata}
 
 

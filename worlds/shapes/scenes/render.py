@@ -64,7 +64,7 @@ def _blend(canvas: np.ndarray, item: Shape, color: np.ndarray) -> None:
     mask = sprite(item.shape, item.x - left, item.y - top)
     x0, y0 = left - SPRITE_RADIUS, top - SPRITE_RADIUS
     x1, y1 = x0 + mask.shape[1], y0 + mask.shape[0]
-    cx0, cy0, cx1, cy1 = max(x0, 0), max(y0, 0), min(x1, canvas.shape[1]), min(y1, canvas.shape[0])
+    cx0, cy0, cx1, cy1 = max(x0, 0), max(y0, 0), min(x1, SIZE), min(y1, SIZE)
     if cx0 >= cx1 or cy0 >= cy1:
         return
     mask = mask[cy0 - y0 : cy1 - y0, cx0 - x0 : cx1 - x0]
@@ -83,9 +83,9 @@ def render(scene: Scene) -> np.ndarray:
     return render_batch([scene])[0]
 
 
-def render_batch(scenes: Sequence[Scene], size: tuple[int, int] = (SIZE, SIZE)) -> np.ndarray:
-    """The scenes as uint8 [B, H, W, 3]; `size` is (H, W)."""
-    canvas = np.empty((len(scenes), *size, 3), np.float32)
+def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
+    """The scenes as uint8 [B, H, W, 3]."""
+    canvas = np.empty((len(scenes), SIZE, SIZE, 3), np.float32)
     for image, scene in zip(canvas, scenes, strict=True):
         image[:] = BACKGROUNDS[scene.background]
         for item in scene.objects:

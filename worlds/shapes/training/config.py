@@ -148,6 +148,8 @@ class Targets:
     """Mean score of ODE samples at guidance 1; 0 for both tasks: the run ends by its steps."""
     edit: Share = 0.0
     """The same of editing; give both or none."""
+    insert: Share = 0.0
+    """The same of insertion, whose share of the batches stays as it is; 0: its score is not looked at."""
     every: Count = 100
     """Steps between two looks."""
     prompts: Count = 512
@@ -156,13 +158,15 @@ class Targets:
 
 @dataclass
 class KontextRecipe(Recipe):
-    """The transformer, by flow matching on text-to-image and editing."""
+    """The transformer, by flow matching on text-to-image, editing and insertion from a second picture."""
 
     model: TransformerModel = field(default_factory=TransformerModel)
     vae: str = MISSING
     """Folder that holds `vae/`."""
     text: str = MISSING
     """Folder that holds `text_encoder{,_2,_3}/` and `tokenizer{,_2,_3}/`."""
+    start: str = ""
+    """Folder that holds the `transformer/` whose weights training starts from; empty: fresh ones."""
     scheduler_shift: Positive = 3.0
     """Static shift of the sigma table, and of the training timesteps."""
     pool_size: Count = 50000
@@ -175,6 +179,8 @@ class KontextRecipe(Recipe):
     """Share of prompts that are replaced by the empty one."""
     edit_share: Share = 0.5
     """Share of batches that are editing; batches alternate, they never mix tasks. `targets` change it at each look."""
+    insert_share: Share = 0.0
+    """Share of batches that insert the object of a second picture; `edit_share` then is of the others."""
     preview_steps: Count = 10
     """Denoising steps of the sample grids."""
     targets: Targets = field(default_factory=Targets)
@@ -301,6 +307,10 @@ def _broken_rules(recipe: Recipe) -> list[str]:
 
 def _broken_targets(recipe: KontextRecipe) -> list[str]:
     targets = recipe.targets
+    if targets.insert and not (recipe.insert_share and targets.edit):
+        return [
+            f"targets.insert={targets.insert}: insert_share or the other targets are 0; give those too, or 0 here"
+        ]
     if not (targets.t2i or targets.edit):
         return []
     if not (targets.t2i and targets.edit):

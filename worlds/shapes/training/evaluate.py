@@ -36,7 +36,8 @@ from models.preflight import model_problems
 from models.sampling import sample_latents, sigma_table
 from models.text import SD3TextEncoder, stack_embeds
 from worlds.shapes.scenes.captions import sample_t2i
-from worlds.shapes.scenes.edits import sample_edit
+from worlds.shapes.scenes.edits import INSERT, sample_edit
+from worlds.shapes.scenes.inserts import sample_insert
 from worlds.shapes.scenes.render import render_batch
 from worlds.shapes.scenes.world import Scene
 from worlds.shapes.scoring.rewards import EditShapes, GenEvalShapes
@@ -44,23 +45,26 @@ from worlds.shapes.training.pool import load_text
 from worlds.shapes.training.shapes import to_tensor
 
 TASKS = ("t2i", "edit")
+"""Of the embedded base. A base that was trained for it also inserts (`INSERT`)."""
 READERS = ("transformer", "vlm")
 """Who may be shown the picture to edit: the transformer its latents, the VLM of a MetaQuery base its pixels."""
 _BATCH = 32
-_PROMPT_STREAM = {"t2i": 201, "edit": 202}
+_PROMPT_STREAM = {"t2i": 201, "edit": 202, INSERT: 204}
 _NOISE_STREAM = 203
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out prompt: `source` is the scene to edit (None for text-to-image), `group` its tag or kind."""
+    """One held-out prompt: `source` is the scene to edit (None for text-to-image), `group` its tag or kind; `shown` is
+    the scene of the second picture where there is one."""
 
     prompt: str
     metadata: dict[str, Any]
     source: Scene | None
     target: Scene
     group: str
+    shown: Scene | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,12 @@ def heldout_questions(task: str, count: int, seed: int = 0) -> list[Question]:
         if task == "t2i":
             metadata, scene = sample_t2i(rng, "heldout")
             questions.append(Question(metadata["prompt"], metadata, None, scene, metadata["tag"]))
+        elif task == INSERT:
+            item = sample_insert(rng, "heldout")
+            group = "any place" if item.metadata["edit"].get("anywhere") else "stated place"
+            questions.append(
+                Question(item.instruction, item.metadata, item.source, item.target, group, item.shown)
+            )
         else:
             edit = sample_edit(rng, "heldout")
             questions.append(Question(edit.instruction, edit.metadata, edit.source, edit.target, edit.kind))
@@ -154,8 +164,9 @@ class Base:
             generators = [torch_generator(seed, start + i, _NOISE_STREAM) for i in range(len(batch))]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
             sources = [question.source for question in batch if question.source is not None]
-            shown = sources and "transformer" in self.references
-            references = (encode_images(self.vae, to_tensor(sources)),) if shown else ()
+            further = [question.shown for question in batch if question.shown is not None]
+            seen = (sources, further) if "transformer" in self.references else ()
+            references = tuple(encode_images(self.vae, to_tensor(scenes)) for scenes in seen if scenes)
             prompts = ConditioningBatch(
                 *self.embed([question.prompt for question in batch], sources),
                 references,

@@ -1,4 +1,4 @@
-"""Stage `kontext`: the whole DiT by flow matching, text-to-image and editing by turns, up to target scores."""
+"""Stage `kontext`: the whole DiT by flow matching, its tasks by turns, up to target scores."""
 
 import shutil
 from collections.abc import Mapping
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from core.pictures import contact_sheet
 from core.training.randomness import torch_generator
-from models.components import load_vae
+from models.components import load_transformer, load_vae
 from models.conditioning import ConditioningBatch
 from models.folders import TEXT_PARTS
 from models.kontext import KontextTransformer
 from models.latents import decode_latents
 from models.sampling import sample_latents, sigma_table
 from pretrain.flow.loss import add_noise, draw_sigmas, prompt_dropout_mask, velocity_error
+from worlds.shapes.scenes.edits import INSERT
 from worlds.shapes.training.config import KontextRecipe
 from worlds.shapes.training.evaluate import TASKS, Base, heldout_questions, score
 from worlds.shapes.training.loop import Look, Stage, StageLoss, save_rounded
@@ -38,20 +39,27 @@ class KontextStage(Stage):
         self.recipe = recipe
         self.edit_share = recipe.edit_share
         self.pool = load_pool(recipe)
-        self.transformer = new_transformer(recipe, self.pool)
+        self.transformer = (
+            load_transformer(recipe.start, dtype=torch.float32)
+            if recipe.start
+            else new_transformer(recipe, self.pool)
+        )
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe.scheduler_shift)
         self.vae = load_vae(recipe.vae)
         self.modules = [self.transformer]
 
     def loss(self, step: int) -> StageLoss:
         pool, recipe = self.pool, self.recipe
-        task = task_of(step, self.edit_share)
+        task = task_of(step, self.edit_share, recipe.insert_share)
         generator = torch_generator(recipe.seed, step)
         rows = torch.randint(len(pool.t2i_text), (recipe.batch_size,), generator=generator)
-        if task == "edit":
-            clean, references, text = pool.edit_targets[rows], pool.edit_sources[rows], pool.edit_text[rows]
+        references: list[Tensor]
+        if task == INSERT:
+            references, clean, text = _insertion(pool, rows)
+        elif task == "edit":
+            references, clean, text = [pool.edit_sources[rows]], pool.edit_targets[rows], pool.edit_text[rows]
         else:
-            clean, references, text = pool.t2i_latents[rows], None, pool.t2i_text[rows]
+            references, clean, text = [], pool.t2i_latents[rows], pool.t2i_text[rows]
         dropped = prompt_dropout_mask(len(rows), recipe.prompt_dropout, generator)
         prompt = self._prompt(text.masked_fill(dropped, 0))
         sigma = draw_sigmas(len(rows), recipe.scheduler_shift, generator)
@@ -109,15 +117,16 @@ class ScoreTargets:
     def __init__(self, recipe: KontextRecipe, stage: KontextStage) -> None:
         """Loads the text encoders of the recipe's `text`. Raises FileNotFoundError as their loader does."""
         self.stage, self.steps, self.every = stage, recipe.preview_steps, recipe.targets.every
-        self.targets = {"t2i": recipe.targets.t2i, "edit": recipe.targets.edit}
+        named = {"t2i": recipe.targets.t2i, "edit": recipe.targets.edit, INSERT: recipe.targets.insert}
+        self.targets = {task: target for task, target in named.items() if target}
         self.questions = {
-            task: heldout_questions(task, recipe.targets.prompts, _PROMPT_SEED) for task in TASKS
+            task: heldout_questions(task, recipe.targets.prompts, _PROMPT_SEED) for task in self.targets
         }
         self.base = Base(stage.transformer, stage.vae, stage.scheduler, load_text(recipe.text))
 
     def look(self) -> Look:
         """Mean scores of the stage's weights as they are now; sets `stage.edit_share`."""
-        scores = {task: self._score(task) for task in TASKS}
+        scores = {task: self._score(task) for task in self.targets}
         self.stage.edit_share = edit_share(scores, self.targets)
         figures = {f"score_{task}": value for task, value in scores.items()}
         return Look(
@@ -132,16 +141,27 @@ class ScoreTargets:
 
 
 def edit_share(scores: Mapping[str, float], targets: Mapping[str, float]) -> float:
-    """Editing's part of what both tasks lack to their targets, within [LEAST_SHARE, 1 - LEAST_SHARE]; .5 of nothing."""
-    lacks = {task: max(target - scores[task], 0.0) for task, target in targets.items()}
+    """Editing's part of what text-to-image and editing lack, within [LEAST_SHARE, 1 - LEAST_SHARE]; .5 of nothing."""
+    lacks = {task: max(targets[task] - scores[task], 0.0) for task in TASKS}
     total = sum(lacks.values())
     share = lacks["edit"] / total if total else 0.5
     return min(max(share, LEAST_SHARE), 1 - LEAST_SHARE)
 
 
-def task_of(step: int, edit_share: float) -> str:
-    """`edit` or `t2i`: which task the batch of a step is, evenly spread (share .5 alternates)."""
-    return "edit" if int((step + 1) * edit_share) > int(step * edit_share) else "t2i"
+def task_of(step: int, edit_share: float, insert_share: float = 0.0) -> str:
+    """`insert`, else `edit` or `t2i`: which task the batch of a step is, evenly spread (share .5 alternates)."""
+    before = int(step * insert_share)
+    if int((step + 1) * insert_share) > before:
+        return INSERT
+    left = step - before
+    return "edit" if int((left + 1) * edit_share) > int(left * edit_share) else "t2i"
+
+
+def _insertion(pool: Pool, rows: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Both references, target and text of some samples of insertion."""
+    found = (pool.insert_sources, pool.insert_shown, pool.insert_targets, pool.insert_text)
+    sources, shown, targets, text = (tensor[rows] for tensor in found if tensor is not None)
+    return [sources, shown], targets, text
 
 
 def new_transformer(recipe: KontextRecipe, pool: Pool) -> KontextTransformer:

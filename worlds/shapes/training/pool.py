@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from models.latents import encode_images
 from models.text import SD3TextEncoder
 from worlds.shapes.scenes.world import Scene
 from worlds.shapes.training.config import KontextRecipe
-from worlds.shapes.training.shapes import edit_batch, t2i_batch, to_tensor
+from worlds.shapes.training.shapes import edit_batch, insert_batch, t2i_batch, to_tensor
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ _CHUNK = 64
 class Pool:
     """N samples of each task, U distinct texts. Row 0 of the texts is the empty prompt.
 
-    t2i_latents, edit_sources, edit_targets: N C H W, shifted and scaled; t2i_text, edit_text: N, rows of the
-    texts; prompt_embeds: U L D; pooled_embeds: U P.
+    *_latents, *_sources, *_shown, *_targets: N C H W, shifted and scaled; *_text: N, rows of the texts;
+    prompt_embeds: U L D; pooled_embeds: U P. What belongs to insertion is None where it is not trained.
     """
 
     t2i_latents: Tensor
@@ -40,6 +41,10 @@ class Pool:
     edit_text: Tensor
     prompt_embeds: Tensor
     pooled_embeds: Tensor
+    insert_sources: Tensor | None = None
+    insert_shown: Tensor | None = None
+    insert_targets: Tensor | None = None
+    insert_text: Tensor | None = None
 
 
 def load_text(folder: str | Path) -> SD3TextEncoder:
@@ -58,7 +63,8 @@ def load_pool(recipe: KontextRecipe) -> Pool:
     pool = build_pool(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({item.name: getattr(pool, item.name).contiguous() for item in fields(pool)}, partial)
+    tensors = {item.name: getattr(pool, item.name) for item in fields(pool)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, partial)
     os.replace(partial, path)
     return pool
 
@@ -67,39 +73,43 @@ def load_pool(recipe: KontextRecipe) -> Pool:
 def build_pool(recipe: KontextRecipe) -> Pool:
     """Draw and encode `pool_size` samples of each task, as a function of `pool_seed`."""
     vae = load_vae(recipe.vae)
-    t2i_latents, sources, targets = [], [], []
-    t2i_texts: list[str] = []
-    edit_texts: list[str] = []
+    latents: dict[str, list[Tensor]] = defaultdict(list)
+    prompts: dict[str, list[str]] = defaultdict(list)
+
+    def encode(name: str, scenes: list[Scene]) -> None:
+        latents[name].append(encode_images(vae, to_tensor(scenes)))
+
     for step in tqdm(range(-(-recipe.pool_size // _CHUNK)), desc="encoding", mininterval=2):
         count = min(_CHUNK, recipe.pool_size - step * _CHUNK)
         t2i = t2i_batch(recipe.pool_seed, step, count)
         edit = edit_batch(recipe.pool_seed, step, count)
-
-        def encode(scenes: list[Scene]) -> Tensor:
-            return encode_images(vae, to_tensor(scenes))
-
-        t2i_latents.append(encode(t2i.scenes))
-        sources.append(encode(edit.sources))
-        targets.append(encode(edit.targets))
-        t2i_texts += t2i.prompts
-        edit_texts += edit.prompts
-    texts = ["", *sorted({*t2i_texts, *edit_texts})]
+        encode("t2i_latents", t2i.scenes)
+        encode("edit_sources", edit.sources)
+        encode("edit_targets", edit.targets)
+        prompts["t2i_text"] += t2i.prompts
+        prompts["edit_text"] += edit.prompts
+        if recipe.insert_share:
+            inserts = insert_batch(recipe.pool_seed, step, count)
+            encode("insert_sources", [item.source for item in inserts])
+            encode("insert_shown", [item.shown for item in inserts])
+            encode("insert_targets", [item.target for item in inserts])
+            prompts["insert_text"] += [item.instruction for item in inserts]
+    texts = ["", *sorted({text for drawn in prompts.values() for text in drawn})]
     rows = {text: row for row, text in enumerate(texts)}
     embeds = load_text(recipe.text).encode(texts)
+    tensors = {name: torch.cat(parts) for name, parts in latents.items()}
+    tensors |= {name: torch.tensor([rows[text] for text in drawn]) for name, drawn in prompts.items()}
     return Pool(
-        t2i_latents=torch.cat(t2i_latents),
-        t2i_text=torch.tensor([rows[text] for text in t2i_texts]),
-        edit_sources=torch.cat(sources),
-        edit_targets=torch.cat(targets),
-        edit_text=torch.tensor([rows[text] for text in edit_texts]),
         prompt_embeds=torch.stack([item.prompt_embeds for item in embeds]).float(),
         pooled_embeds=torch.stack([item.pooled_prompt_embeds for item in embeds]).float(),
+        **tensors,
     )
 
 
 def _digest(recipe: KontextRecipe) -> str:
     """Identity of the encoders' files and of what is drawn."""
-    digest = hashlib.sha256(json.dumps([recipe.pool_size, recipe.pool_seed]).encode())
+    drawn = [recipe.pool_size, recipe.pool_seed, *(["insert"] if recipe.insert_share else [])]
+    digest = hashlib.sha256(json.dumps(drawn).encode())
     folders = [Path(recipe.vae) / "vae", *(Path(recipe.text) / part for part in TEXT_PARTS)]
     for folder in folders:
         for path in sorted(folder.glob("*")):

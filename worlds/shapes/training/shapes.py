@@ -9,11 +9,12 @@ from torch import Tensor
 from core.seeds import numpy_generator
 from worlds.shapes.scenes.captions import sample_t2i
 from worlds.shapes.scenes.edits import sample_edit
+from worlds.shapes.scenes.inserts import InsertExample, sample_insert
 from worlds.shapes.scenes.render import render_batch
 from worlds.shapes.scenes.world import Scene
 
 # One stream of random numbers per use of a step.
-_T2I, _EDIT = 101, 102
+_T2I, _EDIT, _INSERT = 101, 102, 103
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ def edit_batch(seed: int, step: int, count: int) -> EditBatch:
     rng = numpy_generator(seed, step, _EDIT)
     drawn = [sample_edit(rng, "train") for _ in range(count)]
     return EditBatch([d.instruction for d in drawn], [d.source for d in drawn], [d.target for d in drawn])
+
+
+def insert_batch(seed: int, step: int, count: int) -> list[InsertExample]:
+    """Insertions into scenes of the training split."""
+    rng = numpy_generator(seed, step, _INSERT)
+    return [sample_insert(rng, "train") for _ in range(count)]
 
 
 def scene_batch(seed: int, step: int, count: int) -> list[Scene]:

@@ -45,6 +45,7 @@ def test_every_unknown_key_is_named_with_the_nearest_known_one():
         ("targets.t2i=2", "targets.t2i=2"),
         ("targets.edit=0", "targets.edit=0"),
         ("targets.every=0", "targets.every=0"),
+        ("targets.insert=.5", "targets.insert=0.5: insert_share or the other targets are 0"),
         ("save_every=50", "save_every=50 must be a multiple of targets.every=100"),
         ("stop_step=250", "stop_step=250 must be a multiple"),
         ("stage=rl", "stage='rl' is not one of vae, text, kontext"),

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +20,8 @@ from worlds.shapes.training.evaluate import (
     summarise,
 )
 
+BASE = Path(__file__).parents[4] / "recipes" / "shapes" / "base"
+
 
 def test_questions_are_held_out_and_repeat():
     first, again = heldout_questions("edit", 20), heldout_questions("edit", 20)
@@ -27,7 +32,23 @@ def test_questions_are_held_out_and_repeat():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", ["t2i", "edit"])
+def test_an_insertion_is_drawn_from_both_pictures_in_their_order():
+    questions = heldout_questions("insert", 3)
+    assert {question.group for question in heldout_questions("insert", 30)} == {"stated place", "any place"}
+    base = Base.load(BASE)
+    drawn = [
+        base.draw(asked, 1.0, 2)
+        for asked in (
+            questions,
+            [replace(question, shown=questions[0].source) for question in questions],
+            [replace(q, source=q.shown, shown=q.source) for q in questions],
+            [replace(question, shown=None) for question in questions],
+        )
+    ]
+    assert len({pictures.tobytes() for pictures in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("task", ["t2i", "edit", "insert"])
 def test_right_pictures_score_near_one(task):
     questions = heldout_questions(task, 30)
     truth = render_batch([question.target for question in questions])

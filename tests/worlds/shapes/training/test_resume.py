@@ -12,10 +12,11 @@ import torch
 from core.checkpoints import resume_folder, step_folders
 from core.recipe import ConfigError
 from core.run_lock import hold_run
+from models.components import load_transformer
 from worlds.shapes.training.checkpoint import load_checkpoint, save_checkpoint
 from worlds.shapes.training.config import load_recipe
 from worlds.shapes.training.evaluate import Base, heldout_questions, score
-from worlds.shapes.training.kontext import ScoreTargets, edit_share
+from worlds.shapes.training.kontext import ScoreTargets, edit_share, task_of
 from worlds.shapes.training.loop import Look, TrainingLoop
 from worlds.shapes.training.train import build_stage, main
 
@@ -191,6 +192,43 @@ def test_a_run_with_targets_resumes_to_the_bit_with_the_share_of_its_last_look(p
     straight = run(resume=False)
     assert straight[1][0][0] != 0.5
     assert run(resume=True) == straight
+
+
+def test_insertion_is_trained_from_given_weights_and_resumes_to_the_bit(parts, tmp_path):
+    begun = new_loop("kontext", [*overrides_of("kontext", parts, tmp_path / "begun"), "steps=1"])
+    begun.run()
+    start = f"start={tmp_path / 'begun/model'}"
+    words = [
+        *overrides_of("kontext", parts, tmp_path / "run"),
+        start,
+        "insert_share=0.5",
+        *TARGETS,
+        "targets.insert=1",
+    ]
+
+    def run(resume):
+        recipe = load_recipe(SHAPES / "kontext.yaml", words)
+        stage = build_stage(recipe)
+        if not resume:
+            assert _flat(stage.transformer.state_dict()) == _flat(
+                load_transformer(tmp_path / "begun/model", dtype=torch.float32).state_dict()
+            )
+        loop = TrainingLoop(stage, recipe, ScoreTargets(recipe, stage))
+        if resume:
+            loop.resume(str(tmp_path / f"run/checkpoints/step-{CUT:06d}"))
+        loop.run()
+        lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        state = load_checkpoint(tmp_path / f"run/checkpoints/step-{STEPS:06d}")[0]
+        return _flat(state), [(line["loss"], line["loss_insert"], line["score_insert"]) for line in lines]
+
+    assert run(resume=False) == run(resume=True)
+
+
+def test_insertion_has_its_share_and_the_others_have_theirs_of_the_rest():
+    tasks = [task_of(step, 0.5, 0.6) for step in range(100)]
+    assert [tasks.count(task) for task in ("insert", "edit", "t2i")] == [60, 20, 20]
+    assert set(tasks[40:50]) == {"insert", "edit", "t2i"}
+    assert [task_of(step, 0.3) for step in range(50)] == [task_of(step, 0.3, 0.0) for step in range(50)]
 
 
 def test_batches_go_where_the_most_is_lacking():
