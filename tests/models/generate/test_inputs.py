@@ -229,6 +229,18 @@ def test_metadata_that_was_changed_by_hand_is_checked(
     assert f"{forged}: its 'unipic-rl' text cannot be used: {message}" in capsys.readouterr().err
 
 
+def test_a_picture_from_before_there_were_further_references_is_read(tmp_path: Path, folder: Path) -> None:
+    made, old = tmp_path / "made.png", tmp_path / "old.png"
+    words = ["--model", str(folder), "--prompt", "x", "--steps", "1", "--threads", "1", "--output", str(made)]
+    assert main(words) == 0
+    record = read_record(made)
+    fewer = {
+        key: value for key, value in record.items() if "further" not in key and key != "reference_pixels"
+    }
+    old.write_bytes(png_bytes(np.asarray(Image.open(made)), fewer))
+    assert len(fewer) == len(record) - 3 and read_record(old) == record
+
+
 def test_a_line_that_gives_a_size_takes_nothing_of_it_from_the_command_line(
     folder: Path, tmp_path: Path
 ) -> None:
