@@ -32,10 +32,12 @@ from models.lora.attach import (
 )
 from models.lora.files import read_adapter, save_adapter
 from models.sampling import sample_latents, sigma_table
+from models.sizes import reference_sizes
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Generators = torch.Generator | list[torch.Generator] | None
+References = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None
 
 
 class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
@@ -76,7 +78,7 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
     def _draw(
         self,
         prompts: ConditioningBatch,
-        images: list[Image.Image],
+        shown: list[list[Image.Image]],
         size: tuple[int, int],
         *,
         num_inference_steps: int,
@@ -87,10 +89,10 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         output_type: str,
         return_dict: bool,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Sample, decode and convert; N prompts, with negatives where they are guided, and N or no references."""
+        """Sample, decode and convert; N prompts, with negatives where they are guided, and what `_shown` returns."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
-        prompts = replace(prompts, reference_latents=self._reference(images, size))
+        prompts = replace(prompts, reference_latents=self._reference(shown))
         rows = torch.arange(len(prompts.prompt_embeds)).repeat_interleave(num_images_per_prompt)
         final = sample_latents(
             self.transformer,
@@ -105,22 +107,38 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         )
         return ImagePipelineOutput(images=output) if return_dict else (output,)
 
-    @staticmethod
-    def _images(image: Image.Image | Sequence[Image.Image] | None, count: int) -> list[Image.Image]:
-        """Upright RGB references, none or one for each prompt."""
-        if image is None:
-            return []
-        if isinstance(image, Image.Image):
-            return [to_rgb(image)] * count
-        if len(image) != count:
-            raise ValueError(f"{len(image)} images do not fit {count} prompts: give one for all, or one each")
-        return [to_rgb(one) for one in image]
+    def _shown(
+        self,
+        image: References,
+        count: int,
+        height: int | None,
+        width: int | None,
+        reference_pixels: int | None,
+    ) -> tuple[tuple[int, int], list[list[Image.Image]]]:
+        """Height and width in pixels of what is generated, and of each of `count` prompts its references, upright RGB
+        at the sizes at which they are shown; no list without any."""
+        rows = _references_by_prompt(image, count)
+        multiple = self.transformer.config.patch_size * vae_factor(self.vae.config)
+        size = self._size([row[0] for row in rows], height, width, multiple)
+        sizes = [
+            reference_sizes([(one.height, one.width) for one in row], size, multiple, reference_pixels)
+            for row in rows
+        ]
+        if any(other != sizes[0] for other in sizes):
+            raise ValueError(
+                f"references are shown at {', '.join(map(str, sizes))} (height, width), but all prompts of one "
+                "call have as many references, of the same sizes: give them in calls of their own"
+            )
+        return size, [
+            [one.resize((w, h), Image.Resampling.LANCZOS) for one, (h, w) in zip(row, sizes[0], strict=True)]
+            for row in rows
+        ]
 
-    def _size(self, images: list[Image.Image], height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width in pixels of what is generated."""
-        factor = vae_factor(self.vae.config)
-        config = self.transformer.config
-        side, multiple = config.sample_size * factor, config.patch_size * factor
+    def _size(
+        self, images: list[Image.Image], height: int | None, width: int | None, multiple: int
+    ) -> tuple[int, int]:
+        """Height and width in pixels of what is generated; `images` are the pictures to edit."""
+        side = self.transformer.config.sample_size * vae_factor(self.vae.config)
         if (height is None) != (width is None):
             raise ValueError(f"give both height ({height}) and width ({width}), or neither")
         if height is not None and width is not None:
@@ -132,10 +150,14 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             raise ValueError(f"the references suggest different sizes {sorted(sizes)}: give height and width")
         return sizes.pop() if sizes else (side, side)
 
-    def _reference(self, images: list[Image.Image], size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        if not images:
-            return ()
-        return (encode_images(self.vae, torch.stack([image_to_tensor(image, *size) for image in images])),)
+    def _reference(self, shown: list[list[Image.Image]]) -> tuple[torch.Tensor, ...]:
+        """Latents of the references by their place, N C h w each."""
+        return tuple(
+            encode_images(
+                self.vae, torch.stack([image_to_tensor(one, one.height, one.width) for one in at_place])
+            )
+            for at_place in zip(*shown, strict=True)
+        )
 
     def _noise(
         self, latents: torch.Tensor | None, generator: Generators, count: int, size: tuple[int, int]
@@ -147,6 +169,31 @@ class DrawingPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         if latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
         return latents.to(self._execution_device, torch.float32)
+
+
+def _references_by_prompt(image: References, count: int) -> list[list[Image.Image]]:
+    """Upright RGB references of each of `count` prompts, as `KontextPipeline.__call__` takes them; no list for None."""
+    if image is None:
+        return []
+    if isinstance(image, Image.Image):
+        return [[to_rgb(image)]] * count
+    given: list[Any] = list(image)
+    flat = all(isinstance(one, Image.Image) for one in given)
+    if not flat and any(isinstance(one, Image.Image) for one in given):
+        raise ValueError(
+            "image mixes pictures and lists of pictures: give a list of references for each prompt"
+        )
+    rows = (
+        [given] if flat and count == 1 else [[one] for one in given] if flat else [list(row) for row in given]
+    )
+    if len(rows) != count:
+        raise ValueError(
+            f"{len(rows)} {'images' if flat else 'lists of images'} do not fit {count} prompts: give one picture for "
+            "all, one each, or a list of references for each prompt"
+        )
+    if not all(rows):
+        raise ValueError("a list of references is empty: leave image out for text-to-image")
+    return [[to_rgb(one) for one in row] for row in rows]
 
 
 def _convert(images: torch.Tensor, output_type: str) -> Any:

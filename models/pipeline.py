@@ -8,19 +8,19 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
-from PIL import Image
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from models.components import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from models.conditioning import ConditioningBatch
-from models.drawing import DrawingPipeline, Generators
+from models.drawing import DrawingPipeline, Generators, References
 from models.folders import PARTS, TEXT_ENCODERS, TOKENIZERS, check_model_folder, require
 from models.kontext import KontextTransformer
 from models.text import SD3TextEncoder, stack_embeds
 
 
 class KontextPipeline(DrawingPipeline):
-    """UniPic2-SD3.5M-Kontext: `pipeline("a red fox")`, or `pipeline("make it blue", image=photo)`.
+    """UniPic2-SD3.5M-Kontext: `pipeline("a red fox")`, `pipeline("make it blue", image=photo)`, or, with several
+    references, `pipeline("put the cat of the second picture on the chair", image=[room, cat])`.
 
     The folder need not have a `model_index.json`: the released one has none, and none is written. A seed
     gives one image: latents stay in float32, and the reference is encoded to the mode of its posterior.
@@ -95,7 +95,7 @@ class KontextPipeline(DrawingPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        image: Image.Image | Sequence[Image.Image] | None = None,
+        image: References = None,
         negative_prompt: str | Sequence[str] = "",
         height: int | None = None,
         width: int | None = None,
@@ -109,6 +109,7 @@ class KontextPipeline(DrawingPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         max_sequence_length: int = 256,
+        reference_pixels: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -116,12 +117,17 @@ class KontextPipeline(DrawingPipeline):
 
         Args:
             prompt: one or N prompts, or `prompt_embeds` N L D with `pooled_prompt_embeds` N P.
-            image: reference to edit, one for all prompts or one each; any mode, size and EXIF rotation.
+            image: reference to edit, in any mode, size and EXIF rotation: a picture is that of every prompt; of a list
+                of pictures, N prompts have one each, and a single prompt has them all as its references, in the order
+                in which it speaks of them; a list of lists has each prompt's references. The first is edited and
+                decides the size; further ones are shown in their own proportions at up to as many pixels. Prompts of
+                one call have as many references, of the same sizes.
             negative_prompt: one for all or one each; unused when `guidance_scale` is at most 1.
             height, width: pixels. By default the transformer's `sample_size`; for an edit, the nearest of the
                 training aspect ratios to the reference's, at the same area.
             generator: one for the batch, or one for each image.
             latents: initial noise, instead of `generator`'s.
+            reference_pixels: of all references of a prompt together; further ones share what the first leaves.
             output_type: `pil`, `np` (N H W 3 in [0, 1]), `pt` (N 3 H W in [0, 1]) or `latent`.
 
         Raises ValueError for inputs that contradict each other or are missing.
@@ -135,11 +141,11 @@ class KontextPipeline(DrawingPipeline):
             batch = ConditioningBatch(*prompts, (), *negatives)
         else:
             batch = ConditioningBatch(*prompts)
-        images = self._images(image, count)
+        size, shown = self._shown(image, count, height, width, reference_pixels)
         return self._draw(
             batch,
-            images,
-            self._size(images, height, width),
+            shown,
+            size,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,

@@ -20,6 +20,7 @@ from models.folders import TEXT_PARTS
 from models.latents import encode_images, image_to_tensor
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import PositionMode
+from models.sizes import geometry, reference_sizes
 from models.text import SD3TextEncoder
 from rollout.engine import WorkerInfo
 from rollout.machine import machine_failures
@@ -30,6 +31,7 @@ class EncoderSpec:
     """What an encode worker is built from. `cache_bytes` bounds the prompt-embedding cache.
 
     height, width: px at which pictures are edited where a call names no size.
+    reference_pixels: of all references of a prompt together, see `models.sizes.reference_sizes`.
     `vlm_path`: the Qwen2.5-VL of a MetaQuery model, None for Kontext and its text encoders; `position_mode` and
     `negative_prompt` matter with it alone. `held`: sha256 of files below `model.path/` and `model.vlm/` as the driver
     has them, which this node's must match.
@@ -46,13 +48,14 @@ class EncoderSpec:
     vlm_path: str | None = None
     position_mode: PositionMode = "flat"
     negative_prompt: str = ""
+    reference_pixels: int | None = None
     held: Mapping[str, str] = field(default_factory=dict)
 
 
 class Encoder:
-    """Turns prompts into conditioning: prompt embeddings (cached) and the reference image's VAE latents.
+    """Turns prompts into conditioning: prompt embeddings (cached) and the reference images' VAE latents, in order.
 
-    MetaQuery reads the reference image too, beside the prompt and beside the negative prompt, so there an edit's
+    MetaQuery reads the reference images too, beside the prompt and beside the negative prompt, so there an edit's
     conditioning carries a negative of its own.
     """
 
@@ -73,6 +76,7 @@ class Encoder:
             options["position_mode"] = spec.position_mode
             self.text = MetaQueryEncoder.from_pretrained(spec.model_path, spec.vlm_path, **options)
         self.vae = load_vae(spec.model_path, device=spec.device)
+        self._multiple = geometry(spec.model_path).multiple
 
     def ready(self) -> WorkerInfo:
         """Answers once the encoders are loaded."""
@@ -104,26 +108,37 @@ class Encoder:
             raise DataFailure(f"{prompt.name} ({prompt.prompt!r}): {cause}") from error
 
     def _conditioning(self, prompt: Prompt, size: tuple[int, int] | None) -> Conditioning:
-        height, width = size or (self.spec.height, self.spec.width)
         if not prompt.references:
-            return Conditioning(*self._embed(prompt.prompt, None))
-        (image,) = load_references(prompt)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        latents = encode_images(self.vae, image_to_tensor(image, height, width)[None])[0].cpu()
-        own = () if self.spec.vlm_path is None else self._embed(self.spec.negative_prompt, image)
-        return Conditioning(*self._embed(prompt.prompt, image), (latents,), *own)
+            return Conditioning(*self._embed(prompt.prompt, []))
+        images = load_references(prompt)
+        sizes = reference_sizes(
+            [(one.height, one.width) for one in images],
+            size or (self.spec.height, self.spec.width),
+            self._multiple,
+            self.spec.reference_pixels,
+        )
+        shown = [
+            one.resize((width, height), Image.Resampling.LANCZOS)
+            for one, (height, width) in zip(images, sizes, strict=True)
+        ]
+        latents = tuple(
+            encode_images(self.vae, image_to_tensor(one, one.height, one.width)[None])[0].cpu()
+            for one in shown
+        )
+        own = () if self.spec.vlm_path is None else self._embed(self.spec.negative_prompt, shown)
+        return Conditioning(*self._embed(prompt.prompt, shown), latents, *own)
 
     def encode_text(self, text: str) -> Conditioning:
         """Text alone (the negative prompt)."""
         (embeds,) = self.text.encode([text])
         return Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds)
 
-    def _embed(self, text: str, image: Image.Image | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """prompt_embeds and pooled_prompt_embeds of a text read beside a picture, where the encoder sees one."""
+    def _embed(self, text: str, images: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+        """prompt_embeds and pooled_prompt_embeds of a text read beside pictures, where the encoder sees any."""
         if isinstance(self.text, SD3TextEncoder):
             (embeds,) = self.text.encode([text])
         else:
-            (embeds,) = self.text.encode([text], [image])
+            (embeds,) = self.text.encode([text], [images])
         return embeds.prompt_embeds, embeds.pooled_prompt_embeds
 
 

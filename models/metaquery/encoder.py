@@ -16,7 +16,7 @@ from models.text import DEFAULT_CACHE_BYTES, EmbedsCache, PromptEmbeds
 
 
 class MetaQueryEncoder:
-    """Stands where `SD3TextEncoder` stands for Kontext; prompts may come with the picture they edit.
+    """Stands where `SD3TextEncoder` stands for Kontext; prompts may come with the pictures they refer to.
 
     Encodes one prompt at a time, so that the result does not depend, to the bit, on what came with it. What is
     cached was made with the weights of its time: use the reader itself while they train. Not thread-safe.
@@ -66,13 +66,13 @@ class MetaQueryEncoder:
         return cls(conditioner, reader, cache_bytes=cache_bytes)
 
     def encode(
-        self, prompts: Sequence[str], images: Sequence[Image.Image | None] | None = None
+        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None = None
     ) -> list[PromptEmbeds]:
         """Embeddings of the prompts in order: prompt_embeds Q J and pooled_prompt_embeds P, on the CPU.
 
         Args:
-            prompts: what to draw, or, with an image, how to edit it.
-            images: None, or one entry a prompt: the picture to edit at the size at which it is edited.
+            prompts: what to draw, or, with images, how to edit the first.
+            images: as `QueryReader.hidden_states` takes them.
 
         Raises:
             TypeError: a single string instead of a list of them.
@@ -80,14 +80,14 @@ class MetaQueryEncoder:
         """
         if isinstance(prompts, str):
             raise TypeError(f"encode takes a list of prompts, not the string {prompts!r}")
-        given = [None] * len(prompts) if images is None else [image and to_rgb(image) for image in images]
+        given = [[]] * len(prompts) if images is None else [[to_rgb(one) for one in row] for row in images]
         if len(given) != len(prompts):
             raise ValueError(
-                f"{len(given)} images do not fit {len(prompts)} prompts: give one or None for each"
+                f"{len(given)} lists of images do not fit {len(prompts)} prompts: give one, maybe empty, for each"
             )
         return [
-            self.cache.get((prompt, _fingerprint(image)), partial(self._encode_one, prompt, image))
-            for prompt, image in zip(prompts, given, strict=True)
+            self.cache.get((prompt, *map(_fingerprint, row)), partial(self._encode_one, prompt, row))
+            for prompt, row in zip(prompts, given, strict=True)
         ]
 
     def answer(self, images: Sequence[Image.Image], question: str, *, max_new_tokens: int = 512) -> str:
@@ -104,17 +104,15 @@ class MetaQueryEncoder:
         )
 
     @torch.no_grad()
-    def _encode_one(self, prompt: str, image: Image.Image | None) -> PromptEmbeds:
+    def _encode_one(self, prompt: str, images: Sequence[Image.Image]) -> PromptEmbeds:
         if self.conditioner is None:
             raise ValueError("this encoder has no conditioner: give the folder of a UniPic2-MetaQuery")
         embeds, pooled = self.conditioner(
-            partial(self.reader.hidden_states, prompts=[prompt], images=[image])
+            partial(self.reader.hidden_states, prompts=[prompt], images=[images])
         )
         return PromptEmbeds(prompt_embeds=embeds[0].cpu(), pooled_prompt_embeds=pooled[0].cpu())
 
 
-def _fingerprint(image: Image.Image | None) -> bytes | None:
+def _fingerprint(image: Image.Image) -> bytes:
     """Size and pixels of an RGB image, hashed."""
-    if image is None:
-        return None
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from models.components import load_scheduler, load_transformer, load_vae
 from models.conditioning import ConditioningBatch
-from models.drawing import DrawingPipeline, Generators
+from models.drawing import DrawingPipeline, Generators, References
 from models.folders import METAQUERY_PARTS, check_model_folder, check_vlm_folder, require
 from models.kontext import KontextTransformer
 from models.metaquery.conditioner import MetaQueryConditioner, load_conditioner
@@ -27,7 +27,7 @@ class MetaQueryPipeline(DrawingPipeline):
     """`pipeline("a red fox")`, `pipeline("make it blue", image=photo)`, `pipeline.answer([photo], "what is it?")`.
 
     The folder holds `transformer/ vae/ scheduler/ conditioner/`; the frozen Qwen2.5-VL is a folder of its own. An
-    edit's reference reaches the transformer as latents and the VLM as a picture, beside the prompt and beside the
+    edit's references reach the transformer as latents and the VLM as pictures, beside the prompt and beside the
     negative prompt alike.
     """
 
@@ -101,7 +101,7 @@ class MetaQueryPipeline(DrawingPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str],
-        image: Image.Image | Sequence[Image.Image] | None = None,
+        image: References = None,
         negative_prompt: str | Sequence[str] = "",
         height: int | None = None,
         width: int | None = None,
@@ -110,6 +110,7 @@ class MetaQueryPipeline(DrawingPipeline):
         num_images_per_prompt: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
+        reference_pixels: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -120,22 +121,20 @@ class MetaQueryPipeline(DrawingPipeline):
         Raises ValueError for inputs that contradict each other or cannot be read.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        images = self._images(image, len(prompts))
-        height, width = self._size(images, height, width)
-        images = [one.resize((width, height), Image.Resampling.LANCZOS) for one in images]
+        size, shown = self._shown(image, len(prompts), height, width, reference_pixels)
         encoder = self._encoder()
-        batch = ConditioningBatch(*stack_embeds(encoder.encode(prompts, images or None)))
+        batch = ConditioningBatch(*stack_embeds(encoder.encode(prompts, shown or None)))
         if guidance_scale > 1:
             given = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
             negatives = list(given)
             if len(negatives) != len(prompts):
                 raise ValueError(f"{len(negatives)} negative_prompts do not fit {len(prompts)} prompts")
-            embeds, pooled = stack_embeds(encoder.encode(negatives, images or None))
+            embeds, pooled = stack_embeds(encoder.encode(negatives, shown or None))
             batch = replace(batch, negative_prompt_embeds=embeds, negative_pooled_prompt_embeds=pooled)
         return self._draw(
             batch,
-            images,
-            (height, width),
+            shown,
+            size,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,

@@ -1,4 +1,4 @@
-"""Reading a prompt, and the picture to edit, with a frozen Qwen2.5-VL: its states at MetaQuery's queries.
+"""Reading a prompt, and the pictures it refers to, with a frozen Qwen2.5-VL: its states at MetaQuery's queries.
 
 The queries stand after the assistant header of a chat without system prompt (UniPic 2.0, section 3.1). A batch is
 padded behind the queries, and attention is causal: nothing that is read can see the padding, so no mask is needed.
@@ -8,6 +8,7 @@ Shapes: B prompts, T tokens of the longest row, Q queries, D width of the langua
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,18 +22,18 @@ from models.metaquery.vlm import expand_pictures, load_vlm, prepare_pictures, re
 PositionMode = Literal["flat", "mrope"]
 POSITION_MODES: tuple[PositionMode, ...] = ("flat", "mrope")
 VIEW_SCALE = 28 / 32
-"""The VLM sees a picture to edit at this share of the size at which it is edited, as in the released inference."""
+"""The VLM sees a reference at this share of the size at which the transformer does, as in the released inference."""
 PIXELS_PER_TOKEN = 32
 """Side in pixels of the edit image's part that one token of the released VLM (28 pixels a token) then sees."""
 
 
 @dataclass(frozen=True)
 class _Prefix:
-    """What stands before the queries: ids [t], embeddings [t, D], and the picture's grid [1, 3] in patches."""
+    """What stands before the queries: ids [t], embeddings [t, D], and the pictures' grids [n, 3] in patches."""
 
     ids: Tensor
     embeds: Tensor
-    grid: Tensor | None
+    grids: Tensor | None
 
 
 class QueryReader:
@@ -80,7 +81,7 @@ class QueryReader:
         self,
         meta_queries: Tensor,
         prompts: Sequence[str],
-        images: Sequence[Image.Image | None] | None = None,
+        images: Sequence[Sequence[Image.Image]] | None = None,
     ) -> Tensor:
         """Last hidden states [B, Q, D] at the queries, after the final norm, in the VLM's dtype.
 
@@ -88,8 +89,9 @@ class QueryReader:
         other but for rounding.
 
         Args:
-            prompts: what to draw, or, where the row has an image, how to edit it.
-            images: None, or one entry a prompt: the picture to edit at the size at which it is edited.
+            prompts: what to draw, or, where the row has images, how to edit the first.
+            images: None, or for each prompt its references in order, none where it has none: at the sizes at which the
+                transformer sees them.
 
         Raises:
             TypeError: a single string instead of a list.
@@ -98,10 +100,10 @@ class QueryReader:
         """
         if isinstance(prompts, str):
             raise TypeError(f"hidden_states takes a list of prompts, not the string {prompts!r}")
-        given = [None] * len(prompts) if images is None else list(images)
+        given = [()] * len(prompts) if images is None else list(images)
         if len(given) != len(prompts):
             raise ValueError(
-                f"{len(given)} images do not fit {len(prompts)} prompts: give one or None for each"
+                f"{len(given)} lists of images do not fit {len(prompts)} prompts: give one, maybe empty, for each"
             )
         if meta_queries.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -131,10 +133,10 @@ class QueryReader:
             language_model.eval()
 
     @torch.no_grad()
-    def _prefixes(self, prompts: Sequence[str], images: Sequence[Image.Image | None]) -> list[_Prefix]:
-        """The chat of every row up to the queries, its picture among the embeddings."""
+    def _prefixes(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[_Prefix]:
+        """The chat of every row up to the queries, its pictures among the embeddings."""
         model, device = self.vlm.model, self.vlm.device
-        shown = [image for image in images if image is not None]
+        shown = [image for row in images for image in row]
         features: Any = iter(())
         grids: Any = iter(())
         counts: Any = iter(())
@@ -145,27 +147,25 @@ class QueryReader:
                 model.get_image_features(pictures.pixels.to(device), pictures.grids.to(device)).pooler_output
             )
         prefixes = []
-        for prompt, image in zip(prompts, images, strict=True):
-            ids = self._ids(prompt, None if image is None else next(counts)).to(device)
+        for prompt, row in zip(prompts, images, strict=True):
+            ids = self._ids(prompt, list(islice(counts, len(row)))).to(device)
             embeds = model.get_input_embeddings()(ids)
             grid = None
-            if image is not None:
-                embeds[ids == self.vlm.config.image_token_id] = next(features).to(embeds.dtype)
-                grid = next(grids)[None]
+            if row:
+                seen = torch.cat(list(islice(features, len(row))))
+                embeds[ids == self.vlm.config.image_token_id] = seen.to(embeds.dtype)
+                grid = torch.stack(list(islice(grids, len(row))))
             prefixes.append(_Prefix(ids, embeds, grid))
         return prefixes
 
-    def _ids(self, prompt: str, picture_tokens: int | None) -> Tensor:
-        """Token ids [t] of the user's turn and the assistant's header."""
+    def _ids(self, prompt: str, picture_tokens: Sequence[int]) -> Tensor:
+        """Token ids [t] of the user's turn, its pictures first, and the assistant's header."""
         refuse_control_tokens(prompt, self.tokenizer)
-        if picture_tokens is None:
-            turn = f"Generate an image: {prompt}"
-        else:
-            turn = f"<|vision_start|><|image_pad|><|vision_end|>{prompt}"
+        pictures = "<|vision_start|><|image_pad|><|vision_end|>" * len(picture_tokens)
+        turn = f"{pictures}{prompt}" if pictures else f"Generate an image: {prompt}"
         text = f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        tokens = [] if picture_tokens is None else [picture_tokens]
-        return expand_pictures(ids, self.vlm.config.image_token_id, tokens)
+        return expand_pictures(ids, self.vlm.config.image_token_id, picture_tokens)
 
     def _positions(self, prefix: _Prefix, num_queries: int) -> Tensor:
         """Positions [t + Q, 3] of a row: time, height and width."""
@@ -175,5 +175,5 @@ class QueryReader:
         kinds = torch.zeros(1, length, dtype=torch.long, device=prefix.ids.device)
         kinds[0, : len(prefix.ids)] = prefix.ids == self.vlm.config.image_token_id
         # Only the lengths of runs of text and picture matter, so the kinds stand for the ids as well.
-        positions, _ = self.vlm.model.get_rope_index(kinds, kinds, image_grid_thw=prefix.grid)
+        positions, _ = self.vlm.model.get_rope_index(kinds, kinds, image_grid_thw=prefix.grids)
         return positions[:, 0].T

@@ -185,7 +185,7 @@ def encode_queries(
     done = [torch.empty(0, *queries.shape, dtype=queries.dtype)]
     for places in _chunks(range(len(ordinals)), data.cache.batch_size):
         prompts: list[str] = []
-        pictures: list[Image.Image | None] = []
+        pictures: list[list[Image.Image]] = []
         for place in places:
             ordinal = ordinals[place]
             try:
@@ -201,7 +201,7 @@ def encode_queries(
                 if key not in numbers:
                     numbers[key] = len(numbers)
                     prompts.append(text)
-                    pictures.append(picture)
+                    pictures.append([] if picture is None else [picture])
                 rows[-1].append(numbers[key])
         if prompts:
             done.append(reader.hidden_states(queries, prompts, pictures).cpu())

@@ -73,7 +73,8 @@ class Encoders:
         if batch.query_states is not None:
             return partial(_cached, states=batch.query_states.to(self.device))
         if self.reader is not None:
-            images = batch.reference_images if self.recipe.references.vlm else None
+            shown = batch.reference_images if self.recipe.references.vlm else None
+            images = None if shown is None else [[picture] for picture in shown]
             return partial(self.reader.hidden_states, prompts=batch.prompts, images=images)
         assert self.text is not None
         encoded = self.text.encode(batch.prompts)

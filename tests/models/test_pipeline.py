@@ -86,6 +86,39 @@ def test_same_seed_same_image_and_the_reference_matters(pipeline: KontextPipelin
     assert (edit(0, picture(seed=1)) != first).any()
 
 
+def test_several_references_of_a_prompt_keep_their_order(
+    pipeline: KontextPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+    forward = pipeline.transformer.forward
+    monkeypatch.setattr(
+        pipeline.transformer,
+        "forward",
+        lambda **kw: seen.append(kw["reference_hidden_states"]) or forward(**kw),
+    )
+    room, cat = picture(32, 32), picture(64, 16, seed=1)
+
+    def edit(
+        prompt: str | list[str], image: object, seeds: tuple[int, ...] = (0,), **more: int
+    ) -> torch.Tensor:
+        options = {"height": 32, "width": 32, "guidance_scale": 1.0, "output_type": "latent", **STEPS, **more}
+        generators = [seeded(seed) for seed in seeds]
+        return pipeline(prompt, image, generator=generators, **options).images
+
+    both = edit("x", [room, cat])
+    for shown, (image, height, width) in zip(seen[0], ((room, 32, 32), (cat, 16, 64)), strict=True):
+        expected = encode_images(pipeline.vae, image_to_tensor(image, height, width)[None])
+        assert torch.equal(shown, expected)
+    assert torch.equal(edit(["x"], [[room, cat]]), both)
+    other = picture(32, 32, seed=2)
+    assert (edit("x", [room, other]) - edit("x", [other, room])).abs().max() > 1e-3
+    together = edit(["x", "x"], [[room, cat], [other, cat]], (0, 1))
+    torch.testing.assert_close(together[:1], both, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[1:], edit("x", [other, cat], (1,)), atol=1e-5, rtol=1e-5)
+    edit("x", [room, cat], reference_pixels=32 * 32 + 256)
+    assert [one.shape[-2:] for one in seen[-1]] == [(8, 8), (2, 8)]
+
+
 def test_one_generator_per_image_makes_each_its_own(pipeline: KontextPipeline) -> None:
     options = {"output_type": "latent", **STEPS}
     together = pipeline(["a star", "a circle"], generator=[seeded(1), seeded(2)], **options).images
@@ -204,7 +237,15 @@ def test_adapter_folders_load_by_us_and_by_diffusers(tmp_path: Path, folder: Pat
         ({"prompt": "a", "height": 30, "width": 32}, "multiples of 8"),
         ({"prompt": "a", "height": 32}, "or neither"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"] * 3}, "3 negative_prompts"),
-        ({"prompt": "a", "image": [picture(), picture()]}, "2 images do not fit 1 prompts"),
+        ({"prompt": ["a", "b"], "image": [picture()] * 3}, "3 images do not fit 2 prompts"),
+        ({"prompt": "a", "image": [[picture()]] * 2}, "2 lists of images do not fit 1 prompts"),
+        ({"prompt": "a", "image": []}, "a list of references is empty"),
+        ({"prompt": ["a", "b"], "image": [picture(), [picture()]]}, "mixes pictures and lists"),
+        (
+            {"prompt": ["a", "b"], "image": [[picture()], [picture()] * 2], "height": 32, "width": 32},
+            r"shown at \[\(32, 32\)\], \[\(32, 32\), \(32, 32\)\] .* calls of their own",
+        ),
+        ({"prompt": "a", "image": [picture()] * 2, "reference_pixels": 1024}, "2 references in 1024 pixels"),
         ({"prompt": ["a", "b"], "image": [picture(), picture(64, 32)]}, "give height and width"),
         ({"prompt": "a", "latents": torch.zeros(1, 4, 4, 4)}, r"expected \(1, 4, 8, 8\)"),
         ({"prompt_embeds": torch.zeros(1, 24, 48)}, "given together"),

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,11 +71,16 @@ def test_a_policy_that_does_not_arrive_is_asked_for_elsewhere(replica, monkeypat
         replica.sample(REQUEST, SPEC, Policy(7, "f" * 64, ("ref",)), None, text_conditioning())
 
 
-def image_prompt(index=0, colour=(200, 30, 40)):
+def image_prompt(index=0, colour=(200, 30, 40), size=(32, 32)):
     buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
+    Image.new("RGB", size, colour).save(buffer, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Prompt(index, "edit", "make it blue", (uri,))
+
+
+def images_prompt(*prompts):
+    """The first prompt with the references of all."""
+    return replace(prompts[0], references=tuple(one for prompt in prompts for one in prompt.references))
 
 
 def text_conditioning():
@@ -140,6 +146,28 @@ def test_reference_latents_are_the_vaes_mode(encoder):
     assert torch.equal(encoder.encode_one(image_prompt()).reference_latents[0], expected)
 
 
+def test_several_references_keep_their_order_and_a_further_one_its_proportions(encoder):
+    square, wide = image_prompt(), image_prompt(1, (1, 2, 3), (64, 16))
+    first, further = encoder.encode_one(images_prompt(square, wide)).reference_latents
+    assert torch.equal(first, encoder.encode_one(square).reference_latents[0])
+    pixels = image_to_tensor(Image.new("RGB", (64, 16), (1, 2, 3)), 16, 64)[None]
+    assert torch.equal(further, encode_images(encoder.vae, pixels)[0])
+    swapped = encoder.encode_one(images_prompt(wide, square)).reference_latents
+    assert torch.equal(swapped[0], encoder.encode_one(wide).reference_latents[0])
+    assert torch.equal(swapped[1], first)
+
+
+def test_a_budget_of_pixels_makes_further_references_smaller(encoder, monkeypatch):
+    prompt = images_prompt(*[image_prompt()] * 3)
+    for budget, sides in ((None, (8, 8, 8)), (32 * 32 + 2 * 16 * 16, (8, 4, 4))):
+        monkeypatch.setattr(encoder, "spec", replace(encoder.spec, reference_pixels=budget))
+        found = encoder.encode_one(prompt).reference_latents
+        assert tuple(one.shape[-1] for one in found) == sides
+    monkeypatch.setattr(encoder, "spec", replace(encoder.spec, reference_pixels=32 * 32))
+    with pytest.raises(DataFailure, match="prompt 0 .*3 references in 1024 pixels"):
+        encoder.encode_one(prompt)
+
+
 def test_text_alone(encoder):
     negative = encoder.encode_text("")
     assert negative.reference_latents == ()
@@ -178,7 +206,7 @@ def test_metaquery_reads_the_picture_beside_prompt_and_negative_prompt(tmp_path)
     )
     picture = Image.new("RGB", (32, 32), (200, 30, 40))
     stock = MetaQueryEncoder.from_pretrained(folder, vlm, dtype=torch.float32, device="cpu")
-    positive, negative = stock.encode(["make it blue", "blurry"], [picture, picture])
+    positive, negative = stock.encode(["make it blue", "blurry"], [[picture], [picture]])
     assert torch.equal(first.prompt_embeds, positive.prompt_embeds)
     assert torch.equal(first.pooled_prompt_embeds, positive.pooled_prompt_embeds)
     assert torch.equal(first.negative_prompt_embeds, negative.prompt_embeds)
@@ -190,6 +218,13 @@ def test_metaquery_reads_the_picture_beside_prompt_and_negative_prompt(tmp_path)
     assert not torch.equal(second.negative_prompt_embeds, first.negative_prompt_embeds)
     assert drawn.negative_prompt_embeds is None and drawn.reference_latents == ()
     assert torch.equal(encoder.encode_text("blurry").prompt_embeds, stock.encode(["blurry"])[0].prompt_embeds)
+    orders = (image_prompt(0), image_prompt(1, (1, 2, 3))), (image_prompt(1, (1, 2, 3)), image_prompt(0))
+    both, swapped = (encoder.encode_one(images_prompt(*order)) for order in orders)
+    other = Image.new("RGB", (32, 32), (1, 2, 3))
+    for name, text in (("prompt_embeds", "make it blue"), ("negative_prompt_embeds", "blurry")):
+        seen = stock.encode([text], [[picture, other]])[0].prompt_embeds
+        assert torch.equal(getattr(both, name), seen)
+        assert not torch.equal(getattr(swapped, name), seen)
     with pytest.raises(DataFailure, match="prompt 3 .*control tokens"):
         encoder.encode_one(Prompt(3, "t2i", "a<|im_end|>"))
 

@@ -43,7 +43,7 @@ def test_edit_equals_a_hand_written_loop(pipeline: MetaQueryPipeline) -> None:
     reader = pipeline._encoder().reader
     rows = [
         pipeline.conditioner.project(
-            reader.hidden_states(pipeline.conditioner.meta_queries, [prompt], [resized])
+            reader.hidden_states(pipeline.conditioner.meta_queries, [prompt], [[resized]])
         )
         for prompt in ("make it red", "blurry")
     ]
@@ -69,6 +69,20 @@ def test_prompt_picture_and_negative_prompt_reach_the_image(pipeline: MetaQueryP
     assert torch.equal(latents("a red fox"), first)
     for other in (("a blue fox",), ("a red fox", None, "blue"), ("a red fox", picture())):
         assert (latents(*other) - first).abs().max() > 1e-3, other
+
+
+def test_several_references_are_seen_in_their_order(pipeline: MetaQueryPipeline) -> None:
+    """By the VLM beside both prompts, and by the transformer: each alone makes a difference."""
+    pair = [picture(), picture(seed=1)]
+
+    def latents(images: list[Image.Image], **options: float) -> torch.Tensor:
+        call = {"height": 32, "width": 32, **STEPS, **options}
+        return pipeline("put it there", images, generator=seeded(), **call).images  # type: ignore[arg-type]
+
+    assert torch.equal(latents(pair), latents(pair))
+    assert (latents(pair) - latents(pair[::-1])).abs().max() > 1e-3
+    embeds = [pipeline._encoder().encode(["x"], [one])[0].prompt_embeds for one in (pair, pair[::-1])]
+    assert (embeds[0] - embeds[1]).abs().max() > 1e-4
 
 
 def test_an_edit_repeats_alone_and_in_a_batch(pipeline: MetaQueryPipeline) -> None:

@@ -26,7 +26,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-IMAGES = [None, picture(96, 64), None, picture(64, 128, 1)]
+IMAGES = [[], [picture(96, 64)], [], [picture(64, 128, 1), picture(96, 96, 2), picture(96, 64, 3)]]
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,20 @@ def encoder(readers: dict[str, QueryReader]) -> MetaQueryEncoder:
 
 
 @torch.no_grad()
-def stock_states(reader: QueryReader, prompt: str, image: Image.Image | None, *, pad: int, flat: bool) -> Any:
+def stock_states(reader: QueryReader, prompt: str, images: list[Image.Image], *, pad: int, flat: bool) -> Any:
     """transformers' whole model on ids, padded on the left and masked, as public inference code calls it."""
     vlm = reader.vlm
     user = f"Generate an image: {prompt}"
     inputs: dict[str, torch.Tensor] = {}
-    if image is not None:
-        small = image.resize((image.width * 28 // 32, image.height * 28 // 32), Image.Resampling.BICUBIC)
-        features = reader.image_processor(images=[small], return_tensors="pt")
+    if images:
+        small = [
+            one.resize((one.width * 28 // 32, one.height * 28 // 32), Image.Resampling.BICUBIC)
+            for one in images
+        ]
+        features = reader.image_processor(images=small, return_tensors="pt")
         inputs = {"pixel_values": features["pixel_values"], "image_grid_thw": features["image_grid_thw"]}
-        pads = "<|image_pad|>" * (small.width // 28 * (small.height // 28))
-        user = f"<|vision_start|>{pads}<|vision_end|>{prompt}"
+        pads = ["<|image_pad|>" * (int(grid.prod()) // 4) for grid in features["image_grid_thw"]]
+        user = "".join(f"<|vision_start|>{each}<|vision_end|>" for each in pads) + prompt
     chat = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
     ids = reader.tokenizer(chat)["input_ids"]
     filler = reader.tokenizer.convert_tokens_to_ids("<|vision_pad|>")
@@ -69,7 +72,7 @@ def stock_states(reader: QueryReader, prompt: str, image: Image.Image | None, *,
     mask[:, :pad] = 0
     flat_ids = (mask.cumsum(1) - 1).clamp(min=0).expand(3, 1, -1)
     kinds = (ids == vlm.config.image_token_id).int()
-    own = {"position_ids": flat_ids} if flat or image is None else {"mm_token_type_ids": kinds}
+    own = {"position_ids": flat_ids} if flat or not images else {"mm_token_type_ids": kinds}
     vlm.model.rope_deltas = None
     output = vlm.model(input_ids=ids, inputs_embeds=embeds, attention_mask=mask, **inputs, **own)
     return output.last_hidden_state[0, -len(QUERIES) :]
@@ -80,11 +83,11 @@ def test_equals_transformers_forward_in_a_batch_and_alone(readers: dict[str, Que
     reader = readers[mode]
     with torch.no_grad():
         together = reader.hidden_states(QUERIES, PROMPTS, IMAGES)
-    for k, (prompt, image) in enumerate(zip(PROMPTS, IMAGES, strict=True)):
+    for k, (prompt, images) in enumerate(zip(PROMPTS, IMAGES, strict=True)):
         with torch.no_grad():
-            alone = reader.hidden_states(QUERIES, [prompt], [image])[0]
+            alone = reader.hidden_states(QUERIES, [prompt], [images])[0]
         torch.testing.assert_close(together[k], alone, atol=1e-5, rtol=1e-5)
-        expected = stock_states(reader, prompt, image, pad=3, flat=mode == "flat")
+        expected = stock_states(reader, prompt, images, pad=3, flat=mode == "flat")
         torch.testing.assert_close(alone, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -153,8 +156,8 @@ def test_wrong_inputs_are_refused(
     readers: dict[str, QueryReader], metaquery_folders: tuple[Path, Path]
 ) -> None:
     reader = readers["flat"]
-    with pytest.raises(ValueError, match="1 images do not fit 2 prompts"):
-        reader.hidden_states(QUERIES, ["a", "b"], [None])
+    with pytest.raises(ValueError, match="1 lists of images do not fit 2 prompts"):
+        reader.hidden_states(QUERIES, ["a", "b"], [[]])
     with pytest.raises(TypeError, match="takes a list"):
         reader.hidden_states(QUERIES, "a fox")
     with pytest.raises(ValueError, match="width 32 do not fit a VLM of width 64"):
@@ -168,11 +171,11 @@ def test_wrong_inputs_are_refused(
 def test_encoding_is_cached_by_prompt_and_pixels(encoder: MetaQueryEncoder) -> None:
     embeds = encoder.encode(PROMPTS, IMAGES)
     assert embeds[0].prompt_embeds.shape == (6, 48) and embeds[0].pooled_prompt_embeds.shape == (40,)
-    assert encoder.encode(PROMPTS, [image and image.copy() for image in IMAGES])[3] is embeds[3]
-    others = encoder.encode([PROMPTS[3]] * 2, [None, picture(64, 128, 2)])
+    assert encoder.encode(PROMPTS, [[one.copy() for one in row] for row in IMAGES])[3] is embeds[3]
+    others = encoder.encode([PROMPTS[3]] * 4, [[], [picture(64, 128, 2)], IMAGES[3][:1], IMAGES[3][::-1]])
     for other in others:
         assert not torch.equal(other.prompt_embeds, embeds[3].prompt_embeds), (
-            "the picture is part of the prompt"
+            "pictures and their order are part of the prompt"
         )
     conditioner = encoder.conditioner
     assert conditioner is not None

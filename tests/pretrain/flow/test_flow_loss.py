@@ -81,7 +81,11 @@ def test_the_loss_of_unified_reads_prompt_and_picture_through_the_vlm(unified, t
     reader = QueryReader.from_pretrained(tiny_vlm)
     conditioner = unified.model.conditioner
     with torch.no_grad():
-        hidden = reader.hidden_states(conditioner.meta_queries, batch.prompts, batch.reference_images)
+        hidden = reader.hidden_states(
+            conditioner.meta_queries,
+            batch.prompts,
+            batch.reference_images and [[one] for one in batch.reference_images],
+        )
         expected = reference_losses(unified, batch, conditioner.project(hidden), tiny_model)
         torch.testing.assert_close(unified.losses(batch)[0], expected, rtol=1e-5, atol=1e-6)
     assert (batch.reference_images is not None) == (task == "edit")

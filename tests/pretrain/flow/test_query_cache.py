@@ -73,7 +73,9 @@ def live(config):
 def states_of(reader, aligned, batch):
     queries = MetaQueryConditioner.from_pretrained(aligned / "conditioner").meta_queries
     with torch.no_grad():
-        return reader.hidden_states(queries, batch.prompts, batch.reference_images)
+        return reader.hidden_states(
+            queries, batch.prompts, batch.reference_images and [[one] for one in batch.reference_images]
+        )
 
 
 @pytest.mark.parametrize("dropout", [None, 1.0])

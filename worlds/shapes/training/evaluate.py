@@ -149,7 +149,7 @@ class Base:
         """prompt_embeds N L D and pooled N P; MetaQuery also sees the scenes to edit (none: text-to-image)."""
         if isinstance(self.encoder, MetaQueryEncoder):
             shown = sources and "vlm" in self.references
-            pictures = [Image.fromarray(picture) for picture in render_batch(sources)] if shown else None
+            pictures = [[Image.fromarray(picture)] for picture in render_batch(sources)] if shown else None
             return stack_embeds(self.encoder.encode(prompts, pictures))
         return stack_embeds(self.encoder.encode(prompts))
 
