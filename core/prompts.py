@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Task = Literal["t2i", "edit"]
 TASKS: tuple[Task, ...] = ("edit", "t2i")
 MOST_SHAPES = 5
-"""References of other proportions that are named."""
+"""Lines that are named whose references or sizes do not do."""
 _DATA_URI = "data:image/"
 
 
@@ -132,14 +132,14 @@ def load_references(prompt: Prompt) -> list[Image.Image]:
 
 
 def reference_problems(
-    prompts: Sequence[Prompt], drawn: tuple[int, int] | None, keys: str
+    prompts: Sequence[Prompt], drawn: tuple[int, int] | None, remedy: str
 ) -> tuple[list[str], list[str]]:
-    """References that cannot be read, and those of other proportions than the pictures that are drawn: the policy is
-    shown them at that size, and rewards as they are. Reads every picture.
+    """References that cannot be read, and pictures to edit of other proportions than those that are drawn, where the
+    line does not ask for its size: they would be squashed. Reads every picture.
 
     Args:
-        drawn: width and height in px, None where they are not known.
-        keys: which keys of the recipe set them.
+        drawn: width and height in px, None where they are not known, or chosen for each picture.
+        remedy: what to do about the second kind, beside changing the picture.
     """
 
     def size_of(prompt: Prompt) -> tuple[int, int] | str:
@@ -154,13 +154,16 @@ def reference_problems(
             if isinstance(size, str):
                 unreadable.append(size)
             # One side is off by a pixel or more where the other fits.
-            elif drawn and abs(size[0] * drawn[1] - size[1] * drawn[0]) >= min(size):
+            elif drawn and prompt.size is None and abs(size[0] * drawn[1] - size[1] * drawn[0]) >= min(size):
                 squashed.append(
                     f"{prompt.name}: its reference image is {size[0]} x {size[1]} px (width x height) and pictures are "
-                    f"drawn at {drawn[0]} x {drawn[1]}: the policy would see it squashed, the reward as it is; crop or "
-                    f"pad it to these proportions, or set {keys} to its own"
+                    f"drawn at {drawn[0]} x {drawn[1]}, so it would be squashed: crop or pad it to these proportions, "
+                    f"or {remedy}"
                 )
-    more = len(squashed) - MOST_SHAPES
-    return unreadable, squashed[:MOST_SHAPES] + [f"and {more} references more of other proportions"] * (
-        more > 0
-    )
+    return unreadable, few(squashed, "references more of other proportions")
+
+
+def few(problems: list[str], what: str) -> list[str]:
+    """The first `MOST_SHAPES`, and how many more there are."""
+    more = len(problems) - MOST_SHAPES
+    return problems[:MOST_SHAPES] + [f"and {more} {what}"] * (more > 0)

@@ -9,16 +9,24 @@ the clip range, hence the rule that old log-probabilities are the learner's own 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
-_GRAPHS = 64
-"""Kept at most: kinds of block (3) x adapter (policy, reference, none) x with and without gradient x batch shapes."""
+_GRAPHS_A_SHAPE = 64
+"""Kinds of block (3) x adapter (policy, reference, none) x with and without gradient x batch sizes."""
 
 
-def compile_blocks(transformer: SD3Transformer2DModel) -> None:
-    """Compile every block in place; equal blocks share their graphs. The first forward of each kind takes seconds.
+def most_graphs(shapes: int) -> int:
+    """How many are kept for pictures of so many shapes (sizes of a picture and its references)."""
+    return _GRAPHS_A_SHAPE * max(1, shapes)
+
+
+def compile_blocks(transformer: SD3Transformer2DModel, shapes: int = 1) -> None:
+    """Compile every block in place; equal blocks share their graphs. The first forward of each kind takes seconds, for
+    each of the `shapes` that come; beyond its limits torch would go on in eager mode, unasked.
 
     Intermediate results are rounded to the model's dtype as in eager mode, where a fused kernel would keep float32.
     Shapes are static: a graph for any shape would be slower, and other arithmetic.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, most_graphs(shapes))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, most_graphs(shapes))
     for block in transformer.transformer_blocks:
         block.compile(dynamic=False, options={"emulate_precision_casts": True})

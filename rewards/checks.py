@@ -14,14 +14,14 @@ from PIL import Image
 from core.prompts import Prompt
 from rewards.base import RewardError, RewardLoadError, RewardSet
 from rewards.calling import RewardBatch, call_reward
-from rewards.loading import LoadedReward, describe_error, load_reward, set_problems
+from rewards.loading import LoadedReward, describe_error, load_reward, most_references, set_problems
 
 logger = logging.getLogger(__name__)
 
 TRIED_TOGETHER, TRIES_S = 16, 10.0
 """Prompts of one dry call, and the seconds that all dry calls of one reward may take."""
 NAMED = 5
-"""Prompts that are named of those whose metadata a reward refuses."""
+"""Prompts that are named of those that a reward refuses."""
 
 
 def check_rewards(rewards: RewardSet, *, probe: bool = False, prompts: Sequence[Prompt] = ()) -> list[str]:
@@ -29,8 +29,8 @@ def check_rewards(rewards: RewardSet, *, probe: bool = False, prompts: Sequence[
 
     A reward with a `check` or `readiness` method (served, paid or heavy ones) is not called: its `check()` is
     asked for configuration problems and, with `probe`, its `readiness()` for the state of its service. Every
-    other reward makes a dry call. Then the metadata of all `prompts` are tried. Not for use inside a running event
-    loop.
+    other reward makes a dry call. Then the references of all `prompts` are counted and their metadata tried. Not for
+    use inside a running event loop.
     """
     problems = set_problems(rewards.rewards)
     for spec in rewards.rewards:
@@ -39,7 +39,9 @@ def check_rewards(rewards: RewardSet, *, probe: bool = False, prompts: Sequence[
         except RewardLoadError as error:
             problems.append(str(error))
         else:
-            found = asyncio.run(try_reward(loaded, rewards, probe=probe))
+            found = asyncio.run(try_reward(loaded, rewards, probe=probe)) + _reference_problems(
+                loaded, prompts
+            )
             problems += found or asyncio.run(metadata_problems(loaded, rewards, prompts))
     return problems
 
@@ -74,6 +76,25 @@ async def try_reward(
         return [f"reward {loaded.label!r}: its check or readiness raised {describe_error(error)}"]
 
 
+def _reference_problems(loaded: LoadedReward, prompts: Sequence[Prompt]) -> list[str]:
+    """Prompts with more references than a reward takes, the first few by name."""
+    most = most_references(loaded.spec.name)
+    above = [prompt for prompt in prompts if most is not None and len(prompt.references) > most]
+    return _first_few(
+        loaded,
+        [
+            f"{prompt.name}: {len(prompt.references)} references, and reward {loaded.label!r} takes at most {most}; "
+            "leave the others out, or score with a reward that takes so many"
+            for prompt in above
+        ],
+    )
+
+
+def _first_few(loaded: LoadedReward, problems: list[str]) -> list[str]:
+    more = len(problems) - NAMED
+    return [*problems[:NAMED], *[f"reward {loaded.label!r}: and {more} prompts more"] * (more > 0)]
+
+
 async def metadata_problems(loaded: LoadedReward, rewards: RewardSet, prompts: Sequence[Prompt]) -> list[str]:
     """Which of the prompts a reward cannot score for what their metadata hold: the first few by name.
 
@@ -92,8 +113,7 @@ async def metadata_problems(loaded: LoadedReward, rewards: RewardSet, prompts: S
         if await _refusal(loaded, rewards, batch):
             found = [(prompt, await _refusal(loaded, rewards, [prompt])) for prompt in batch]
             problems += [f"{prompt.name}: {refusal}" for prompt, refusal in found if refusal]
-    more = len(problems) - NAMED
-    return [*problems[:NAMED], *[f"reward {loaded.label!r}: and {more} prompts more"] * (more > 0)]
+    return _first_few(loaded, problems)
 
 
 async def _refusal(loaded: LoadedReward, rewards: RewardSet, prompts: Sequence[Prompt]) -> str:

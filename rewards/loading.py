@@ -97,6 +97,16 @@ def free_params(name: str) -> frozenset[str]:
     return frozenset(getattr(found, "free_params", ()))
 
 
+def most_references(name: str) -> int | None:
+    """How many references of a sample a reward takes, as its class or function states; None for any, and where it
+    cannot be found."""
+    try:
+        found, _ = _resolve(name)
+    except RewardLoadError:
+        return None
+    return getattr(found, "most_references", None)
+
+
 def default_timeout_s(name: str, params: Mapping[str, Any]) -> float:
     """The time limit of one attempt where a recipe gives none: what the reward states as `default_timeout_s`, a number
     that may follow from its params; else 60 s. What keeps it from being loaded is for `load_reward` to say."""

@@ -43,8 +43,9 @@ ROLLOUT_ADAPTER = "rollout"
 class ReplicaSpec:
     """What a replica is built from; enough for a restarted actor to build itself again.
 
-    height, width: px of what a request without a size of its own asks for. `held`: sha256 of `model.path/...` files as
-    the driver has them, which this node's must match; what is not in it is not compared.
+    height, width: px of what a request without a size of its own asks for. `shapes`: how many come, each with graphs of
+    its own where the model is compiled. `held`: sha256 of `model.path/...` files as the driver has them, which this
+    node's must match; what is not in it is not compared.
     """
 
     model_path: str
@@ -57,6 +58,7 @@ class ReplicaSpec:
     lora_targets: tuple[str, ...]
     threads: int
     compile: bool = False
+    shapes: int = 1
     held: Mapping[str, str] = field(default_factory=dict)
 
     def check_base(self) -> None:
@@ -132,7 +134,7 @@ class RolloutEngine:
             transformer = load_transformer(spec.model_path, dtype=dtype, device=spec.device)
             attach_rollout_adapter(transformer, spec)
             if spec.compile:
-                compile_blocks(transformer)
+                compile_blocks(transformer, spec.shapes)
         self.transformer = transformer  # one that is shared stays in the learner's mode; it has no dropout
         self.vae = load_vae(spec.model_path, device=spec.device)
         self.scheduler = load_scheduler(spec.model_path)

@@ -15,7 +15,7 @@ BUDGET_S = {"unit": 120, "component": 240, "e2e": 180, "chaos": 120, "docs": 60}
 """Of `make test` on two quiet cores."""
 USES = {
     "ray": {"ray_session"},
-    "vllm": {"serving"},
+    "vllm": {"vllm_forks"},
     "browser": {"browser", "opened"},
     "gpu": {"card"},
 }

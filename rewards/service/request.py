@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,7 +14,7 @@ from rewards.calling import RewardBatch
 from rewards.service.wire import Call, WireError, split_frame
 
 LARGEST_SIDE = 8192
-MOST_SAMPLES = 1024
+MOST_SAMPLES, MOST_REFERENCES, MOST_PICTURES = 1024, 16, 4096
 MOST_REASONS = 10
 LONGEST_REASON = 200
 
@@ -44,8 +44,8 @@ class Header(BaseModel):
     prompts: list[str] = Field(min_length=1, max_length=MOST_SAMPLES)
     metadata: list[dict[str, Any]] = Field(max_length=MOST_SAMPLES)
     images: list[int] = Field(max_length=MOST_SAMPLES)
-    references: list[list[int]] = Field(max_length=MOST_SAMPLES)
-    pictures: list[Picture] = Field(min_length=1, max_length=2 * MOST_SAMPLES)
+    references: list[Annotated[list[int], Field(max_length=MOST_REFERENCES)]] = Field(max_length=MOST_SAMPLES)
+    pictures: list[Picture] = Field(min_length=1, max_length=MOST_PICTURES)
 
 
 def decode_request(body: bytes | bytearray, largest_decoded: int) -> tuple[Call, RewardBatch]:
@@ -85,9 +85,8 @@ def _check_counts(raw: Any) -> None:
     lists = [value for value in header.values() if isinstance(value, list)]
     pictures = header.get("pictures")
     entries = [entry for entry in pictures if isinstance(entry, dict)] if isinstance(pictures, list) else []
-    if any(len(value) > 2 * MOST_SAMPLES for value in lists) or any(
-        len(entry) > len(Header.model_fields) + MOST_REASONS
-        for entry in [header, *entries[: 2 * MOST_SAMPLES]]
+    if any(len(value) > MOST_PICTURES for value in lists) or any(
+        len(entry) > len(Header.model_fields) + MOST_REASONS for entry in [header, *entries[:MOST_PICTURES]]
     ):
         raise WireError([f"header: more than {MOST_SAMPLES} samples, or keys that this format does not have"])
 

@@ -31,6 +31,7 @@ from rl.workers.collect import Collector, encoded
 from rl.workers.requests import RolloutRequest, encode_call
 from rl.workers.start import Workers
 from rollout.sampler import SamplingSpec
+from rollout.shapes import Shape
 from rollout.worker import Policy
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class EvaluationRun:
     def _request(self, batch: Batch) -> RolloutRequest:
         seeds = tuple(seed for item in batch.items for seed in self.plan.seeds(item))
         prompts = tuple(item.prompt for item in batch.items)
-        return RolloutRequest(batch.index, prompts, seeds, size=batch.size)
+        return RolloutRequest(batch.index, prompts, seeds, shape=Shape(batch.size))
 
     def _sample(self, done: Done) -> None:
         """A batch's prompts are encoded: draw it."""

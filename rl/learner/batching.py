@@ -2,7 +2,8 @@
 
 Invariants (per rollout): every used sample is trained exactly once; updates get whole groups; every rank runs
 the same number of micro-batches of the same size, short ones filled with weight-0 copies (unequal counts would
-deadlock the ranks' collectives); the order is (group, k), whatever order the samples came in.
+deadlock the ranks' collectives); a micro-batch holds samples of one shape; the order is (group, k), where an update
+has several shapes within each of them, whatever order the samples came in.
 
 Worked example: 5 used groups of 4 samples, 2 updates, 2 ranks, micro-batch 4. Update 0 takes groups 0-2 (12
 samples), update 1 takes 3-4 (8). Update 0 gives each rank 6 real samples and 2 of weight 0; its mean runs over 12.
@@ -20,6 +21,7 @@ import torch
 from core.seeds import derive_seed
 from models.conditioning import Conditioning
 from rollout.sampler import Trajectory
+from rollout.shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class SampleRef:
     """One sample as the controller knows it: where its tensors are, and what it is worth.
 
     `trajectory` and `conditioning` are object references (or the objects themselves, without Ray);
-    `row` is the sample's place in its trajectory; `positions` index the trajectory's stochastic steps.
+    `row` is the sample's place in its trajectory; `positions` index the trajectory's stochastic steps; `shape` is
+    that of its pictures, None where all have one.
     """
 
     group: int
@@ -38,6 +41,7 @@ class SampleRef:
     positions: tuple[int, ...]
     advantage: float
     weight: float = 1.0
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ def make_train_batch(
 
 
 def _shares(samples: list[SampleRef], ranks: int, micro_batch_size: int) -> tuple[RankShare, ...]:
+    if len({s.shape for s in samples}) > 1:
+        return _shares_by_shape(samples, ranks, micro_batch_size)
     per_rank = _ceil_div(_ceil_div(len(samples), ranks), micro_batch_size) * micro_batch_size
     even = _ceil_div(len(samples), ranks)
     shares = []
@@ -132,6 +138,28 @@ def _shares(samples: list[SampleRef], ranks: int, micro_batch_size: int) -> tupl
         padding = replace((own or samples)[-1], weight=0.0)
         shares.append(RankShare(tuple(own + [padding] * (per_rank - len(own))), len(samples)))
     return tuple(shares)
+
+
+def _shares_by_shape(
+    samples: Sequence[SampleRef], ranks: int, micro_batch_size: int
+) -> tuple[RankShare, ...]:
+    """The micro-batches of each shape, dealt to the ranks in turn: neighbours, which run at once, are mostly alike."""
+    micro_batches: list[list[SampleRef]] = []
+    for shape in sorted({s.shape for s in samples if s.shape is not None}):
+        alike = [s for s in samples if s.shape == shape]
+        for start in range(0, len(alike), micro_batch_size):
+            part = alike[start : start + micro_batch_size]
+            micro_batches.append(part + _idle(part[-1:] * (micro_batch_size - len(part))))
+    shares = []
+    for rank in range(ranks):
+        own = micro_batches[rank::ranks]
+        own += [_idle((own or micro_batches)[-1])] * (_ceil_div(len(micro_batches), ranks) - len(own))
+        shares.append(RankShare(tuple(s for micro_batch in own for s in micro_batch), len(samples)))
+    return tuple(shares)
+
+
+def _idle(samples: Sequence[SampleRef]) -> list[SampleRef]:
+    return [replace(sample, weight=0.0) for sample in samples]
 
 
 def _ceil_div(a: int, b: int) -> int:

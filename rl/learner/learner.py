@@ -94,7 +94,7 @@ class Learner:
         if spec.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if replica.compile:
-            compile_blocks(transformer)
+            compile_blocks(transformer, replica.shapes)
         self.transformer = transformer.train()
         trainable = [p for p in transformer.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(

@@ -21,28 +21,32 @@ from torch import Tensor
 from core.seeds import derive_seed
 from models.conditioning import Conditioning, ConditioningBatch
 from rl.recipe.schema import RehearsalConfig
+from rollout.shapes import Shape
 
 
 @dataclass(frozen=True)
 class SampledPicture:
-    """One picture as the rollout left it: row `row` of a trajectory, and its conditioning (both references)."""
+    """One picture as the rollout left it: row `row` of a trajectory, and its conditioning (both references); `shape` is
+    that of its tensors, None where all have one."""
 
     trajectory: Any
     row: int
     conditioning: Any
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True)
 class RehearsalPicture:
-    """One drawn picture with its tensors: latents [C, H, W] (CPU, float32)."""
+    """One drawn picture with its tensors: latents [C, H, W] (CPU, float32); `shape` as in `SampledPicture`."""
 
     latents: Tensor
     conditioning: Conditioning
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True)
 class RehearsalBatch:
-    """B states: x [B, C, H, W] float32 at noise level sigma [B], and what conditions them."""
+    """B states of one shape: x [B, C, H, W] float32 at noise level sigma [B], and what conditions them."""
 
     x: Tensor
     sigma: Tensor
@@ -77,7 +81,9 @@ class Rehearsal:
         its steps: uniform along the schedule, between its points too."""
         generator = torch.Generator().manual_seed(derive_seed("rehearsal", seed, self.rank))
         for _ in range(self.micro_batches):
-            picked = torch.randint(len(self.pictures), (self.size,), generator=generator).tolist()
+            picked = self._alike(
+                torch.randint(len(self.pictures), (self.size,), generator=generator).tolist()
+            )
             sigma = _between(self.sigmas, torch.rand(self.size, generator=generator))
             clean = torch.stack([self.pictures[i].latents for i in picked])
             noise = torch.randn(clean.shape, generator=generator)
@@ -88,6 +94,12 @@ class Rehearsal:
                 sigma.to(device),
                 ConditioningBatch.stack(conditioning, device=device, dtype=dtype),
             )
+
+    def _alike(self, picked: list[int]) -> list[int]:
+        """The same picks where all have the shape of the first; others give way to one that has."""
+        shape = self.pictures[picked[0]].shape
+        same = [place for place, picture in enumerate(self.pictures) if picture.shape == shape]
+        return [p if self.pictures[p].shape == shape else same[p % len(same)] for p in picked]
 
 
 def _between(sigmas: Tensor, position: Tensor) -> Tensor:

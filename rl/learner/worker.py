@@ -80,7 +80,9 @@ class LearnerRank:
         learner.rehearsal = Rehearsal(
             config,
             [
-                RehearsalPicture(values[p.trajectory].final_latents[p.row].clone(), values[p.conditioning])
+                RehearsalPicture(
+                    values[p.trajectory].final_latents[p.row].clone(), values[p.conditioning], p.shape
+                )
                 for p in own
             ],
             values[own[0].trajectory].sigmas,

@@ -20,6 +20,7 @@ from rl.learner.learner import LearnerSpec
 from rl.learner.worker import LearnerGroup, LearnerWorker
 from rl.recipe.placement import plan_title
 from rl.recipe.schema import ResourcesConfig, RunConfig
+from rl.recipe.shapes import count_shapes
 from rl.workers.start import Workers, encoder_spec, replica_spec, start_workers
 from rollout.sampler import SamplingSpec
 
@@ -95,7 +96,7 @@ def start_cluster(
     with PlacedActors(plan, "the plan", RL_REMEDY, resources.placement_timeout_s, key=key) as placed:
         inprocess, replica = (
             resources.placement == "inprocess",
-            replica_spec(config.model, resources, inputs.held),
+            replica_spec(config.model, resources, inputs.held, shapes=count_shapes(config)),
         )
         spec = LearnerSpec(
             replica, config.learner, training_spec(config), config.seed, inprocess,

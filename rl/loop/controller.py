@@ -28,6 +28,7 @@ from rl.loop.rehearsal import prepare_rehearsal
 from rl.loop.schedule import ScheduledPart, StageSchedule, stage_learning_rate
 from rl.loop.step import describe_fates, group_fates, group_requests, make_batch
 from rl.recipe.schema import RunConfig, StageConfig
+from rl.recipe.shapes import shape_rule
 from rl.record.state import RunState, StageProgress
 from rl.workers.collect import Collector
 from rl.workers.publish import publish
@@ -63,7 +64,7 @@ class Controller:
         self.config, self.state, self.run_dir, self.resumed = config, state, run_dir, resumed
         self.watch, self.protected = watch, watch.stop.protected
         self.workers, self.learner = cluster.workers, cluster.learner
-        self.spec = training_spec(config)
+        self.spec, self.shapes = training_spec(config), shape_rule(config.model)
         self.rollout = Collector(self.workers.dispatcher, Progress())
         self.observer = Observer(config, self.learner, self.rollout, run_dir, state, resumed, fresh=fresh)
         self._policy: Policy | None = None
@@ -101,7 +102,7 @@ class Controller:
         for step in schedule.remaining_steps(progress):
             number, clock = self.state.step + 1, Clock()
             part, groups = schedule.part(step), schedule.groups(step)  # pure: which prompts, which seeds
-            requests = group_requests(groups, self.spec)
+            requests = group_requests(groups, self.spec, self.shapes)
             sample = partial(  # yields each group as it finishes
                 self.rollout.sample, spec=self.spec, policy=self.policy, step=number,
                 chunk_size=config.rollout.chunk_size,
@@ -132,7 +133,7 @@ class Controller:
         """Begin the next step's conditioning, unless encoders take turns with the learner on one card."""
         resources = self.config.resources
         if schedule.has(step) and not (resources.placement == "shared" and resources.encode_gpus):
-            self.rollout.encode_ahead(group_requests(schedule.groups(step), self.spec))
+            self.rollout.encode_ahead(group_requests(schedule.groups(step), self.spec, self.shapes))
 
     @property
     def policy(self) -> Policy:

@@ -27,6 +27,7 @@ from rl.loop.schedule import ScheduledPart
 from rl.loop.step import group_fates, reward_metrics, update_metrics
 from rl.recipe.inputs import evaluation_identity
 from rl.recipe.schema import RunConfig, StageConfig
+from rl.recipe.shapes import shape_rule
 from rl.recipe.stage_parts import stage_tasks
 from rl.record.alarms import Alarm, stop_for
 from rl.record.evaluation import Evaluator, TaskScores
@@ -75,7 +76,7 @@ class Observer:
         self.config, self.learner, self.rollout, self.state = config, learner, rollout, state
         self.run_dir, self.resumed = run_dir, resumed
         self.evaluator = Evaluator(
-            config.evaluation, rollout, run_dir, config.gallery.prompts,
+            config.evaluation, rollout, run_dir, shape_rule(config.model), config.gallery.prompts,
             inputs_sha256=evaluation_identity(config, state.inputs.held),
         )  # fmt: skip
         at_border = bool(state.stages) and state.stages[-1].steps == config.stages[state.stage].steps

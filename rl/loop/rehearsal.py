@@ -16,6 +16,7 @@ from core.seeds import derive_seed
 from rl.learner.rehearsal import SampledPicture
 from rl.learner.worker import LearnerGroup
 from rl.recipe.schema import RunConfig
+from rl.recipe.shapes import shape_rule
 from rl.recipe.stage_parts import rehearsed_parts
 from rl.record.state import RunState
 from rl.workers.collect import Collector
@@ -71,7 +72,9 @@ def draw_pictures(
     seeds = [derive_seed(config.seed, stage.name, "rehearsal", i) for i in range(len(prompts))]
     spec = SamplingSpec(rollout.num_steps, 0.0, rollout.guidance_scale, variant="ode")
     label, pictures = f"rehearsal of {stage.name}", []
-    requests = batch_requests(prompts, seeds, rollout.chunk_size)
+    rule = shape_rule(config.model)
+    shapes = [rule.of(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    requests = batch_requests(prompts, seeds, rollout.chunk_size, shapes)
     results = collector.sample(requests, spec, policy, step=step, label=label)
     for result in sorted(results, key=lambda result: result.request.id):
         if result.failure:
@@ -79,7 +82,8 @@ def draw_pictures(
             continue
         (chunk,) = result.chunks
         pictures += [
-            SampledPicture(chunk.trajectory, k, result.conditioning_of(k)) for k in range(chunk.size)
+            SampledPicture(chunk.trajectory, k, result.conditioning_of(k), result.request.shape)
+            for k in range(chunk.size)
         ]
     if not pictures:
         raise RuntimeError(

@@ -16,12 +16,16 @@ from rl.recipe.schema import RunConfig
 from rl.workers.requests import RolloutRequest, RolloutResult
 from rollout.prompts import PromptGroup
 from rollout.sampler import SamplingSpec
+from rollout.shapes import ShapeRule
 
 USEFUL = "taught"
 
 
-def group_requests(groups: Iterable[PromptGroup], spec: SamplingSpec) -> list[RolloutRequest]:
-    """Training groups as requests; a group's seeds decide its stochastic steps, and its trunk where it branches."""
+def group_requests(
+    groups: Iterable[PromptGroup], spec: SamplingSpec, shapes: ShapeRule
+) -> list[RolloutRequest]:
+    """Training groups as requests; a group's seeds decide its stochastic steps, its trunk where it branches, and its
+    size where there are several."""
     return [
         RolloutRequest(
             group.id,
@@ -29,6 +33,7 @@ def group_requests(groups: Iterable[PromptGroup], spec: SamplingSpec) -> list[Ro
             group.seeds,
             spec.stochastic_steps(derive_seed("group-steps", *group.seeds[:1])),
             derive_seed("trunk", *group.seeds[:1]) if spec.branch else None,
+            shapes.of(group.prompt, *group.seeds[:1]),
         )
         for group in groups
     ]
@@ -69,6 +74,7 @@ def make_batch(results: Sequence[RolloutResult], config: RunConfig) -> tuple[Tra
                 result.conditioning_of(k),
                 positions,
                 float(value),
+                shape=request.shape,
             )
         )
     batch = make_train_batch(samples, learner.updates_per_rollout, learner.ranks, learner.micro_batch_size)

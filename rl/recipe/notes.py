@@ -9,6 +9,7 @@ from typing import Any
 import recipes
 from core.prompts import Prompt, Task, load_prompts
 from rl.recipe.blind_spots import blind_spots
+from rl.recipe.reward_sets import scored_parts
 from rl.recipe.schema import RunConfig
 from rl.recipe.stage_parts import stage_parts
 
@@ -100,6 +101,11 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
     if resources.placement == "inprocess":
         why = "with resources.placement=inprocess the learner's ranks sample"
         idle.append((resources, "min_rollout_workers", "resources", why))
+    tasks = {part.task for part in scored_parts(config)}
+    if "edit" not in tasks:
+        idle += [(model, key, "model", "nothing is edited") for key in ("longer_edge", "reference_pixels")]
+    if "t2i" not in tasks and model.sizes:
+        yield "model.sizes has no effect: no task is text-to-image"
     for section, key, name, why in idle:
         value = getattr(section, key)
         if value != getattr(type(section), key):  # its default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +12,21 @@ from core.cluster.placement import describe_plan
 from core.output import disk_line
 from models.metaquery.config import MetaQueryConfig
 from rl.recipe.placement import make_plan, plan_title
+from rl.recipe.reward_sets import scored_parts
 from rl.recipe.schema import RunConfig
-from rl.recipe.stage_parts import rehearsed_parts, stage_tasks
+from rl.recipe.shapes import count_shapes, largest_trained, part_shapes, shape_rule
+from rl.recipe.stage_parts import StagePart, rehearsed_parts, stage_tasks
+from rollout.shapes import Shape
 
 _GIB = 2**30
+_SIZES_NAMED = 8
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts from the transformer's config: parameters, the (untrained) position table, adapted linears."""
+    """Counts from the transformer's config: parameters, the (untrained) position table, adapted linears. `shape`: the
+    largest that is trained on, which tokens and latents are of."""
 
     source: str
     parameters: int
@@ -29,7 +35,9 @@ class ModelSize:
     lora_linears: int
     hidden_size: int
     num_layers: int
+    shape: Shape
     image_tokens: int
+    reference_tokens: int
     text_tokens: int
     latent_values: int
 
@@ -40,6 +48,7 @@ def describe_run(config: RunConfig) -> list[str]:
     return [
         f"run {config.name}: "
         + " -> ".join(f"{s.name} ({' + '.join(stage_tasks(s))}, {s.steps} steps)" for s in config.stages),
+        *_shape_lines(config),
         *_batch_lines(config, size),
         *_rehearsal_lines(config),
         *_memory_lines(config, size),
@@ -69,8 +78,11 @@ def measure_model(config: RunConfig) -> ModelSize:
     values = sum(b.numel() for b in transformer.buffers())
     lora = config.model.lora
     report = attach_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
-    patch = shape["patch_size"]
-    rows, columns = config.model.height // factor, config.model.width // factor
+    largest = largest_trained(config)
+    token, (height, width) = factor * shape["patch_size"], largest.size
+    image, *further = [
+        rows // token * (columns // token) for rows, columns in (largest.size, *largest.references)
+    ]
     return ModelSize(
         source,
         parameters,
@@ -79,10 +91,47 @@ def measure_model(config: RunConfig) -> ModelSize:
         report.matched,
         shape["num_attention_heads"] * shape["attention_head_dim"],
         shape["num_layers"],
-        (rows // patch) * (columns // patch),
+        largest,
+        image,
+        sum(further),
         _text_tokens(config),
-        rows * columns * shape["in_channels"],
+        height // factor * (width // factor) * shape["in_channels"],
     )
+
+
+def _shape_lines(config: RunConfig) -> list[str]:
+    """The sizes of each part's prompts; nothing where all of the run have height x width."""
+    rule, lines = shape_rule(config.model), []
+    for part in scored_parts(config):
+        shapes = part_shapes(part, rule)
+        if set(shapes) <= {Shape(rule.fixed), Shape(rule.fixed, (rule.fixed,))}:
+            continue
+        where = f"stage {part.label}" if isinstance(part, StagePart) else f"evaluation of {part.task}"
+        ranked = sorted(shapes.items(), key=lambda entry: (-entry[1], entry[0]))
+        total = sum(shapes.values())
+        named = [f"{_described(shape)} {100 * count / total:.3g}%" for shape, count in ranked[:_SIZES_NAMED]]
+        more = len(ranked) - _SIZES_NAMED
+        named += [f"{more} more"] * (more > 0)
+        lines.append(f"sizes of {where}, {total:.0f} prompts (height x width): {', '.join(named)}")
+    return lines + _compile_lines(config)
+
+
+def _compile_lines(config: RunConfig) -> list[str]:
+    if not config.model.compile:
+        return []
+    from models.compiling import most_graphs
+
+    shapes = count_shapes(config)
+    return [
+        f"model.compile: the blocks are compiled for each of {shapes} shapes as it comes, into at most "
+        f"{most_graphs(shapes)} graphs"
+    ]
+
+
+def _described(shape: Shape) -> str:
+    """`512 x 384`, with the sizes of references where there are several."""
+    size, *further = [f"{height} x {width}" for height, width in (shape.size, *shape.references[1:])]
+    return f"{size} (further references {', '.join(further)})" if further else size
 
 
 def _text_tokens(config: RunConfig) -> int:
@@ -137,7 +186,7 @@ def _memory_lines(config: RunConfig, size: ModelSize) -> list[str]:
     optimizer = (
         size.lora_parameters * 12 / ranks
     )  # float32 master copy and both Adam moments, sharded by ZeRO
-    tokens = 2 * size.image_tokens + size.text_tokens
+    tokens = size.image_tokens + size.reference_tokens + size.text_tokens
     # Values kept for the backward per token, layer and unit of width, as measured on SD3.5-Medium (bench/RESULTS.md).
     per_layer = 2 if config.model.gradient_checkpointing else 18 if config.model.compile else 24
     rows = _rows(config)
@@ -148,7 +197,8 @@ def _memory_lines(config: RunConfig, size: ModelSize) -> list[str]:
         f"values ({size.source})",
         f"memory, rollout worker: {(base + adapters) / _GIB:.2f} GiB of transformer and adapter, plus the VAE",
         f"memory, learner rank: {learner / _GIB:.2f} GiB of weights, adapters, gradients and optimizer (ZeRO-{zero}), "
-        f"plus about {activations / _GIB:.1f} GiB of activations (estimate, editing, {rows} rows at once)",
+        f"plus about {activations / _GIB:.1f} GiB of activations (estimate, {rows} rows at once of "
+        f"{_described(size.shape)} px{', editing' * bool(size.shape.references)})",
     ]
 
 
@@ -161,7 +211,7 @@ def disk_needs(config: RunConfig, size: ModelSize | None = None) -> dict[str, fl
     checkpoint = adapter * (2 + 1 + config.learner.ema.enabled + ranks) + size.lora_parameters * 12
     best = config.checkpoint.keep_best
     kept = config.checkpoint.keep_last + 1 + len(config.stages) + (best.count if best else 0)
-    gallery, picture = config.gallery, config.model.height * config.model.width * 3
+    gallery, picture = config.gallery, math.prod(size.shape.size) * 3
     grids = sum(
         s.steps // gallery.every * (gallery.prompts + 2 * config.rollout.group_size) for s in config.stages
     )

@@ -17,12 +17,15 @@ from rl.recipe.inputs import start_from
 from rl.recipe.plan import disk_needs
 from rl.recipe.reward_sets import part_reward_set, scored_parts
 from rl.recipe.schema import EvaluationTaskConfig, ModelConfig, RunConfig
+from rl.recipe.shapes import shape_problems, shape_rule
 from rl.recipe.stage_parts import StagePart, stage_parts
 from rl.recipe.validate import find_problems
+from rollout.shapes import ShapeRule
 
 log = logging.getLogger(__name__)
 
-_SIZE_KEYS = "model.height, model.width"
+_SIZE_KEYS = ("model.height, model.width", "model.sizes", "model.longer_edge")
+_REMEDY = "set model.longer_edge, with which edits keep the proportions of their pictures"
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ def preflight(config: RunConfig) -> Preflight:
     problems += output_problems(f"output_dir={config.output_dir!r}", folder, needs)
     problems += model_problems
     # Of a size that the model cannot draw, no reference has the proportions.
-    drawn = None if any(_SIZE_KEYS in problem for problem in model_problems) else config.model
+    shapes = None if any(p.startswith(_SIZE_KEYS) for p in model_problems) else shape_rule(config.model)
     reward_sets = []
     for part in scored_parts(config):
-        found, prompts = _check_prompts(part, drawn)
+        found, prompts = _check_prompts(part, shapes)
         problems += found
         # What a reward's keys say has been looked at above, and that there is one at all.
         sound = [reward for reward in part.rewards if not value_problems(reward)]
@@ -73,7 +76,7 @@ def _check_paths(config: RunConfig) -> list[str]:
 
 
 def _check_prompts(
-    part: StagePart | EvaluationTaskConfig, model: ModelConfig | None
+    part: StagePart | EvaluationTaskConfig, shapes: ShapeRule | None
 ) -> tuple[list[str], list[Prompt]]:
     if part.task not in ("edit", "t2i") or not part.prompts:
         return [], []
@@ -83,9 +86,11 @@ def _check_prompts(
         return error.problems, []
     problems = []
     if part.task == "edit":
-        size = (model.width, model.height) if model else None
-        unreadable, squashed = reference_problems(prompts, size, "model.width and model.height")
+        fixed = shapes.fixed[::-1] if shapes and shapes.longer_edge is None else None
+        unreadable, squashed = reference_problems(prompts, fixed, _REMEDY)
         problems += unreadable + squashed
+    if shapes:
+        problems += shape_problems(shapes, prompts)
     wanted = getattr(part, "num_prompts", 0)
     if wanted > len(prompts):
         problems.append(f"{part.prompts} holds {len(prompts)} prompts, num_prompts={wanted} asks for more")
@@ -98,14 +103,13 @@ def _check_model(config: RunConfig) -> list[str]:
     folder, vlm = recipes.resolve(config.model.path), config.model.vlm
     vlm_folder = None if vlm is None else recipes.resolve(vlm)
     problems = model_problems(folder, vlm_folder, model_key="model.path", vlm_key="model.vlm")
-    return problems or _check_shapes(config, folder)
+    return problems or [*_check_lora(config, folder), *_check_sizes(config.model, folder)]
 
 
-def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
-    """LoRA targets and image size against the real modules, built without memory on the meta device."""
+def _check_lora(config: RunConfig, folder: Path) -> list[str]:
+    """LoRA targets against the real modules, built without memory on the meta device."""
     from models.components import transformer_shell
     from models.lora.attach import attach_lora
-    from models.sizes import check_size, geometry
 
     problems = []
     try:
@@ -118,8 +122,24 @@ def _check_shapes(config: RunConfig, folder: Path) -> list[str]:
             start_from(config.model)
         except (ValueError, OSError) as error:
             problems.append(f"model.adapter: {error}")
-    try:
-        check_size(geometry(folder), config.model.height, config.model.width)
-    except (ValueError, KeyError) as error:
-        problems.append(f"{_SIZE_KEYS}: {error}")
+    return problems
+
+
+def _check_sizes(model: ModelConfig, folder: Path) -> list[str]:
+    """The recipe's sizes against what the model makes."""
+    from models.sizes import check_size, geometry, longer_edge_size
+
+    problems = []
+    sizes = {_SIZE_KEYS[0]: (model.height, model.width)}
+    sizes |= {f"{_SIZE_KEYS[1]}[{i}]": (size.height, size.width) for i, size in enumerate(model.sizes)}
+    for key, size in sizes.items():
+        try:
+            check_size(geometry(folder), *size)
+        except (ValueError, KeyError) as error:
+            problems.append(f"{key}: {error}")
+    if model.longer_edge is not None:
+        try:
+            check_size(geometry(folder), *longer_edge_size(1, 1, model.longer_edge, geometry(folder).step))
+        except (ValueError, KeyError) as error:
+            problems.append(f"{_SIZE_KEYS[2]}: {error}")
     return problems

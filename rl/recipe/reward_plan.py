@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rewards.base import RewardLoadError, RewardSpec, reward_label
 from rewards.loading import load_reward
 from rewards.recipe import reward_specs
 from rl.recipe.schema import EvaluationTaskConfig, RunConfig
+from rl.recipe.shapes import part_shapes, shape_rule
 from rl.recipe.stage_parts import StagePart, stage_parts, stage_tasks, steps_of
 
 
 def reward_lines(config: RunConfig) -> list[str]:
     """Lines for `--dry-run` and the log: images scored by each reward, and its own estimate where it gives one.
 
-    A reward gives one by a method `estimate(*, images, task, height, width) -> list[str]`. Images that are scored
+    A reward gives one by a method `estimate(*, images, task, height, width) -> list[str]`, for pictures of the largest
+    size. Images that are scored
     twice (retries, a repeated step after a resume) are not foreseen. A reward that cannot be loaded is left to the
     preflight's problems.
     """
-    lines = []
+    lines, rule = [], shape_rule(config.model)
     for where, part, images in _parts(config):
+        size = max((shape.size for shape in part_shapes(part, rule)), key=math.prod)
         for spec in reward_specs(part.rewards):
             lines.append(f"reward {reward_label(spec)}, {where}: {images} images")
-            lines += [f"  {line}" for line in _estimate(spec, images, part.task, config)]
+            lines += [f"  {line}" for line in _estimate(spec, images, part.task, size)]
     return lines
 
 
@@ -47,13 +51,11 @@ def _evaluated(config: RunConfig, task: EvaluationTaskConfig) -> int:
     return images + times * task.num_prompts
 
 
-def _estimate(spec: RewardSpec, images: int, task: str, config: RunConfig) -> list[str]:
+def _estimate(spec: RewardSpec, images: int, task: str, size: tuple[int, int]) -> list[str]:
     try:
         owner = load_reward(spec).owner
     except RewardLoadError:
         return []
     if not hasattr(owner, "estimate"):
         return []
-    return list(
-        owner.estimate(images=images, task=task, height=config.model.height, width=config.model.width)
-    )
+    return list(owner.estimate(images=images, task=task, height=size[0], width=size[1]))

@@ -6,6 +6,7 @@ from core.prompts import Prompt
 from rewards.base import RewardSet
 from rewards.recipe import reward_set
 from rl.recipe.schema import EvaluationTaskConfig, RunConfig
+from rl.recipe.shapes import shape_rule
 from rl.recipe.stage_parts import StagePart, stage_parts
 
 
@@ -28,6 +29,8 @@ def evaluation_set_name(task: str) -> str:
 def part_reward_set(
     part: StagePart | EvaluationTaskConfig, prompts: list[Prompt], config: RunConfig
 ) -> RewardSet:
-    """The part's rewards, to be tried on its first prompt."""
+    """The part's rewards, to be tried on its first prompt, at a size that it may have."""
     name = stage_set_name(part.label) if isinstance(part, StagePart) else evaluation_set_name(part.task)
-    return reward_set(name, part.task, part.rewards, prompts, config.model.height, config.model.width)
+    rule = shape_rule(config.model)
+    height, width = rule.of(prompts[0]).size if prompts else rule.fixed
+    return reward_set(name, part.task, part.rewards, prompts, height, width)

@@ -51,6 +51,18 @@ class LoraConfig:
 
 
 @dataclass
+class SizeConfig:
+    """One of several sizes that text-to-image groups draw theirs from."""
+
+    height: Count = MISSING
+    """Height in pixels."""
+    width: Count = MISSING
+    """Width in pixels."""
+    weight: Positive = 1.0
+    """How often it is drawn, beside the weights of the others."""
+
+
+@dataclass
 class ModelConfig:
     """The model that is trained and the pictures it draws."""
 
@@ -69,6 +81,12 @@ class ModelConfig:
     """Height of the pictures, in pixels."""
     width: Count = 512
     """Width of the pictures, in pixels."""
+    sizes: list[SizeConfig] = field(default_factory=list)
+    """Sizes of text-to-image, one drawn for each group; empty: all are height x width."""
+    longer_edge: Count | None = None
+    """Longer edge of edits in pixels, which then keep their picture's proportions; null: all are height x width."""
+    reference_pixels: Count | None = None
+    """Pixels of all references of a prompt together; null: each further one has as many as the picture drawn."""
     max_sequence_length: Count = 256
     """T5 tokens of a prompt."""
     embedding_cache_gib: NonNegative = 4.0

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -22,15 +21,17 @@ from ray.exceptions import RayError
 import recipes
 from core.checkpoints import set_aside
 from core.files import atomic_write_json
-from core.prompts import Prompt, load_prompts, load_references
+from core.prompts import Prompt, load_prompts
 from core.seeds import derive_seed
 from rewards.scoring import GroupScore
 from rl.recipe.reward_sets import evaluation_set_name
 from rl.recipe.schema import EvaluationConfig
 from rl.record.gallery import GallerySample
+from rl.record.groups import shown_references
 from rl.workers.collect import Collector
 from rl.workers.requests import RolloutRequest, RolloutResult, alone, batch_requests
 from rollout.sampler import SamplingSpec
+from rollout.shapes import Shape, ShapeRule
 from rollout.worker import Policy
 
 log = logging.getLogger(__name__)
@@ -59,12 +60,13 @@ class Evaluator:
         config: EvaluationConfig,
         collector: Collector,
         run_dir: Path,
+        shapes: ShapeRule,
         gallery_prompts: int,
         *,
         inputs_sha256: str = "",
     ):
         """`inputs_sha256`: identity of what is read from files (`rl/recipe/inputs.py`)."""
-        self.config, self.collector, self.run_dir = config, collector, run_dir
+        self.config, self.collector, self.run_dir, self.shapes = config, collector, run_dir, shapes
         self.folder, self.inputs_sha256 = run_dir / EVALUATIONS, inputs_sha256
         self.prompts: dict[str, list[Prompt]] = {
             task.task: load_prompts(recipes.resolve(task.prompts), task.task)[: task.num_prompts]
@@ -126,9 +128,7 @@ class Evaluator:
         self.gallery.setdefault(task, {})[moment] = samples
         path.parent.mkdir(parents=True, exist_ok=True)
         if samples:
-            np.savez_compressed(
-                path.with_suffix(".npz"), images=np.stack([sample.image for sample in samples])
-            )
+            np.savez_compressed(path.with_suffix(".npz"), *[sample.image[None] for sample in samples])
         atomic_write_json(path, asdict(scores))
         scored = [r for r in rewards if r is not None]
         mean = f"{np.mean(scored):.4f}" if scored else "nothing scored"
@@ -142,9 +142,8 @@ class Evaluator:
         seeds = [self._seed(prompt) for prompt in prompts]
         label = f"evaluate {task}"
         sample = partial(self.collector.sample, spec=spec, policy=policy, step=step, label=label)
-        scores: dict[int, GroupScore] = {}
-        shown: dict[int, RolloutResult] = {}
-        sizes: dict[int, int] = {}
+        scored: list[tuple[tuple[int, ...], GroupScore]] = []
+        shown: list[RolloutResult] = []
 
         def gather(requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
             """Draw and score; of batches that fail, their prompts one by one, for only the cause to be lost."""
@@ -156,24 +155,27 @@ class Evaluator:
                 if result.score is None and len(request.prompts) > 1:
                     again += alone(request)
                     continue
-                sizes[request.id] = len(request.seeds)
                 if result.score is not None:
-                    scores[request.id] = result.score
+                    scored.append((request.places, result.score))
                 else:
                     log.error("%s: %s is not scored: %s", label, request.prompts[0].name, result.failure)
-                if result.chunks and request.id < self.gallery_prompts:
-                    shown[request.id] = result
+                if result.chunks and request.places[0] < self.gallery_prompts:
+                    shown.append(result)
             return again
 
-        failed = gather(batch_requests(prompts, seeds, self.config.batch_size))
+        shapes = list(map(self._shape, prompts))
+        failed = gather(batch_requests(prompts, seeds, self.config.batch_size, shapes))
         if failed:
             gather(failed)
-        rewards, components = _in_order(scores, sorted(sizes.items()))
+        rewards, components = _in_order(scored, len(prompts))
+        images = {
+            place: image
+            for result in shown
+            for place, image in zip(result.request.places, _pictures(result, sample), strict=True)
+            if place < self.gallery_prompts
+        }
         samples = [
-            _gallery_sample(prompts[i], seeds[i], image, rewards[i])
-            for start in sorted(shown)
-            for i, image in enumerate(_pictures(shown[start], sample), start)
-            if i < self.gallery_prompts
+            self._gallery_sample(prompts[place], images[place], rewards[place]) for place in sorted(images)
         ]
         return rewards, components, samples
 
@@ -184,16 +186,23 @@ class Evaluator:
         pictures = path.with_suffix(".npz")
         if pictures.is_file():
             with np.load(pictures, allow_pickle=False) as stored:
-                images = stored["images"]
+                images = [image for name in stored.files for image in stored[name]]
             prompts = self.prompts[scores.task][: len(images)]
             self.gallery.setdefault(scores.task, {})[scores.moment] = [
-                _gallery_sample(prompt, self._seed(prompt), image, reward)
+                self._gallery_sample(prompt, image, reward)
                 for prompt, image, reward in zip(prompts, images, scores.rewards, strict=False)
             ]
         return scores
 
     def _seed(self, prompt: Prompt) -> int:
         return derive_seed(self.config.seed, "evaluation", prompt.task, prompt.index)
+
+    def _shape(self, prompt: Prompt) -> Shape:
+        return self.shapes.of(prompt, self._seed(prompt))
+
+    def _gallery_sample(self, prompt: Prompt, image: np.ndarray, reward: float | None) -> GallerySample:
+        reference = shown_references(prompt, self._shape(prompt))
+        return GallerySample(prompt.prompt, self._seed(prompt), image, reward, reference)
 
 
 def read_scores(path: Path) -> TaskScores | None:
@@ -211,21 +220,16 @@ def _pictures(result: RolloutResult, sample: Callable[..., Iterator[RolloutResul
         return ray.get(again.chunks[0].images, timeout=120)
 
 
-def _gallery_sample(prompt: Prompt, seed: int, image: Any, reward: float | None) -> GallerySample:
-    reference = np.asarray(load_references(prompt)[0]) if prompt.references else None
-    return GallerySample(prompt.prompt, seed, np.asarray(image), reward, reference)
-
-
 def _in_order(
-    scores: dict[int, GroupScore], batches: list[tuple[int, int]]
+    scored: Sequence[tuple[tuple[int, ...], GroupScore]], count: int
 ) -> tuple[list[float | None], dict[str, list[float | None]]]:
-    """Rewards and components in prompt order; `batches` are (id, size), None stands for what was not scored."""
-    rewards: list[float | None] = []
-    names = sorted({name for score in scores.values() for name in score.components})
-    components: dict[str, list[float | None]] = {name: [] for name in names}
-    for number, size in batches:
-        score = scores.get(number)
-        rewards += score.rewards if score else [None] * size
-        for name in names:
-            components[name] += score.components.get(name, [None] * size) if score else [None] * size
+    """Rewards and components of all `count` prompts by their places; None stands for what was not scored."""
+    rewards: list[float | None] = [None] * count
+    names = sorted({name for _, score in scored for name in score.components})
+    components: dict[str, list[float | None]] = {name: [None] * count for name in names}
+    for places, score in scored:
+        for k, place in enumerate(places):
+            rewards[place] = score.rewards[k]
+            for name, values in score.components.items():
+                components[name][place] = values[k]
     return rewards, components

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from core.prompts import load_references
+from core.prompts import Prompt, load_references
 from rl.record.gallery import GallerySample
 from rl.workers.requests import RolloutRequest, RolloutResult
+from rollout.shapes import Shape
 
 GROUPS_FILE = "groups.jsonl"
 GROUPS_FOLDER = "groups"
@@ -71,12 +73,28 @@ def picture_path(folder: Path, step: int, group: int) -> Path:
 def group_samples(
     group: RolloutRequest, images: NDArray[np.uint8], rewards: Sequence[float | None]
 ) -> list[GallerySample]:
-    """All samples of a group for the gallery; `images` [G, H, W, 3]. The first carries the reference of all."""
+    """All samples of a group for the gallery; `images` [G, H, W, 3]. The first carries the references of all."""
     (prompt,) = group.prompts
     references: list[NDArray[np.uint8] | None] = [None] * len(images)
-    if prompt.references:
-        references[0] = np.asarray(load_references(prompt)[0])
+    references[0] = shown_references(prompt, group.shape)
     return [
         GallerySample(prompt.prompt, seed, image, reward, reference)
         for seed, image, reward, reference in zip(group.seeds, images, rewards, references, strict=True)
     ]
+
+
+def shown_references(prompt: Prompt, shape: Shape | None) -> NDArray[np.uint8] | None:
+    """A prompt's references as the policy sees them (without a shape as large as they are), side by side; None where it
+    has none."""
+    pictures = load_references(prompt)
+    if shape is not None:
+        sizes = [(width, height) for height, width in shape.references]
+        pictures = [p.resize(size, Image.Resampling.LANCZOS) for p, size in zip(pictures, sizes, strict=True)]
+    if not pictures:
+        return None
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
+    return np.asarray(sheet)

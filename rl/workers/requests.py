@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from core.cluster.workers import Call
 from core.failures import DataFailure, ObjectsLost
 from core.prompts import Prompt
 from rewards.scoring import GroupScore
+from rollout.shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class RolloutRequest:
     """Samples that are drawn and scored together: a training group of one prompt, or a batch of several.
 
     `seeds` has the same number of samples for each prompt, in the order of the prompts; a sample's seed alone decides
-    its noise. `steps` and `trunk_seed` as in `SampleRequest`. `size`: height and width in px where they are not the
-    workers' own.
+    its noise. `steps` and `trunk_seed` as in `SampleRequest`. `shape`: of all its pictures, where it is not the
+    workers' own. `places`: of a batch's prompts among those that it was made of.
     """
 
     id: int
@@ -25,7 +27,13 @@ class RolloutRequest:
     seeds: tuple[int, ...]
     steps: tuple[int, ...] = ()
     trunk_seed: int | None = None
-    size: tuple[int, int] | None = None
+    shape: Shape | None = None
+    places: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in px."""
+        return None if self.shape is None else self.shape.size
 
     def prompt_index(self, k: int) -> int:
         """Which of `prompts` sample k is of."""
@@ -37,7 +45,7 @@ class RolloutRequest:
     @property
     def span(self) -> str:
         """The places of a batch's prompts, for messages."""
-        return f"{self.id}-{self.id + len(self.prompts) - 1}"
+        return ", ".join(map(str, self.places))
 
 
 @dataclass(frozen=True)
@@ -78,17 +86,35 @@ def encode_call(request: RolloutRequest) -> Call:
     return Call("encode", request.id, "encode_apart", args, num_returns=1 + len(prompts))
 
 
-def batch_requests(prompts: list[Prompt], seeds: list[int], batch_size: int) -> list[RolloutRequest]:
-    """One sample per prompt, in batches fixed by position, whatever workers there are; a batch's id is its first."""
+def batch_requests(
+    prompts: Sequence[Prompt], seeds: Sequence[int], batch_size: int, shapes: Sequence[Shape] = ()
+) -> list[RolloutRequest]:
+    """One sample per prompt, in batches of one shape, fixed by position, whatever workers there are; a batch's id is
+    its first place. `shapes`: one each, or none where all have the workers' own."""
+    alike: dict[Shape | None, list[int]] = {}
+    for place in range(len(prompts)):
+        alike.setdefault(shapes[place] if shapes else None, []).append(place)
+    batches = [
+        (shape, places[start : start + batch_size])
+        for shape, places in alike.items()
+        for start in range(0, len(places), batch_size)
+    ]
     return [
         RolloutRequest(
-            start, tuple(prompts[start : start + batch_size]), tuple(seeds[start : start + batch_size])
+            places[0],
+            tuple(prompts[place] for place in places),
+            tuple(seeds[place] for place in places),
+            shape=shape,
+            places=tuple(places),
         )
-        for start in range(0, len(prompts), batch_size)
+        for shape, places in sorted(batches, key=lambda batch: batch[1])
     ]
 
 
 def alone(batch: RolloutRequest) -> list[RolloutRequest]:
     """Each prompt of a batch of `batch_requests` as a request of its own, with the same seed."""
-    pairs = enumerate(zip(batch.prompts, batch.seeds, strict=True), batch.id)
-    return [replace(batch, id=place, prompts=(prompt,), seeds=(seed,)) for place, (prompt, seed) in pairs]
+    members = zip(batch.places, batch.prompts, batch.seeds, strict=True)
+    return [
+        replace(batch, id=place, prompts=(prompt,), seeds=(seed,), places=(place,))
+        for place, prompt, seed in members
+    ]

@@ -37,9 +37,10 @@ class Workers:
 
 
 def replica_spec(
-    model: ModelConfig, resources: ResourcesConfig, held: Mapping[str, str] | None = None
+    model: ModelConfig, resources: ResourcesConfig, held: Mapping[str, str] | None = None, *, shapes: int = 1
 ) -> ReplicaSpec:
-    """What a replica of the transformer is built from, on any node. `held`: what the base's files must be there."""
+    """What a replica of the transformer is built from, on any node. `held`: what the base's files must be there;
+    `shapes`: how many its pictures have."""
     return ReplicaSpec(
         model_path=str(recipes.resolve(model.path)),
         dtype=model.dtype,
@@ -51,6 +52,7 @@ def replica_spec(
         lora_targets=tuple(model.lora.targets),
         threads=resources.threads,
         compile=model.compile,
+        shapes=shapes,
         held=held or {},
     )
 

@@ -43,3 +43,5 @@ def test_compiled_blocks_are_the_eager_ones():
 def test_enough_graphs_are_kept():
     compile_blocks(model())
     assert torch._dynamo.config.recompile_limit >= 64
+    compile_blocks(model(), shapes=40)
+    assert torch._dynamo.config.recompile_limit >= 64 * 40 <= torch._dynamo.config.accumulated_recompile_limit

@@ -6,6 +6,17 @@ from PIL import Image
 from rewards.base import RewardSpec
 from rewards.calling import RewardBatch
 from rewards.loading import load_reward
+from tests.fakes.forked_workers import WorkerServer
+from tests.fakes.vllm_server import PRELOADED
+
+
+@pytest.fixture(scope="session")
+def vllm_forks(tmp_path_factory):
+    """What processes of vLLM are forked from."""
+    forks = WorkerServer(tmp_path_factory.mktemp("vllm"), PRELOADED)
+    forks.start()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

@@ -95,6 +95,34 @@ def test_a_reward_with_a_check_of_metadata_is_not_called(reward_file):
     ]
 
 
+@pytest.mark.parametrize(
+    ("code", "taken"),
+    [
+        (f"def reward({KEYWORDS}): return [len(r) / 1 for r in references]", None),
+        (f"def reward({KEYWORDS}): return [0.5] * len(images)\nreward.most_references = 2", 2),
+        (f"class reward:\n    most_references = 1\n    def score(self, {KEYWORDS}): return [0.5] * len(images)", 1),
+        ("class reward:\n    most_references = 1\n    def check(self): return []\n"
+         f"    def score(self, {KEYWORDS}): raise AssertionError", 1),
+    ],
+)  # fmt: skip
+def test_more_references_than_a_reward_takes_are_refused_by_line(reward_file, code, taken):
+    prompts = [Prompt(i, "edit", "p", ("a.png",) * n, origin=f"a:{i}") for i, n in enumerate((1, 2, 3))]
+    found = check_rewards(reward_set(reward_file(code), "edit"), prompts=prompts)
+    assert [problem.split(";")[0] for problem in found] == [
+        f"a:{i}: {i + 1} references, and reward 'reward' takes at most {taken}"
+        for i in range(3)
+        if taken is not None and i + 1 > taken
+    ]
+
+
+@pytest.mark.parametrize("name", ["editreward", "judge"])
+def test_builtin_rewards_that_take_one_reference_say_so_behind_a_service_too(name):
+    spec = RewardSpec(name, service=ServiceSpec(("http://127.0.0.1:9",)))
+    prompts = [Prompt(0, "edit", "p", ("a.png", "b.png"), origin="a:7")]
+    (problem,) = check_rewards(RewardSet("s", "edit", [spec]), prompts=prompts)
+    assert problem.startswith(f"a:7: 2 references, and reward {name!r} takes at most 1; ")
+
+
 def test_what_cannot_be_tried_in_time_is_said(reward_file, monkeypatch, caplog):
     monkeypatch.setattr(checks, "TRIES_S", 0.0)
     path = reward_file(f"def reward({KEYWORDS}): return [1.0] * len(images)")

@@ -78,9 +78,14 @@ def check(header: Header, section: GenerateSection) -> list[Prompt]:
             f"{section.prompts} holds {len(prompts)} prompts, generate.num_prompts={section.num_prompts} asks for more"
         )
     prompts = prompts[: section.num_prompts or None]
+    problems += [
+        f"{prompt.name}: {len(prompt.references)} references; the edits that EditReward learns from have one source"
+        for prompt in prompts
+        if len(prompt.references) > 1
+    ]
     # What cannot be read is that prompt's failure alone, when its turn comes.
     drawn = (section.width, section.height)
-    problems += reference_problems(prompts, drawn, "generate.width and generate.height")[1]
+    problems += reference_problems(prompts, drawn, "set generate.width and generate.height to its own")[1]
     problems += [f"generate.model: {p}" for p in check_model_folder(recipes.resolve(section.model))]
     problems += output_problems("generate.output", output_folder(header, section.output, "edits"))
     paths = {"output_dir": header.output_dir, "generate.output": section.output or header.output_dir}

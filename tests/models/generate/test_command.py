@@ -20,6 +20,7 @@ from models.generate.page import Page
 from models.lora.attach import adapter_state, attach_lora
 from models.lora.files import save_adapter
 from models.pipeline import KontextPipeline
+from tests.fakes.forked_workers import WorkerServer
 from tests.fakes.tiny_models import make_tiny_transformer
 from worlds.shapes.scoring.rewards import EditShapes, GenEvalShapes
 
@@ -226,7 +227,9 @@ def test_pictures_that_are_there_stay_and_others_are_refused(
     assert {name: (output / name).read_bytes() for name in names} == before
 
 
-def test_a_killed_run_leaves_whole_pictures_and_the_next_makes_the_rest(tmp_path: Path, folder: Path) -> None:
+def test_a_killed_run_leaves_whole_pictures_and_the_next_makes_the_rest(
+    tmp_path: Path, folder: Path, worker_server: WorkerServer
+) -> None:
     prompts = write_lines(tmp_path / "p.jsonl", *({"prompt": f"a star {k}", "seed": k} for k in range(40)))
     words = [
         "--model",
@@ -239,10 +242,11 @@ def test_a_killed_run_leaves_whole_pictures_and_the_next_makes_the_rest(tmp_path
         "1",
     ]
     words += ["--steps", "20"]
+    worker_server.start()
     process = subprocess.Popen(
         [sys.executable, "-m", "models.generate", *words],
         cwd=ROOT,
-        env=os.environ,
+        env=os.environ | worker_server.commands("models.generate"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -175,13 +175,18 @@ def write_recipe(path, config):
     return path
 
 
-def test_a_killed_run_is_started_again_and_ends_with_the_shards_of_a_straight_one(tmp_path):
+def test_a_killed_run_is_started_again_and_ends_with_the_shards_of_a_straight_one(
+    tmp_path, worker_server, monkeypatch
+):
     """Killed; then gone on with in two parts. The straight run is one of two processes."""
     config = encoded_config(tmp_path, shapes_source("t2i", 30), shapes_source("edit", 30))
     config.cache.samples_per_shard = 2
     recipe = write_recipe(tmp_path / "recipe.yaml", config)
     folder = Path(config.cache_dir) / "encoded"
     words = [sys.executable, "-m", "pretrain.data.cache", str(recipe)]
+    worker_server.start()
+    for name, value in worker_server.commands("pretrain.data.cache").items():
+        monkeypatch.setenv(name, value)
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(words, cwd=ROOT, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.forked_workers import WorkerServer
 from tests.fakes.tiny_editreward import make_tiny_editreward
 from tests.fakes.vllm_server import Serving
 
@@ -16,7 +17,9 @@ def editreward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serving(editreward_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    serving = Serving(editreward_folder, tmp_path_factory.mktemp("serve"))
+def serving(
+    editreward_folder: Path, tmp_path_factory: pytest.TempPathFactory, vllm_forks: WorkerServer
+) -> Iterator[Serving]:
+    serving = Serving(editreward_folder, tmp_path_factory.mktemp("serve"), vllm_forks)
     yield serving
     serving.stop()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -131,7 +132,7 @@ print("RESULT", len(wanted), sorted(wanted - loaded), sorted(loaded - wanted))
 
 
 @pytest.mark.vllm
-def test_vllm_takes_every_weight_of_the_7b_by_name_and_shape(base, tmp_path):
+def test_vllm_takes_every_weight_of_the_7b_by_name_and_shape(base, tmp_path, vllm_forks):
     """vLLM's own class and loader on the meta device: it asserts shapes, and says what it took."""
     folder = tmp_path / "seven"
     write_export(
@@ -150,7 +151,8 @@ def test_vllm_takes_every_weight_of_the_7b_by_name_and_shape(base, tmp_path):
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(qwen25_vl_7b() | kept | tokens))
     code = [sys.executable, "-c", CHECK, str(folder), str(tmp_path / "rendezvous")]
-    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    environment = os.environ | vllm_forks.commands(CHECK)
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), done.stderr[-3000:])
     # Stacked as vLLM does (q k v, gate up): 7 a decoder layer, 10 a vision block; embedding, norm, patches, 5 of the
     # merger, and the head.

@@ -165,7 +165,8 @@ def test_killed_with_sigkill_it_goes_on_and_yields_the_same_bytes(
     process = subprocess.Popen(
         [sys.executable, "-m", "rewards.editreward", "generate", str(place / "recipe.yaml"),
          f"generate.output={output}", "generate.workers=1"],
-        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": address} | worker_server.environment(),
+        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": address} | worker_server.environment()
+        | worker_server.commands("rewards.editreward"),
     )  # fmt: skip
     deadline = time.monotonic() + 300
     while not list(output.glob("*.tar")):
@@ -269,6 +270,18 @@ def test_sources_of_other_proportions_are_refused_by_line(place: Path, tmp_path:
     assert f"{place / 'prompts.jsonl'}:2: its reference image is 40 x 40 px" in said
     assert "drawn at 64 x 32" in said and "set generate.width and generate.height to its own" in said
     assert ":3: its reference" not in said
+
+
+def test_prompts_with_several_references_are_refused_by_line(
+    place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A sample of EditReward has one source."""
+    one, prompt = line(0)["image"], line(0)["prompt"]
+    two = place / "two.jsonl"
+    two.write_text(json.dumps({"prompt": prompt, "references": [one, one]}) + "\n")
+    words = f"generate.prompts={two}", "generate.num_prompts=1", "--dry-run"
+    assert generate(place, tmp_path / "out", *words) == 2
+    assert f"{two}:1: 2 references; the edits that EditReward learns from have one" in capsys.readouterr().err
 
 
 def test_the_dry_run_prints_the_plan(place: Path, tmp_path: Path, caplog: Any) -> None:

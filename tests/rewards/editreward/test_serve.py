@@ -19,7 +19,9 @@ import pytest
 
 from core.files import COMPLETE
 from rewards.editreward.model_folder import ModelFolderError
+from rewards.editreward.serve.checks import _ASK as ASK
 from rewards.editreward.serve.checks import check_model, engine_problems
+from tests.fakes.forked_workers import WorkerServer
 from tests.fakes.tiny_editreward import make_tiny_editreward
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -78,7 +80,11 @@ def test_a_folder_that_vllm_cannot_serve_is_refused_by_what_is_wrong(
 
 
 @pytest.mark.vllm
-def test_a_head_size_that_vllm_refuses_is_found_by_asking_it(folder: Path) -> None:
+def test_a_head_size_that_vllm_refuses_is_found_by_asking_it(
+    folder: Path, vllm_forks: WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in vllm_forks.commands(ASK).items():
+        monkeypatch.setenv(name, value)
     card, facts = check_model(folder)
     assert engine_problems(card, facts, tensor_parallel=1) == []
     (problem,) = engine_problems(card, replace(facts, head_size=16), tensor_parallel=1)

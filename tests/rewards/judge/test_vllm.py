@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def endpoint(folder, tmp_path_factory):
-    with vllm_server(folder, tmp_path_factory.mktemp("log") / "vllm.log", name="judge") as url:
+def endpoint(folder, tmp_path_factory, vllm_forks):
+    with vllm_server(folder, tmp_path_factory.mktemp("log") / "vllm.log", vllm_forks, name="judge") as url:
         yield f"{url}/v1"
 
 

@@ -183,7 +183,7 @@ def test_a_reward_worker_scores_the_same_with_a_served_reward(start_thread, monk
     spec = RewardSpec("geneval_shapes", weight=0.5, params={"credit": "strict"}, label="rules")
     wanted = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
     service = start_thread(spec, example_metadata=wanted, height=32, width=32)
-    prompts = [Prompt(0, "t2i", "a red circle", None, wanted)] * 6
+    prompts = [Prompt(0, "t2i", "a red circle", (), wanted)] * 6
     images = np.stack([disc(radius) for radius in range(6)])
 
     def score(reward):

@@ -78,7 +78,7 @@ def head(length, **changes):
 
 def good_body(name):
     images = [Image.new("RGB", (8, 8), (k, k, k)) for k in range(4)]
-    given = {"prompts": ["p"] * 4, "references": [None] * 4, "metadata": [{}] * 4}
+    given = {"prompts": ["p"] * 4, "references": [[]] * 4, "metadata": [{}] * 4}
     return encode_request(Call(fingerprint(name, {}), 20.0), images=images, **given, codec="raw")
 
 
@@ -157,7 +157,7 @@ def frame(header, rest=b"abc"):
 def header(name, metadata="{}", **changes):
     picture = {"codec": "raw", "width": 1, "height": 1, "bytes": 3}
     found = {"fingerprint": fingerprint(name, {}), "timeout_s": 5.0, "prompts": ["p"], "metadata": ["@"]}
-    found |= {"images": [0], "references": [None], "pictures": [picture]} | changes
+    found |= {"images": [0], "references": [[]], "pictures": [picture]} | changes
     return json.dumps(found).replace('"@"', metadata).encode()
 
 
@@ -324,5 +324,5 @@ async def _ask(whose, url):
         limits = {"outputs": 1, "concurrency": 4, "timeout_s": 0.5, "unavailable_s": 0.3}
         return await Replicas([url], "model", **limits).classify({})
     spec = served(RewardSpec("a:reward", timeout_s=0.5), url, unavailable_s=0.3, token_env="CLIENT_TOKEN")
-    batch = RewardBatch([Image.new("RGB", (8, 8))], ["p"], [None], [{}])
+    batch = RewardBatch([Image.new("RGB", (8, 8))], ["p"], [[]], [{}])
     return await call_reward(load_reward(spec), batch)

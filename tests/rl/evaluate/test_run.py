@@ -90,14 +90,14 @@ def test_an_evaluation_leaves_everything_it_promises(straight, folder):
 
 
 def test_an_evaluation_killed_at_a_random_moment_and_run_again_gives_the_same_table(
-    straight, folder, ray_session
+    straight, folder, ray_session, worker_server
 ):
     output, moment = folder / "killed", random.randint(1, PROMPTS // 2)
     address = ray_session.get_runtime_context().gcs_address
     process = subprocess.Popen(
         [sys.executable, "-m", "rl.evaluate", *words(folder, output)],
         cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": address},
+        env=os.environ | {"RAY_ADDRESS": address} | worker_server.commands("rl.evaluate"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

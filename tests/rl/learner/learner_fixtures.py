@@ -1,5 +1,6 @@
 """Builds learners and rollouts at tiny size, without the controller."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rl.learner.learner import Learner, LearnerSpec
 from rl.recipe.schema import EmaConfig, LearnerConfig
 from rollout.engine import AdapterReceipt, ReplicaSpec, RolloutEngine, SampleRequest
 from rollout.sampler import Conditioning, SamplingSpec, Trajectory
+from rollout.shapes import Shape
 
 T5_WIDTH, POOLED = 48, 40  # of tests/fakes/tiny_models.py
 
@@ -37,13 +39,15 @@ def sampling_spec(guidance_scale: float = 1.0, num_steps: int = 4) -> SamplingSp
     return SamplingSpec(num_steps, 0.7, guidance_scale)
 
 
-def conditioning(name: str, *, reference: bool | int = False) -> Conditioning:
-    """`reference`: how many."""
+def conditioning(
+    name: str, *, reference: bool | int = False, latents: tuple[int, int] = (8, 8)
+) -> Conditioning:
+    """`reference`: how many, of `latents` each."""
     generator = torch.Generator().manual_seed(derive_seed("conditioning", name))
     return Conditioning(
         torch.randn((12, T5_WIDTH), generator=generator),
         torch.randn((POOLED,), generator=generator),
-        tuple(torch.randn((4, 8, 8), generator=generator) for _ in range(reference)),
+        tuple(torch.randn((4, *latents), generator=generator) for _ in range(reference)),
     )
 
 
@@ -54,25 +58,32 @@ def sample_group(
     size: int,
     negative: Conditioning | None = None,
     references: int = 0,
+    shape: Shape | None = None,
 ) -> tuple[Trajectory, Conditioning]:
     seeds = tuple(derive_seed("noise", group, k) for k in range(size))
     steps = spec.stochastic_steps(group)
-    condition = conditioning(f"group {group}", reference=references)
+    pixels = (32, 32) if shape is None else shape.size
+    latents = (pixels[0] // 4, pixels[1] // 4)
+    condition = conditioning(f"group {group}", reference=references, latents=latents)
     trunk = derive_seed("trunk", group) if spec.branch else None
     _, trajectory, _ = engine.sample(
-        SampleRequest(group, 0, seeds, steps, trunk), spec, negative, [condition]
+        SampleRequest(group, 0, seeds, steps, trunk, pixels), spec, negative, [condition]
     )
     return trajectory, condition
 
 
-def sample_refs(groups: list[tuple[int, Trajectory, Conditioning]], num_steps: int) -> list[SampleRef]:
-    """References whose "object references" are the objects; advantages alternate in sign."""
+def sample_refs(
+    groups: list[tuple[int, Trajectory, Conditioning]],
+    num_steps: int,
+    shapes: Sequence[Shape | None] | None = None,
+) -> list[SampleRef]:
+    """References whose "object references" are the objects; advantages alternate in sign. `shapes`: one a group."""
     refs = []
-    for group, trajectory, condition in groups:
+    for (group, trajectory, condition), shape in zip(groups, shapes or [None] * len(groups), strict=True):
         positions = trained_positions(trajectory.steps, num_steps, 1, 0, group)
         for k in range(len(trajectory.final_latents)):
             advantage = (-1.0) ** k * (1 + 0.25 * k + 0.1 * group)
-            refs.append(SampleRef(group, k, trajectory, k, condition, positions, advantage))
+            refs.append(SampleRef(group, k, trajectory, k, condition, positions, advantage, shape=shape))
     return refs
 
 

@@ -2,12 +2,16 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rl.learner.batching import SampleRef, TrainSample, make_train_batch, trained_positions
+from rl.learner.batching import SampleRef, TrainBatch, TrainSample, make_train_batch, trained_positions
 from rollout.sampler import Conditioning, Trajectory
+from rollout.shapes import Shape
 
 
 def ref(group: int, k: int, positions: tuple[int, ...] = (0, 1)) -> SampleRef:
@@ -57,6 +61,62 @@ def test_the_order_of_arrival_does_not_matter(seed):
     samples = random_samples(rng)
     shuffled = rng.sample(samples, len(samples))
     assert make_train_batch(samples, 2, 3, 2) == make_train_batch(shuffled, 2, 3, 2)
+
+
+SHAPES = [Shape((32, 32)), Shape((32, 32), ((32, 32),)), Shape((16, 64)), Shape((64, 16))]
+
+
+@given(
+    groups=st.lists(st.tuples(st.sampled_from(SHAPES), st.integers(1, 6)), max_size=9),
+    updates=st.integers(1, 4),
+    ranks=st.integers(1, 5),
+    micro=st.integers(1, 4),
+    rng=st.randoms(use_true_random=False),
+)
+def test_the_invariants_of_several_shapes(groups, updates, ranks, micro, rng):
+    samples = [replace(ref(g, k), shape=shape) for g, (shape, size) in enumerate(groups) for k in range(size)]
+    shuffled = rng.sample(samples, len(samples))
+    batch = make_train_batch(shuffled, updates, ranks, micro)
+    trained = []
+    for shares in batch.updates:
+        real = [s for share in shares for s in share.samples if s.weight > 0]
+        alike = Counter(s.shape for s in real)
+        (length,) = {len(share.samples) for share in shares}
+        micro_batches = [
+            share.samples[i : i + micro] for share in shares for i in range(0, len(share.samples), micro)
+        ]
+        assert length % micro == 0 and all(len({s.shape for s in one}) == 1 for one in micro_batches)
+        assert {share.count for share in shares} == {len(real)}
+        if len(alike) > 1:  # no more than it takes
+            needed = sum(-(-count // micro) for count in alike.values())
+            assert length == -(-needed // ranks) * micro
+        trained += real
+    assert sorted(map(_identity, trained)) == sorted(map(_identity, samples))
+    alone = [replace(sample, shape=None) for sample in shuffled]
+    if len({sample.shape for sample in samples}) == 1:
+        assert _bare(batch) == make_train_batch(alone, updates, ranks, micro), "one shape: as without"
+
+
+def _bare(batch):
+    return TrainBatch(
+        tuple(
+            tuple(replace(s, samples=tuple(replace(one, shape=None) for one in s.samples)) for s in shares)
+            for shares in batch.updates
+        )
+    )
+
+
+def test_micro_batches_of_several_shapes_by_hand():
+    """5 squares and 3 wide ones on 2 ranks in micro-batches of 2: two full ones and a padded one, then two."""
+    square, wide = Shape((32, 32)), Shape((64, 16))
+    samples = [replace(ref(0, k), shape=square) for k in range(5)]
+    samples += [replace(ref(1, k), shape=wide) for k in range(3)]
+    (shares,) = make_train_batch(samples, 1, 2, 2).updates
+    assert [[(s.group, s.k, s.weight) for s in share.samples] for share in shares] == [
+        [(0, 0, 1), (0, 1, 1), (0, 4, 1), (0, 4, 0), (1, 2, 1), (1, 2, 0)],
+        [(0, 2, 1), (0, 3, 1), (1, 0, 1), (1, 1, 1), (1, 0, 0), (1, 1, 0)],
+    ]
+    assert [share.count for share in shares] == [8, 8]
 
 
 def test_updates_of_a_whole_batch_are_equal():

@@ -10,12 +10,14 @@ from core.failures import ClusterError
 from models.components import load_transformer
 from models.lora.attach import adapter_parameters, adapter_state, attach_lora, hash_state, load_adapter_state
 from models.lora.files import save_adapter
+from rl.learner.batching import make_train_batch
 from rl.learner.gate import LogProbMismatch
 from rl.learner.learner import Learner, LearnerSpec
 from rl.recipe.schema import EmaConfig
 from rollout.engine import RolloutEngine
 from rollout.flow_sde import flow_sde_step
 from rollout.sampler import SamplingSpec
+from rollout.shapes import Shape
 from tests.fakes.tiny_models import make_tiny_folder
 from tests.rl.learner.learner_fixtures import (
     conditioning,
@@ -24,8 +26,10 @@ from tests.rl.learner.learner_fixtures import (
     publish,
     randomise,
     replica_spec,
+    resolve,
     rollout,
     sample_group,
+    sample_refs,
     sampling_spec,
     updates,
 )
@@ -67,6 +71,42 @@ def test_a_batch_with_two_references_passes_the_gate_in_their_order_alone(folder
     with pytest.raises(LogProbMismatch):
         learner.update([(swapped, count)])
     assert learner.update([(samples, count)])[0].gaps.largest <= 1e-6
+
+
+@pytest.mark.parametrize(("old_log_prob", "branch"), [("rollout", False), ("replay", True)])
+def test_groups_of_several_shapes_teach_what_each_teaches_alone(folder, old_log_prob, branch):
+    """In one update: the gate is 0, and the gradient is the mean over all samples."""
+    shapes = [Shape((32, 32)), Shape((16, 64), ((16, 64),)), Shape((16, 64), ((16, 64),)), Shape((64, 24))]
+    learner, engine = make_learner(folder, old_log_prob=old_log_prob), RolloutEngine(replica_spec(folder))
+    learner.sampling = spec = replace(sampling_spec(), branch=branch)
+    randomise(learner)
+    publish(learner, engine)
+    sizes = [3, 2, 2, 1]
+    groups = [
+        (g, *sample_group(engine, spec, g, sizes[g], None, len(shape.references), shape))
+        for g, shape in enumerate(shapes)
+    ]
+
+    def gradient(chosen):
+        refs = sample_refs([groups[g] for g in chosen], 4, [shapes[g] for g in chosen])
+        (shares,) = make_train_batch(refs, 1, 1, 2).updates
+        samples, count = resolve(shares[0])
+        (old,) = learner._old_log_probs([(samples, count)])
+        gate = learner._gate()
+        learner.accumulate(samples, count, old, gate)
+        assert gate.check().largest <= 1e-6
+        found = {}
+        for name, parameter in adapter_parameters(learner.transformer, "policy").items():
+            found[name], parameter.grad = parameter.grad.clone(), None
+        return found, count
+
+    together, count = gradient([0, 1, 2, 3])
+    assert count == 8
+    parts = [gradient(chosen) for chosen in ([0], [1, 2], [3])]
+    scale = max(float(g.abs().max()) for g in together.values())
+    for name, value in together.items():
+        expected = sum(own[name] * n / count for own, n in parts)
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("cfg_gradient", ["conditional", "both"])

@@ -1,5 +1,7 @@
 """Ranks and ZeRO stages must not change what is learned: loss and every gradient of the same global batch."""
 
+from dataclasses import replace
+
 import pytest
 import ray
 import torch
@@ -8,6 +10,7 @@ from rl.learner.batching import make_train_batch
 from rl.learner.learner import LearnerSpec
 from rl.learner.worker import LearnerGroup, LearnerRank
 from rollout.engine import RolloutEngine
+from rollout.shapes import Shape
 from tests.fakes.tiny_models import make_tiny_folder
 from tests.rl.learner.learner_fixtures import (
     conditioning,
@@ -18,6 +21,7 @@ from tests.rl.learner.learner_fixtures import (
     sampling_spec,
 )
 
+SHAPES = [Shape((32, 32)), Shape((16, 64), ((16, 64),)), Shape((64, 24))]
 CASES = {"zero1": (1, 1), "zero1_2ranks": (1, 2), "zero2_2ranks": (2, 2), "zero3_2ranks": (3, 2)}
 
 
@@ -45,15 +49,21 @@ class RecordingRank(LearnerRank):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, ray_session):
-    """Loss statistics, gradients and the adapter after one update, for each case, on 3 + 4 = 7 samples."""
+    """Loss statistics, gradients and the adapter after one update, for each case, on 3 + 4 = 7 samples; before it, at
+    rate 0, those of 3 + 4 + 1 samples of three shapes."""
     folder = make_tiny_folder(tmp_path_factory.mktemp("model"))
     engine = RolloutEngine(replica_spec(folder))
     groups = [(g, *sample_group(engine, sampling_spec(3.0), g, size, conditioning("negative")))
               for g, size in ((0, 3), (1, 4))]  # fmt: skip
-    refs = [
-        type(r)(r.group, r.k, ray.put(r.trajectory), r.row, ray.put(r.conditioning), r.positions, r.advantage)
-        for r in sample_refs(groups, 4)
-    ]
+    mixed = [(g, *sample_group(engine, sampling_spec(3.0), g, size, conditioning("negative"), g % 2, shape))
+             for g, (size, shape) in enumerate(zip((3, 4, 1), SHAPES, strict=True))]  # fmt: skip
+
+    def stored(refs):
+        return [
+            replace(r, trajectory=ray.put(r.trajectory), conditioning=ray.put(r.conditioning)) for r in refs
+        ]
+
+    refs, mixed_refs = stored(sample_refs(groups, 4)), stored(sample_refs(mixed, 4, SHAPES))
     found = {}
     for name, (stage, ranks) in CASES.items():
         config = learner_config(zero_stage=stage, ranks=ranks)
@@ -63,19 +73,21 @@ def results(tmp_path_factory, ray_session):
         group = LearnerGroup(actors, call_timeout_s=240, start_timeout_s=240)
         group.set_negative(conditioning("negative"))
         ray.get([a.record.remote() for a in actors], timeout=240)
-        group.fetch(make_train_batch(refs, 1, ranks, 2))
-        stats, _ = group.update(1e-3)
-        gradients = ray.get([a.recorded.remote() for a in actors], timeout=240)[0]
-        found[name] = (stats[0], gradients, group.adapter(1, shipped=False))
+        for key, those, rate in ((f"{name} mixed", mixed_refs, 0.0), (name, refs, 1e-3)):
+            group.fetch(make_train_batch(those, 1, ranks, 2))
+            stats, _ = group.update(rate)
+            gradients = ray.get([a.recorded.remote() for a in actors], timeout=240)[0]
+            found[key] = (stats[0], gradients, group.adapter(1, shipped=False))
         for a in actors:
             ray.kill(a)
     return found
 
 
+@pytest.mark.parametrize("shapes", ["", " mixed"])
 @pytest.mark.parametrize("case", [name for name in CASES if name != "zero1"])
-def test_loss_and_gradients_do_not_depend_on_ranks_or_zero_stage(results, case):
-    stats, gradients, _ = results["zero1"]
-    other_stats, other, _ = results[case]
+def test_loss_and_gradients_do_not_depend_on_ranks_or_zero_stage(results, case, shapes):
+    stats, gradients, _ = results["zero1" + shapes]
+    other_stats, other, _ = results[case + shapes]
     assert other_stats.loss == pytest.approx(stats.loss, rel=1e-5)
     assert other_stats.grad_norm == pytest.approx(stats.grad_norm, rel=1e-5)
     assert gradients.keys() == other.keys() and any(g.any() for g in gradients.values())

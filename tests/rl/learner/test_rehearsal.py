@@ -1,5 +1,7 @@
 """Rehearsal: what is drawn, what its gradient is, that it holds, and that a resumed run rehearses the same."""
 
+from dataclasses import replace
+
 import pytest
 import ray
 import torch
@@ -17,6 +19,7 @@ from rl.recipe.schema import EmaConfig, RehearsalConfig, StageConfig, StagePartC
 from rl.recipe.stage_parts import rehearsed_parts
 from rollout.engine import RolloutEngine, SampleRequest
 from rollout.sampler import SamplingSpec
+from rollout.shapes import Shape
 from tests.fakes.tiny_models import make_tiny_folder
 from tests.fakes.tiny_run import tiny_recipe
 from tests.rl.learner.learner_fixtures import (
@@ -87,6 +90,25 @@ def test_all_ranks_run_as_many_micro_batches_of_one_size(samples, ranks, batches
     for rank in range(ranks):
         found = rehearsal(samples=samples, rank=rank, ranks=ranks)
         assert (found.micro_batches, found.size) == (batches, size)
+
+
+def test_a_batch_of_states_has_one_shape_and_all_shapes_come():
+    drawn = rehearsal(samples=200, count=5)
+    tall = [(4, 16, 4), (4, 8, 8)]
+    drawn.pictures = [
+        replace(picture, latents=torch.randn(tall[i % 2]), shape=Shape((64, 16)) if i % 2 == 0 else Shape((32, 32)),
+                conditioning=conditioning(f"old {i}", reference=True, latents=tall[i % 2][1:]))
+        for i, picture in enumerate(drawn.pictures)
+    ]  # fmt: skip
+    batches = list(drawn.batches(7, device="cpu", dtype=torch.float32))
+    assert len(batches) == 50 and all(len(b.x) == 4 for b in batches)
+    assert {tuple(b.x.shape[1:]) for b in batches} == set(tall)
+    assert all(b.conditioning.reference_latents[0].shape == b.x.shape for b in batches)
+    one = rehearsal(samples=40)
+    plain = [b.x for b in one.batches(7, device="cpu", dtype=torch.float32)]
+    one.pictures = [replace(picture, shape=Shape((32, 32))) for picture in one.pictures]
+    shaped = [b.x for b in one.batches(7, device="cpu", dtype=torch.float32)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, shaped, strict=True))
 
 
 def test_ranks_share_the_pictures_and_none_goes_empty():

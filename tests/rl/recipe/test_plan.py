@@ -1,10 +1,13 @@
 """The run in numbers: SD3.5-Medium's counts without its weights, and the batch equations."""
 
+import json
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from models.lora.targets import DEFAULT_TARGETS
+from models.sd35_medium import sd35_medium_config
 from rl.recipe.plan import describe_run, disk_needs, measure_model
 from rl.recipe.schema import (
     EvaluationTaskConfig,
@@ -13,6 +16,7 @@ from rl.recipe.schema import (
     RehearsalConfig,
     RewardConfig,
     RunConfig,
+    SizeConfig,
     StageConfig,
 )
 
@@ -80,6 +84,44 @@ def test_memory_per_role_by_hand(lines):
     learner = 2 * (2_243_171_520 + 226_492_416) / 2**30 + adapters
     assert f"memory, rollout worker: {rollout:.2f} GiB" in lines
     assert f"memory, learner rank: {learner:.2f} GiB" in lines
+
+
+def test_sizes_are_listed_and_memory_is_of_the_largest(tmp_path):
+    """Of three prompts two draw theirs, one in four times the wide one, and the third brings its own."""
+    (tmp_path / "t.jsonl").write_text(
+        '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c", "size": [1024, 256]}\n'
+    )
+    config = RunConfig(name="sizes", model=ModelConfig(path=str(tmp_path / "absent")))
+    config.model.sizes = [SizeConfig(512, 512, 3.0), SizeConfig(384, 768)]
+    config.stages = [StageConfig("t2i", "t2i", str(tmp_path / "t.jsonl"), 100, [RewardConfig("r")])]
+    config.model.compile = True
+    text = "\n".join(describe_run(config))
+    assert (
+        "sizes of stage t2i, 3 prompts (height x width): 512 x 512 50%, 1024 x 256 33.3%, 384 x 768 16.7%"
+        in text
+    )
+    assert "compiled for each of 3 shapes as it comes, into at most 192 graphs" in text
+    assert "8 rows at once of 384 x 768 px)" in text
+    size = measure_model(config)
+    assert (size.image_tokens, size.reference_tokens, size.latent_values) == (24 * 48, 0, 16 * 48 * 96)
+
+
+def test_every_reference_counts(tmp_path):
+    """SD3.5-Medium's configs; the first reference is shown at the size that is drawn."""
+    for part, content in (("transformer", sd35_medium_config()), ("vae", {"block_out_channels": [1] * 4})):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(content))
+    for name, size in (("a", (300, 200)), ("b", (100, 100))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    line = {"prompt": "put it in", "references": ["a.png", "b.png"]}
+    (tmp_path / "e.jsonl").write_text(json.dumps(line) + "\n")
+    model = ModelConfig(path=str(tmp_path), longer_edge=512, reference_pixels=512 * 352 + 256**2)
+    stage = StageConfig("edit", "edit", str(tmp_path / "e.jsonl"), 100, [RewardConfig("r")])
+    config = RunConfig(name="two", model=model, stages=[stage])
+    size = measure_model(config)
+    assert (size.image_tokens, size.reference_tokens) == (32 * 22, 32 * 22 + 16 * 16)
+    text = "\n".join(describe_run(config))
+    assert "1 prompts (height x width): 352 x 512 (further references 256 x 256) 100%" in text
 
 
 def test_a_window_and_drawn_steps_change_the_equations(paper):

@@ -16,6 +16,7 @@ from rewards.base import ServiceSpec
 from rl.recipe.inputs import run_inputs
 from rl.recipe.preflight import preflight
 from rl.recipe.schema import load_config
+from tests.cases.conftest import CASES
 from tests.fakes.tiny_metaquery import make_tiny_conditioner, make_tiny_metaquery
 from tests.fakes.tiny_run import tiny_recipe
 
@@ -66,6 +67,9 @@ def test_a_sound_recipe_passes_with_its_rewards(recipe):
             "model.height, model.width: pictures of 36 x 32 px (height x width): this model makes",
         ),
         ("model.width=256", "sides that are multiples of 8 and at most 128"),
+        ("model.sizes=[{height: 32, width: 30}]", "model.sizes[0]: pictures of 32 x 30 px"),
+        ("model.longer_edge=24", "model.longer_edge: longer edge of 24 px: must be a multiple of 16"),
+        ("model.longer_edge=256", "model.longer_edge: pictures of 256 x 256 px"),
         ("stages[0].prompts=/absent/edit.jsonl", "/absent/edit.jsonl: cannot be read"),
         ("evaluation.tasks[0].num_prompts=7", "edit.jsonl holds 6 prompts, num_prompts=7 asks for more"),
         ("stages[1].rewards[0].name=geneval_shapez", "reward 'geneval_shapez' is not built in: did you mean"),
@@ -80,6 +84,39 @@ def test_a_sound_recipe_passes_with_its_rewards(recipe):
 def test_one_thing_wrong_is_one_problem(recipe, override, expected):
     (problem,) = problems_of(recipe, override)
     assert expected in problem
+
+
+def test_lines_without_a_size_that_can_be_drawn_are_named(recipe, tmp_path):
+    lines = [json.loads(line) for line in (CASES / "references" / "edit.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["image"] = str(CASES / "references" / line["image"])
+    file, overrides = (
+        tmp_path / "edit.jsonl",
+        ("evaluation.tasks=[]", "gallery.prompts=0", "model.longer_edge=64"),
+    )
+
+    def found(*more):
+        file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *more]))
+        return problems_of(recipe, f"stages[0].prompts={file}", *overrides)
+
+    (problem,) = found()
+    assert problem.startswith(f"{file}:6: proportions of 4000 x 40 are beyond 8:1") and problem.endswith(
+        'or give height and width, as "size": [height, width] of the line'
+    )
+    lines[5]["size"] = [8, 64]
+    assert found() == [], "squashed as asked"
+    (problem,) = found(lines[0] | {"size": [100, 64]})
+    assert problem.startswith(f"{file}:7: pictures of 100 x 64 px (height x width): this model makes")
+    both = {"prompt": "add it", "references": [lines[0]["image"], lines[1]["image"]]}
+    overrides += ("model.reference_pixels=2058",)
+    (problem,) = found(both)
+    assert problem.startswith(f"{file}:7: 2 references in 2058 pixels")
+
+
+def test_references_of_other_proportions_name_the_remedy(recipe):
+    file = CASES / "references" / "edit.jsonl"
+    problems = problems_of(recipe, f"stages[0].prompts={file}", "evaluation.tasks=[]", "gallery.prompts=0")
+    assert len(problems) == 5 and all("or set model.longer_edge" in problem for problem in problems)
 
 
 def test_metaquery_needs_its_vlm_and_kontext_has_none(recipe, tmp_path):

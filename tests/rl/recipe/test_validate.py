@@ -230,6 +230,7 @@ CHOICES = {
 
 POSITIVE = (
     "model.height", "model.width", "model.max_sequence_length", "model.lora.rank", "model.lora.alpha",
+    "model.longer_edge", "model.reference_pixels",
     "rollout.workers", "rollout.num_steps", "rollout.group_size", "rollout.prompts_per_rollout",
     "rollout.chunk_size", "learner.ranks", "learner.micro_batch_size", "learner.updates_per_rollout",
     "learner.learning_rate", "learner.clip_range", "evaluation.num_steps", "evaluation.batch_size",

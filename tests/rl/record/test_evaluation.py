@@ -3,9 +3,13 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
+
 from rl.recipe.schema import EvaluationConfig, EvaluationTaskConfig
 from rl.record.evaluation import Evaluator
+from rl.record.gallery import GallerySample
 from rl.workers.requests import RolloutResult
+from rollout.shapes import ShapeRule
 from rollout.worker import Policy
 
 
@@ -35,7 +39,7 @@ def evaluator_of(tmp_path, texts, **identity):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     task = EvaluationTaskConfig(task="t2i", prompts=str(tmp_path / "p.jsonl"), num_prompts=len(texts))
     config = EvaluationConfig(tasks=[task], batch_size=4)
-    return Evaluator(config, OneBadPrompt(), tmp_path / "run", 0, **identity)
+    return Evaluator(config, OneBadPrompt(), tmp_path / "run", ShapeRule(tmp_path, (32, 32)), 0, **identity)
 
 
 def scores(tmp_path, texts):
@@ -50,6 +54,43 @@ def test_a_prompt_that_cannot_be_drawn_takes_no_other_of_its_batch_along(tmp_pat
     assert f"{tmp_path}/p.jsonl:2 is not scored: cannot be drawn" in caplog.text
     _, before = scores(tmp_path / "whole", ["0", "1", "2", "3", "4", "5"])
     assert seeds.items() <= before.items()
+
+
+def test_prompts_of_several_sizes_keep_their_places(tmp_path):
+    evaluator = evaluator_of(tmp_path, [str(n) for n in range(12)])
+    evaluator.shapes = ShapeRule(tmp_path, (32, 32), ((16, 32), (32, 16)), (1.0, 1.0))
+    requests = []
+    sample = evaluator.collector.sample
+
+    def watched(found, *args, **options):
+        requests.extend(found)
+        yield from sample(found, *args, **options)
+
+    evaluator.collector.sample = watched
+    found = evaluator.evaluate("before", Policy(1, "a", ()), 0)["t2i"]
+    assert found.rewards == [float(n) for n in range(12)] and found.components == {"r": found.rewards}
+    assert [r.places for r in requests] != [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
+    assert len({r.size for r in requests}) == 2
+    again = evaluator.shapes.of(evaluator.prompts["t2i"][5], evaluator._seed(evaluator.prompts["t2i"][5]))
+    assert [r.shape for r in requests if 5 in r.places] == [again]
+
+
+def test_a_gallery_of_several_sizes_is_read_back(tmp_path):
+    policy, shapes = Policy(1, "a", ()), [(4, 8, 3), (8, 4, 3)]
+    made = [GallerySample(str(n), n, np.full(shape, n, np.uint8), 0.5) for n, shape in enumerate(shapes)]
+    first = evaluator_of(tmp_path, ["0", "1"])
+    first._sample = lambda *_: ([0.5, 0.5], {}, made)
+    first.evaluate("before", policy, 0)
+    again = evaluator_of(tmp_path, ["0", "1"])
+    again.evaluate("before", policy, 0)
+    found = again.gallery["t2i"]["before"]
+    assert [s.prompt for s in found] == ["0", "1"]
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(made, found, strict=True))
+    np.savez_compressed(
+        tmp_path / "run" / "evaluations" / "before" / "t2i.npz", images=np.ones((2, 4, 4, 3), np.uint8)
+    )
+    again.read("before")  # of a run from when all had one size
+    assert [s.image.shape for s in again.gallery["t2i"]["before"]] == [(4, 4, 3)] * 2
 
 
 def test_scores_of_other_prompts_weights_or_rewards_are_set_aside_and_made_again(tmp_path, caplog):

@@ -14,6 +14,7 @@ from rewards.scoring import GroupScore
 from rl.record.groups import GroupRecord, best_and_worst, group_record, group_samples
 from rl.record.journal import Journal
 from rl.workers.requests import RolloutRequest, RolloutResult
+from rollout.shapes import Shape
 from tests.rl.report.report_runs import config
 
 
@@ -67,3 +68,16 @@ def test_the_first_sample_carries_the_reference_of_all():
     assert first.reference is not None and (first.reference == pixels).all() and second.reference is None
     assert (first.seed, second.seed, second.reward) == (11, 12, None)
     assert (second.image == 255 - pixels).all()
+
+
+def test_references_are_shown_as_the_policy_saw_them(tmp_path):
+    """At their shape's sizes, in their order."""
+    for name, colour, size in (("a", "red", (40, 20)), ("b", "blue", (10, 10))):
+        Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
+    prompt = Prompt(0, "edit", "put it in", tuple(str(tmp_path / f"{name}.png") for name in "ab"))
+    shape = Shape((16, 32), ((16, 32), (24, 24)))
+    group = RolloutRequest(1, (prompt,), (11,), shape=shape)
+    (sample,) = group_samples(group, np.zeros((1, 16, 32, 3), np.uint8), [0.5])
+    assert sample.reference is not None and sample.reference.shape == (24, 56, 3)
+    assert (sample.reference[:16, :32] == [255, 0, 0]).all() and (sample.reference[16:, :32] == 255).all()
+    assert (sample.reference[:, 32:] == [0, 0, 255]).all()

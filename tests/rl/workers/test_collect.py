@@ -1,5 +1,6 @@
 """Requests in chunks become whole results, scored ones with their score; a failure takes its own request alone."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,9 +11,10 @@ from core.progress import Progress
 from core.prompts import Prompt
 from rewards.scoring import GroupScore
 from rl.workers.collect import Collector
-from rl.workers.requests import RolloutRequest, batch_requests
+from rl.workers.requests import RolloutRequest, RolloutResult, alone, batch_requests, encode_call
 from rollout.engine import SampleInfo
 from rollout.sampler import SamplingSpec
+from rollout.shapes import Shape
 from rollout.worker import Policy
 
 SPEC = SamplingSpec(4, 0.0, 1.0, variant="ode")
@@ -93,6 +95,30 @@ def test_a_batch_gives_every_sample_the_conditioning_of_its_prompt():
     assert [r.request.seeds for r in map(results.get, (0, 2, 4))] == [(0, 1), (2, 3), (4,)]
     many = RolloutRequest(0, tuple(prompts[:2]), tuple(range(6)))
     assert [many.prompt_of(k).index for k in range(6)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_batches_hold_one_shape_and_have_fixed_places():
+    prompts, seeds = [Prompt(i, "t2i", f"p{i}") for i in range(7)], list(range(10, 17))
+    square, wide = Shape((32, 32)), Shape((16, 32))
+    shapes = [square, wide, square, square, wide, wide, square]
+    found = batch_requests(prompts, seeds, 2, shapes)
+    assert [(r.id, r.places, r.shape) for r in found] == [
+        (0, (0, 2), square), (1, (1, 4), wide), (3, (3, 6), square), (5, (5,), wide),
+    ]  # fmt: skip
+    assert all(r.seeds == tuple(10 + p for p in r.places) for r in found)
+    assert all(tuple(prompt.index for prompt in r.prompts) == r.places for r in found)
+    assert [(r.id, r.places, r.seeds, r.size) for r in alone(found[1])] == [
+        (1, (1,), (11,), (16, 32)), (4, (4,), (14,), (16, 32)),
+    ]  # fmt: skip
+    equal = batch_requests(prompts, seeds, 3, [square] * 7)
+    assert [(r.id, r.places) for r in equal] == [(0, (0, 1, 2)), (3, (3, 4, 5)), (6, (6,))]
+
+
+def test_the_size_of_a_request_goes_to_encoder_and_sampler():
+    request = replace(group(3), shape=Shape((16, 32)))
+    assert encode_call(request).args == (list(request.prompts), (16, 32))
+    (call, *_) = collector(Wire()).sample_calls(RolloutResult(request, ("c",)), SPEC, POLICY, 2)
+    assert call.args[0].size == (16, 32)
 
 
 def test_a_failure_on_either_way_takes_its_own_request_alone():
