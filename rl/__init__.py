@@ -6,4 +6,6 @@ import core
 
 if Path(core.__path__[0]).resolve().parent != Path(__file__).resolve().parents[1]:
     # Any other folder that hides one of ours is named by `core` itself.
-    raise ImportError(f"{core.__path__[0]} hides this project's package 'core': rename it, or run from another folder")
+    raise ImportError(
+        f"{core.__path__[0]} hides this project's package 'core': rename it, or run from another folder"
+    )

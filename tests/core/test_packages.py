@@ -28,6 +28,8 @@ def test_a_folder_that_hides_a_package_is_named(tmp_path, name):
 
 def test_a_folder_without_code_hides_nothing(tmp_path):
     (tmp_path / "recipes").mkdir()
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import core; print(core.__version__)"
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import core; print(core.__version__)"
+    )
     ended = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
