@@ -52,8 +52,8 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
     """An upright 8-bit RGB image from encoded bytes, the first frame where there are several.
 
     Raises:
-        ValueError: not a picture, a truncated or damaged one, one of more than 8 bits a channel that PIL would clip,
-            or one above `MAX_PIXELS`; the message begins with `name`.
+        ValueError: not a picture, a truncated or damaged one, grey of 32 bits a pixel, or one above `MAX_PIXELS`; the
+            message begins with `name`.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -110,22 +110,33 @@ def picture_name(source: str | Path) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright 8-bit RGB image: EXIF rotation applied, transparency laid over white.
+    """An upright 8-bit RGB image: EXIF rotation applied, transparency laid over white, 16-bit grey by its upper byte,
+    which is what PIL keeps of 16-bit colour.
 
-    Plain `convert("RGB")`, the field's habit, shows whatever colour lies under transparent pixels.
+    Plain `convert("RGB")`, the field's habit, shows whatever colour lies under transparent pixels, and clips such grey.
 
     Raises:
-        ValueError: a mode of more than 8 bits per channel, which PIL would clip.
+        ValueError: grey of 32 bits a pixel, whose range nothing tells.
     """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ValueError(
-            f"image of mode {image.mode!r} has more than 8 bits a channel: scale it to 8 bits first"
-        )
     image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _grey_of_8_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _grey_of_8_bits(image: Image.Image) -> Image.Image:
+    """Older PIL opens 16-bit grey in mode I; there a wider range is another kind of picture."""
+    levels = np.asarray(image)
+    if image.mode == "F" or levels.size and (levels.min() < 0 or levels.max() > 65535):
+        raise ValueError(f"image of mode {image.mode!r} has 32 bits a pixel: scale it to 8 bits first")
+    grey = (levels >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    return Image.fromarray(
+        grey if transparent is None else np.where(levels == transparent, 255, grey).astype(np.uint8)
+    )
 
 
 def contact_sheet(rows: Sequence[np.ndarray], scale: int = 3) -> Image.Image:

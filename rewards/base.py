@@ -6,9 +6,11 @@ A reward is a batch function, or a class with `score` or `__call__`, sync or asy
           metadata: list[dict], **params) -> list[float | None] | RewardOutput
 
 All lists have one entry per sample. The references of a sample are the pictures that its prompt names, in their order:
-the first is the one to edit; there are none for text-to-image. A class or function that takes no more than so many
-states it as `most_references`. `None`, NaN, infinity, an exception or a time-out mean *not scored*: the sample is
-missing and is never given a number in its place.
+the first is the one to edit; there are none for text-to-image. They come as the model was shown them: the first in the
+size of the image, further ones with at most as many pixels. A reward whose signature has `sources` gets their addresses
+there, a list of paths or data URIs for each sample, as `core.prompts` has them. A class or function that takes no more
+than so many references states it as `most_references`. `None`, NaN, infinity, an exception or a time-out mean *not
+scored*: the sample is missing and is never given a number in its place.
 """
 
 import math
@@ -119,7 +121,9 @@ class RewardSet:
     name: how the caller asks for it. task: `t2i` or `edit`. The example prompt and its metadata are what a
     custom reward is tried on before the run starts: give a real prompt's, since rewards may read metadata.
     height, width: size in pixels of the images that will be scored. other_tasks: the same rewards in the other tasks
-    of their recipe, for a service, which is ready once it has been tried in each.
+    of their recipe, for a service, which is ready once it has been tried in each. reference_multiple, reference_pixels:
+    with the images' size, at which size references are shown (`models.references.shown_references`);
+    references_as_given leaves them as large as they are, where what is scored was not drawn beside them.
     """
 
     name: str
@@ -130,6 +134,9 @@ class RewardSet:
     height: int = 64
     width: int = 64
     other_tasks: Sequence["RewardSet"] = ()
+    reference_multiple: int = 16
+    reference_pixels: int | None = None
+    references_as_given: bool = False
 
 
 def reward_label(spec: RewardSpec) -> str:

@@ -16,21 +16,32 @@ from rewards.loading import LoadedReward
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """All that a reward sees: per sample an RGB image, a prompt, reference images (none to several), and metadata."""
+    """All that a reward sees: per sample an RGB image, a prompt, reference images (none to several), and metadata.
+    `sources`: where the references came from, for rewards that ask; None where nobody said.
+    """
 
     images: Sequence[Image.Image]
     prompts: Sequence[str]
     references: Sequence[Sequence[Image.Image]]
     metadata: Sequence[Mapping[str, Any]]
+    sources: Sequence[Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
-        counts = {name: len(value) for name, value in vars(self).items()}
+        counts = {name: len(value) for name, value in vars(self).items() if value is not None}
         if len(set(counts.values())) != 1:
             raise ValueError(f"a reward batch needs one entry per image in every list, got {counts}")
 
-    def keywords(self) -> dict[str, Any]:
-        """Fresh copies: images and dicts can be changed in place, and other rewards and retries follow."""
-        return {
+    def keywords(self, *, sources: bool) -> dict[str, Any]:
+        """Fresh copies: images and dicts can be changed in place, and other rewards and retries follow.
+
+        `sources`: whether to give these too. Raises RewardContractError where there are none to give.
+        """
+        if sources and self.sources is None:
+            raise RewardContractError(
+                "the reward asks for the sources of references, and the batch came without"
+            )
+        asked = {"sources": [list(addresses) for addresses in self.sources or ()]} if sources else {}
+        return asked | {
             "images": [image.copy() for image in self.images],
             "prompts": list(self.prompts),
             "references": [[image.copy() for image in pictures] for pictures in self.references],
@@ -45,7 +56,9 @@ async def call_reward(loaded: LoadedReward, batch: RewardBatch) -> RewardOutput:
     with `timeout_s`, after the longest waits on top), and RewardContractError when the answer is not one number
     or None per image. Time in which other calls of the reward had their turn is not counted.
     """
-    call = functools.partial(loaded.function, **batch.keywords(), **loaded.arguments)
+    # What a service asks for, it says itself.
+    asked = loaded.takes_sources and (loaded.spec.service is None or batch.sources is not None)
+    call = functools.partial(loaded.function, **batch.keywords(sources=asked), **loaded.arguments)
     if _is_async(loaded):
         service = loaded.spec.service
         limit_s = loaded.spec.timeout_s + (service.longest_wait_s if service else 0)

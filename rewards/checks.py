@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import inspect
+import io
 import json
 import logging
 import time
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 TRIED_TOGETHER, TRIES_S = 16, 10.0
 """Prompts of one dry call, and the seconds that all dry calls of one reward may take."""
+_SOURCE = (40, 60, 200)
 NAMED = 5
 """Prompts that are named of those that a reward refuses."""
 
@@ -141,13 +144,14 @@ async def dry_call(loaded: LoadedReward, rewards: RewardSet, prompts: Sequence[P
     Raises RewardError when the call fails, takes longer than `timeout_s` or returns a wrong count or type.
     """
     size = (rewards.width, rewards.height)
-    shown = [(prompt.prompt, len(prompt.references), prompt.metadata) for prompt in prompts]
-    example = (rewards.example_prompt, int(rewards.task == "edit"), dict(rewards.example_metadata))
-    texts, counts, metadata = zip(*(shown or [example] * 2), strict=True)
+    shown = [(prompt.prompt, prompt.references, prompt.metadata) for prompt in prompts]
+    source = (_data_uri(Image.new("RGB", size, _SOURCE)),) if rewards.task == "edit" else ()
+    example = (rewards.example_prompt, source, dict(rewards.example_metadata))
+    texts, sources, metadata = zip(*(shown or [example] * 2), strict=True)
     drawn = Image.radial_gradient("L").resize(size).convert("RGB"), Image.new("RGB", size, (200, 60, 40))
     images = [drawn[k % 2] for k in range(len(texts))]
-    references = [[Image.new("RGB", size, (40, 60, 200))] * count for count in counts]
-    batch = RewardBatch(images, texts, references, metadata)
+    references = [[Image.new("RGB", size, _SOURCE) for _ in addresses] for addresses in sources]
+    batch = RewardBatch(images, texts, references, metadata, sources)
     try:
         await call_reward(loaded, batch)
     except TimeoutError as error:
@@ -159,3 +163,9 @@ async def dry_call(loaded: LoadedReward, rewards: RewardSet, prompts: Sequence[P
         raise
     except Exception as error:  # a reward is foreign code and may raise anything
         raise RewardError(f"reward {loaded.label!r}: the dry call raised {describe_error(error)}") from error
+
+
+def _data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -39,6 +39,8 @@ SERVED_REWARD = "rewards.service.client:ServedReward"
 """The client in whose hands a reward with a `service` is."""
 
 PROTOCOL_KEYWORDS = ("images", "prompts", "references", "metadata")
+ASKED_KEYWORD = "sources"
+"""Given to a reward whose signature names it."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class RewardSource:
 class LoadedReward:
     """A reward ready to be called.
 
-    `function` takes the protocol's keywords and `arguments`. `owner` is the instance when the reward is a
-    class (the place of the optional `check` and `readiness`), else None. `thread` runs a blocking reward, which may
-    share it with others; `overlapping` keeps the time of an async one.
+    `function` takes the protocol's keywords, `sources` if `takes_sources`, and `arguments`. `owner` is the instance
+    when the reward is a class (the place of the optional `check` and `readiness`), else None. `thread` runs a blocking
+    reward, which may share it with others; `overlapping` keeps the time of an async one.
     """
 
     spec: RewardSpec
@@ -65,6 +67,7 @@ class LoadedReward:
     function: Callable[..., Any]
     arguments: Mapping[str, Any]
     owner: object | None
+    takes_sources: bool = False
     thread: RewardThread = field(default_factory=RewardThread, compare=False)
     overlapping: OverlappingCalls = field(default_factory=OverlappingCalls, compare=False)
 
@@ -135,7 +138,7 @@ def _load_served(spec: RewardSpec) -> LoadedReward:
     logger.info(
         "reward %s: %s is served over HTTP, service.urls: %d", owner.label, spec.name, len(owner.urls)
     )
-    return LoadedReward(spec, owner.label, RewardSource(spec.name), owner.score, {}, owner)
+    return LoadedReward(spec, owner.label, RewardSource(spec.name), owner.score, {}, owner, True)
 
 
 def _resolve(name: str) -> tuple[Any, RewardSource]:
@@ -207,8 +210,9 @@ def _bind(spec: RewardSpec, found: Any, source: RewardSource) -> LoadedReward:
     if not callable(found):
         raise RewardLoadError(f"reward {spec.name!r} is a {type(found).__name__}; name a function or a class")
     if not inspect.isclass(found):
-        _check_signature(spec, found, "function", (*PROTOCOL_KEYWORDS, *spec.params))
-        return LoadedReward(spec, reward_label(spec), source, found, spec.params, None)
+        asked = _asked(found)
+        _check_signature(spec, found, "function", (*PROTOCOL_KEYWORDS, *asked, *spec.params))
+        return LoadedReward(spec, reward_label(spec), source, found, spec.params, None, bool(asked))
     _check_signature(spec, found, "constructor", tuple(spec.params))
     try:
         owner = found(**spec.params)
@@ -221,19 +225,26 @@ def _bind(spec: RewardSpec, found: Any, source: RewardSource) -> LoadedReward:
         raise RewardLoadError(
             f"reward {spec.name!r}: class {found.__name__} has neither `score` nor `__call__`"
         )
-    _check_signature(
-        spec, function, f"{found.__name__}.{'__call__' if function is owner else 'score'}", PROTOCOL_KEYWORDS
-    )
+    asked, method = _asked(function), "__call__" if function is owner else "score"
+    _check_signature(spec, function, f"{found.__name__}.{method}", (*PROTOCOL_KEYWORDS, *asked))
     shared = getattr(owner, "thread", None)
     thread = shared if isinstance(shared, RewardThread) else RewardThread()
-    return LoadedReward(spec, reward_label(spec), source, function, {}, owner, thread)
+    return LoadedReward(spec, reward_label(spec), source, function, {}, owner, bool(asked), thread)
+
+
+def _asked(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What a callable is given beside the protocol's keywords, because its signature names it."""
+    try:
+        return (ASKED_KEYWORD,) if ASKED_KEYWORD in inspect.signature(function).parameters else ()
+    except ValueError:  # some callables written in C carry no signature
+        return ()
 
 
 def _check_signature(
     spec: RewardSpec, function: Callable[..., Any], what: str, keywords: Sequence[str]
 ) -> None:
     """Refuse a callable that cannot take exactly `keywords` by name."""
-    clash = set(spec.params) & set(PROTOCOL_KEYWORDS)
+    clash = set(spec.params) & {*PROTOCOL_KEYWORDS, ASKED_KEYWORD}
     if clash:
         raise RewardLoadError(
             f"reward {spec.name!r}: params may not hold {sorted(clash)}; the framework gives these"

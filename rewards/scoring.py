@@ -103,7 +103,7 @@ async def score_reward(
     except FatalRewardError as error:
         raise FatalRewardError(f"reward {loaded.label!r} stops the run: {describe_error(error)}") from error
     except Exception as error:  # a reward is foreign code and may raise anything
-        logger.warning("reward %s: not scored after %d attempts", loaded.label, spec.attempts, exc_info=True)
+        _log_failure(loaded.label, error, count)
         scores, failures = [None] * count, {_cause(error): count}
     seconds = time.monotonic() - start
     return RewardResult(scores, components, failures, retrying.statistics["attempt_number"], seconds)
@@ -215,9 +215,26 @@ def _back_off(state: tenacity.RetryCallState) -> float:
     return max(_exponential(state), min(asked, LONGEST_RETRY_AFTER_S))
 
 
+_failed: Counter[tuple[str, str]] = Counter()
+"""Calls that failed for good in this process, by reward and kind of error."""
+
+
+def _log_failure(label: str, error: Exception, count: int) -> None:
+    """The first failure of a kind with its traceback, then a sentence at the 10th, 100th ...: a reward that always
+    fails is told, and buries nothing else."""
+    kind = (label, type(error).__name__)
+    _failed[kind] += 1
+    if _failed[kind] == 1:
+        logger.warning("reward %s: %d samples are not scored", label, count, exc_info=error)
+    elif math.log10(_failed[kind]).is_integer():
+        logger.warning("reward %s failed for the %dth time: %s", label, _failed[kind], describe_error(error))
+
+
 def _log_retry(label: str, state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    logger.warning(
+    known = _failed[label, type(error).__name__] > 0
+    logger.log(
+        logging.DEBUG if known else logging.WARNING,
         "reward %s: attempt %d failed (%s); again in %.1f s",
         label,
         state.attempt_number,

@@ -21,6 +21,7 @@ from PIL import Image
 
 from core.failures import DataFailure
 from core.prompts import Prompt, load_references
+from models.references import shown_references
 from rewards.base import RewardLoadError, RewardSet, RewardSpec, reward_label
 from rewards.calling import RewardBatch
 from rewards.checks import try_reward
@@ -109,8 +110,9 @@ class RewardScorer:
         """Score one group of G samples.
 
         `prompts` has G entries. `image_chunks` are uint8 arrays [n, H, W, 3], in order the G images of the
-        group; pass them as object references, which Ray resolves. Raises DataFailure for an unreadable
-        reference image, ValueError for arrays of another kind or number, and what `score_group` raises.
+        group; pass them as object references, which Ray resolves. Raises DataFailure for reference images that are
+        unreadable or too many for their pixels, ValueError for arrays of another kind or number, and what `score_group`
+        raises.
         """
         images = [image for chunk in image_chunks for image in _images(chunk)]
         if len(images) != len(prompts):
@@ -118,8 +120,9 @@ class RewardScorer:
         batch = RewardBatch(
             images=images,
             prompts=[prompt.prompt for prompt in prompts],
-            references=_references(prompts),
+            references=_references(self._sets[reward_set], prompts, images),
             metadata=[prompt.metadata for prompt in prompts],
+            sources=[prompt.references for prompt in prompts],
         )
         return await score_group(group_id, self._rewards[reward_set], batch)
 
@@ -157,16 +160,26 @@ def _images(chunk: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(image) for image in chunk]
 
 
-def _references(prompts: Sequence[Prompt]) -> list[list[Image.Image]]:
-    """The reference images of each sample. A group shares one prompt, so they are read once."""
-    loaded: dict[tuple[str, ...], list[Image.Image]] = {}
-    for prompt in prompts:
-        if prompt.references not in loaded:
-            try:
-                loaded[prompt.references] = load_references(prompt)
-            except ValueError as error:
-                raise DataFailure(str(error)) from error
-    return [loaded[prompt.references] for prompt in prompts]
+def _references(
+    rewards: RewardSet, prompts: Sequence[Prompt], images: Sequence[Image.Image]
+) -> list[list[Image.Image]]:
+    """The reference images of each sample as the model was shown them. A group shares one prompt and one size, so they
+    are read once."""
+    shown: dict[tuple[tuple[str, ...], tuple[int, int]], list[Image.Image]] = {}
+    keys = [(prompt.references, image.size) for prompt, image in zip(prompts, images, strict=True)]
+    for prompt, image, key in zip(prompts, images, keys, strict=True):
+        if key in shown:
+            continue
+        try:
+            shown[key] = load_references(prompt)
+            if not rewards.references_as_given:
+                drawn = image.height, image.width
+                shown[key] = shown_references(
+                    shown[key], drawn, rewards.reference_multiple, rewards.reference_pixels
+                )
+        except ValueError as error:
+            raise DataFailure(str(error)) from error
+    return [shown[key] for key in keys]
 
 
 RewardWorker = ray.remote(RewardScorer)

@@ -20,7 +20,8 @@ from models.folders import TEXT_PARTS
 from models.latents import encode_images, image_to_tensor
 from models.metaquery.encoder import MetaQueryEncoder
 from models.metaquery.reading import PositionMode
-from models.sizes import geometry, reference_sizes
+from models.references import shown_references
+from models.sizes import geometry
 from models.text import SD3TextEncoder
 from rollout.engine import WorkerInfo
 from rollout.machine import machine_failures
@@ -110,17 +111,12 @@ class Encoder:
     def _conditioning(self, prompt: Prompt, size: tuple[int, int] | None) -> Conditioning:
         if not prompt.references:
             return Conditioning(*self._embed(prompt.prompt, []))
-        images = load_references(prompt)
-        sizes = reference_sizes(
-            [(one.height, one.width) for one in images],
+        shown = shown_references(
+            load_references(prompt),
             size or (self.spec.height, self.spec.width),
             self._multiple,
             self.spec.reference_pixels,
         )
-        shown = [
-            one.resize((width, height), Image.Resampling.LANCZOS)
-            for one, (height, width) in zip(images, sizes, strict=True)
-        ]
         latents = tuple(
             encode_images(self.vae, image_to_tensor(one, one.height, one.width)[None])[0].cpu()
             for one in shown

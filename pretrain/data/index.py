@@ -180,13 +180,11 @@ def upright_size(file: IO[bytes], name: str) -> tuple[int, int]:
 
     Raises:
         SampleError: beginning with `name`, for what is no picture of `FORMATS`, or one that could not be used:
-            more than 8 bits a channel, or above `core.pictures.MAX_PIXELS`.
+            above `core.pictures.MAX_PIXELS`.
     """
     try:
         with Image.open(file, formats=FORMATS) as picture:
             width, height = picture.size
-            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-                raise SampleError(f"{name} has more than 8 bits a channel")
             if width * height > MAX_PIXELS:
                 raise SampleError(
                     f"{name} has {width} x {height} px, more than {MAX_PIXELS / 1e6:.0f} megapixels"

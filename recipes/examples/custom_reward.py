@@ -12,6 +12,7 @@ Both are called by keyword with four lists that have one entry per image of the 
     images      PIL images in RGB, the samples to be scored
     prompts     the prompt, or the edit instruction, of each
     references  a list of images: the one that was to be edited, then any others of the prompt; empty for text-to-image
+                with a keyword `sources` beside these you also get their paths or data URIs, a list for each sample
     metadata    the `metadata` of the prompt's line in the prompt file, a dict
 
 and return one number per image: higher is better, and 0 to 1 is the range the built-in rewards use. Where you

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from core.files import atomic_write_bytes, atomic_write_text
 from core.keys import folder_name
+from core.pictures import decode_picture
 from rewards.benchmarks.gedit import GET_DATA, METADATA, source_path
 from rewards.benchmarks.items import DataError
 
@@ -27,8 +26,8 @@ PICTURE = "input_image"
 def export(rows: Iterable[Mapping[str, Any]], folder: Path) -> int:
     """Write all rows; how many. A row has `COLUMNS` and `input_image: {"bytes": ...}`, an encoded picture.
 
-    Raises DataError for a row that lacks a column, or whose columns make no path below `folder`. The list is written
-    last: where it is, everything is.
+    Raises DataError for a row that lacks a column or a readable picture, or whose columns make no path below `folder`.
+    The list is written last: where it is, everything is.
     """
     lines = []
     for number, row in enumerate(rows):
@@ -42,8 +41,11 @@ def export(rows: Iterable[Mapping[str, Any]], folder: Path) -> int:
             raise DataError([f"row {number}: {name} {row[name]!r}: {error}"]) from error
         path = source_path(folder, row["task_type"], row["instruction_language"], row["key"])
         buffer = io.BytesIO()
-        with Image.open(io.BytesIO(row[PICTURE]["bytes"])) as image:
-            image.convert("RGB").save(buffer, "PNG")
+        try:
+            picture = decode_picture(row[PICTURE]["bytes"], f"row {number}: {PICTURE}")
+        except ValueError as error:
+            raise DataError([str(error)]) from error
+        picture.save(buffer, "PNG")
         atomic_write_bytes(path, buffer.getvalue())
         lines.append(json.dumps({name: row[name] for name in COLUMNS}, ensure_ascii=False))
     atomic_write_text(folder / METADATA, "".join(f"{line}\n" for line in lines))

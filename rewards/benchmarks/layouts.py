@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from core.files import atomic_write_bytes, atomic_write_text
-from core.pictures import refuse_large
+from core.pictures import refuse_large, to_rgb
 from core.text import parse_json, read_text
 from rewards.benchmarks.items import Item
 
@@ -36,9 +36,9 @@ class Picture:
     cell: int | None = None
 
     def load(self) -> Image.Image:
-        """RGB, EXIF rotation applied. Raises ValueError naming an unreadable file or a grid of odd size."""
+        """Upright RGB. Raises ValueError naming an unreadable file or a grid of odd size."""
         with self._open() as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
+            picture = to_rgb(image)
         return picture if self.cell is None else picture.crop(_cell_box(self.path, picture.size, self.cell))
 
     def check(self) -> None:

@@ -165,6 +165,7 @@ def _describe(reward: HostedReward) -> dict[str, Any]:
         "name": spec.name,
         "params": spec.params,
         "fingerprint": reward.fingerprint,
+        "takes_sources": reward.loaded.takes_sources,
         "path": source.path,
         "sha256": source.sha256,
         "ready": not reward.problems,

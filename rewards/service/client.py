@@ -48,6 +48,7 @@ class ServedReward:
         self._spec, self._service = spec, spec.service
         self._endpoints = Endpoints(self.urls)
         self._connections = Connections(keepalive_s=30)
+        self._takes_sources = False  # as the services say when they are looked at
         self._source: tuple[str, str | None] | None = None  # first URL to answer, sha256 of the reward's file
 
     @property
@@ -110,8 +111,9 @@ class ServedReward:
         prompts: Sequence[str],
         references: Sequence[Sequence[Image.Image]],
         metadata: Sequence[Mapping[str, Any]],
+        sources: Sequence[Sequence[str]] | None = None,
     ) -> RewardOutput:
-        """The answer of whichever service is free.
+        """The answer of whichever service is free. `sources` travel to a reward that asks for them.
 
         Raises RetryableRewardError, TimeoutError and ServedRewardFailure for what happened to the reward there,
         FatalRewardError for what no other call can mend, or when no service was there for `unavailable_s`.
@@ -125,6 +127,7 @@ class ServedReward:
                 prompts=prompts,
                 references=references,
                 metadata=metadata,
+                sources=sources if self._takes_sources else None,
                 codec=self._service.codec,
             )
         except WireError as error:
@@ -204,6 +207,7 @@ class ServedReward:
                 f"{self._spec.params} (hash {mine[:12]})"
             )
         self._same_source(endpoint.url, found.get("sha256"))
+        self._takes_sources = bool(found.get("takes_sources"))
         if not found.get("ready"):
             raise Away(f"not ready: {'; '.join(map(str, found.get('problems') or []))}")
         logger.info(

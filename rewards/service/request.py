@@ -36,7 +36,8 @@ class Picture(BaseModel):
 
 
 class Header(BaseModel):
-    """The JSON of a frame. `images` and `references` hold numbers of `pictures`, one entry per sample."""
+    """The JSON of a frame. `images` and `references` hold numbers of `pictures`, one entry per sample; `sources` hold
+    numbers of `addresses`, those of the references, for a reward that asks for them."""
 
     model_config = _STRICT
     fingerprint: str = Field(max_length=64)
@@ -45,6 +46,10 @@ class Header(BaseModel):
     metadata: list[dict[str, Any]] = Field(max_length=MOST_SAMPLES)
     images: list[int] = Field(max_length=MOST_SAMPLES)
     references: list[Annotated[list[int], Field(max_length=MOST_REFERENCES)]] = Field(max_length=MOST_SAMPLES)
+    addresses: list[str] = Field([], max_length=MOST_PICTURES)
+    sources: list[Annotated[list[int], Field(max_length=MOST_REFERENCES)]] | None = Field(
+        None, max_length=MOST_SAMPLES
+    )
     pictures: list[Picture] = Field(min_length=1, max_length=MOST_PICTURES)
 
 
@@ -69,6 +74,9 @@ def decode_request(body: bytes | bytearray, largest_decoded: int) -> tuple[Call,
         prompts=header.prompts,
         references=[[pictures[number] for number in numbers] for numbers in header.references],
         metadata=header.metadata,
+        sources=None
+        if header.sources is None
+        else [[header.addresses[number] for number in row] for row in header.sources],
     )
     return Call(header.fingerprint, header.timeout_s), batch
 
@@ -94,11 +102,15 @@ def _check_counts(raw: Any) -> None:
 def _problems(header: Header, rest: int, largest_decoded: int) -> Iterator[str]:
     lists = ("prompts", "metadata", "images", "references")
     counts = {name: len(getattr(header, name)) for name in lists}
+    if header.sources is not None:
+        counts["sources"] = len(header.sources)
     if len(set(counts.values())) != 1:
         yield f"every list needs one entry per sample, got {counts}"
     used = {*header.images, *chain.from_iterable(header.references)}
     if used != set(range(len(header.pictures))):
         yield f"images and references must use exactly the pictures 0 to {len(header.pictures) - 1}"
+    if {*chain.from_iterable(header.sources or ())} != set(range(len(header.addresses))):
+        yield "sources must use exactly the addresses that are there"
     for number, picture in enumerate(header.pictures):
         if picture.codec == "raw" and picture.bytes != picture.decoded_bytes:
             yield f"pictures.{number}: raw RGB of {picture.width}x{picture.height} takes {picture.decoded_bytes} bytes"

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 from PIL import Image
@@ -84,9 +85,13 @@ def encode_request(
     prompts: Sequence[str],
     references: Sequence[Sequence[Image.Image]],
     metadata: Sequence[Mapping[str, Any]],
+    sources: Sequence[Sequence[str]] | None = None,
     codec: str,
 ) -> bytes:
-    """The frame for one batch of RGB images. Raises WireError for another mode or metadata that JSON cannot hold."""
+    """The frame for one batch of RGB images, with the addresses of references unless they are None.
+
+    Raises WireError for another mode or metadata that JSON cannot hold.
+    """
     sheet = _Sheet(codec)
     header = {
         "fingerprint": call.fingerprint,
@@ -97,6 +102,12 @@ def encode_request(
         "references": [[sheet.place(image) for image in pictures] for pictures in references],
         "pictures": sheet.entries,
     }
+    if sources is not None:
+        addresses = {
+            address: number for number, address in enumerate(dict.fromkeys(chain.from_iterable(sources)))
+        }
+        header["addresses"] = list(addresses)
+        header["sources"] = [[addresses[one] for one in row] for row in sources]
     try:
         text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as error:

@@ -281,6 +281,7 @@ def _reward_set(plan: Plan, number: int, part: Part) -> RewardSet:
         example.metadata,
         height,
         width,
+        references_as_given=True,
     )
 
 

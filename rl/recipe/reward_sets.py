@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from core.prompts import Prompt
+from models.sizes import geometry
 from rewards.base import RewardSet
 from rewards.recipe import reward_set
 from rl.recipe.schema import EvaluationTaskConfig, RunConfig
@@ -33,4 +36,9 @@ def part_reward_set(
     name = stage_set_name(part.label) if isinstance(part, StagePart) else evaluation_set_name(part.task)
     rule = shape_rule(config.model)
     height, width = rule.of(prompts[0]).size if prompts else rule.fixed
-    return reward_set(name, part.task, part.rewards, prompts, height, width)
+    found = reward_set(name, part.task, part.rewards, prompts, height, width)
+    try:
+        multiple = geometry(rule.folder).multiple
+    except (OSError, ValueError, KeyError):  # told of the model
+        return found
+    return replace(found, reference_multiple=multiple, reference_pixels=rule.reference_pixels)

@@ -50,6 +50,49 @@ def test_every_8_bit_mode_is_read(mode: str, tmp_path: Path) -> None:
     assert read.mode == "RGB" and set(read.tobytes()) == {255}
 
 
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "PNG"), ("I;16B", "TIFF"), ("I", "TIFF")]
+)
+def test_16_bit_grey_is_scaled_and_upright(mode: str, kind: str) -> None:
+    """PIL's own conversion of mode I clips at 255."""
+    levels = np.array(
+        [[0, 255, 256], [32768, 65279, 65535]], {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    )
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    image = Image.frombytes(mode, (3, 2), levels.tobytes())
+    read = np.asarray(decode_picture(encoded(image, kind, exif=exif), "x"))
+    assert (read == np.array([[255, 254, 128], [1, 0, 0]])[..., None]).all() and read.shape == (2, 3, 3)
+
+
+def test_a_transparent_level_of_16_bit_grey_becomes_white() -> None:
+    image = Image.frombytes("I;16", (2, 1), np.array([300, 301], "<u2").tobytes())
+    assert decode_picture(encoded(image, transparency=300), "x").tobytes() == bytes([255] * 3 + [1] * 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_is_no_negative(kind: str) -> None:
+    """Adobe's programs, and PIL, write inverted CMYK into JPEG files, and not into TIFF files."""
+    image = Image.new("CMYK", (8, 8), (0, 250, 250, 0))
+    data = encoded(image, kind)
+    assert (b"Adobe" in data) == (kind == "JPEG")
+    red, green, blue = decode_picture(data, "x").getpixel((4, 4))  # type: ignore[misc]
+    assert red > 245 and green < 10 and blue < 10
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "RGBA", "L", "1"])
+def test_transparency_of_every_kind_is_laid_over_white(mode: str) -> None:
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    if mode in ("L", "1"):  # one level is the transparent one
+        image = Image.new(mode, (2, 1), 0)
+        image.putpixel((0, 0), 255)
+        assert decode_picture(encoded(image, transparency=0), "x").getpixel((1, 0)) == (255, 255, 255)
+    else:
+        image = image.convert(mode)
+        assert to_rgb(image).tobytes() == bytes([0] * 3 + [255] * 3)
+
+
 def test_a_data_uri_is_its_picture() -> None:
     data = encoded(noise())
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
@@ -66,8 +109,9 @@ def test_an_animation_gives_its_first_frame() -> None:
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("deep.png", encoded(Image.new("I;16", (4, 4))), "more than 8 bits a channel"),
-        ("float.tif", encoded(Image.new("F", (4, 4)), "TIFF"), "more than 8 bits a channel"),
+        ("float.tif", encoded(Image.new("F", (4, 4)), "TIFF"), "mode 'F' has 32 bits a pixel: scale it to 8 bits"),
+        ("wide.tif", encoded(Image.new("I", (4, 4), 65536), "TIFF"), "mode 'I' has 32 bits a pixel"),
+        ("signed.tif", encoded(Image.new("I", (4, 4), -1), "TIFF"), "mode 'I' has 32 bits a pixel"),
         ("huge.png", encoded(Image.new("1", (10_000, 9_000))), "10000 x 9000 px are more than the 89 megapixels"),
         ("bomb.png", encoded(Image.new("1", (20_000, 10_000))), "decompression bomb"),
         ("short.png", encoded(noise(64, 64))[:-40], "truncated"),

@@ -44,9 +44,10 @@ def test_every_8_bit_mode_becomes_a_tensor(mode: str) -> None:
     torch.testing.assert_close(tensor, torch.ones(3, 8, 16))
 
 
-def test_deep_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        image_to_tensor(Image.new("I;16", (4, 4)), 4, 4)
+def test_16_bit_grey_is_scaled_and_32_bits_are_refused() -> None:
+    torch.testing.assert_close(image_to_tensor(Image.new("I;16", (4, 4), 65535), 4, 4), torch.ones(3, 4, 4))
+    with pytest.raises(ValueError, match="32 bits a pixel"):
+        image_to_tensor(Image.new("F", (4, 4)), 4, 4)
 
 
 def test_pixels_map_to_minus_one_and_one() -> None:

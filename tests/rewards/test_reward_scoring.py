@@ -1,10 +1,13 @@
 """Every way a reward can fail ends as a missing score, and the policy does with it what the recipe says."""
 
 import asyncio
+import logging
 import math
+from collections import Counter
 
 import pytest
 
+from rewards import scoring
 from rewards.base import FatalRewardError, RewardContractError, RewardOutput, RewardSpec
 from rewards.calling import RewardBatch, call_reward
 from rewards.loading import LoadedReward, RewardSource
@@ -298,3 +301,17 @@ def test_components_are_logged_beside_their_reward_and_mask_nothing(load, batch)
     assert all(
         value is None or math.isfinite(value) for values in group.components.values() for value in values
     )
+
+
+def test_a_reward_that_always_fails_is_told_and_buries_nothing_else(load, batch, caplog, monkeypatch):
+    monkeypatch.setattr(scoring, "_failed", Counter())
+    reward = load(FORMS["function"].replace("BODY", "raise ValueError('broken')"), attempts=2)
+    for _ in range(12):
+        assert score([reward], batch).failures == {"own/exception": 4}
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.getMessage() for record in told if record.exc_info] == [
+        "reward own: 4 samples are not scored"
+    ]
+    assert "ValueError: broken" in caplog.text
+    assert told[-1].getMessage().startswith("reward own failed for the 10th time: ValueError: broken (")
+    assert len(told) == 3, "with the one retry of the first call"

@@ -25,7 +25,7 @@ from PIL import Image
 
 import recipes
 from core.failures import DataError, SampleError
-from core.pictures import refuse_large
+from core.pictures import decode_picture
 from core.shards.tar import Member, list_shard, read_member, write_shard_file
 from core.text import parse_json
 
@@ -159,8 +159,6 @@ def _png(picture: Image.Image) -> bytes:
 
 def _picture(content: bytes, name: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            refuse_large(picture)
-            return picture.convert("RGB")
-    except Exception as error:
-        raise SampleError(f"{name} cannot be decoded ({type(error).__name__}: {error})") from error
+        return decode_picture(content, name)
+    except ValueError as error:
+        raise SampleError(f"{name} cannot be decoded ({error})") from error

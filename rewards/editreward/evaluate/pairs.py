@@ -19,7 +19,7 @@ from PIL import Image
 
 import recipes
 from core.agreement import best_threshold, pair_accuracy
-from core.pictures import refuse_large
+from core.pictures import read_picture
 from core.statistics import Estimate, bootstrap_mean
 from core.text import parse_json, read_text
 from rewards.editreward.config import PairSetSection
@@ -134,8 +134,6 @@ def _by_source(values: np.ndarray, sources: Sequence[str], resamples: int, seed:
 
 def _picture(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            refuse_large(picture)
-            return picture.convert("RGB")
-    except Exception as error:
-        raise DataError(f"{path} cannot be decoded ({type(error).__name__}: {error})") from error
+        return read_picture(path)
+    except ValueError as error:
+        raise DataError(str(error)) from error

@@ -126,6 +126,33 @@ def test_every_sample_gets_its_own_copy_of_a_shared_reference(service, odd_name)
     assert group_of(behind(service, RewardSpec(odd_name)), batch).rewards == [4.0] * 4
 
 
+def test_a_reward_that_asks_for_the_addresses_of_references_gets_them(reward_file):
+    code = """
+        def asks(*, images, prompts, references, metadata, sources):
+            return [float(len("+".join(addresses))) for addresses in sources]
+    """
+    spec = RewardSpec(f"{reward_file(code)}:asks")
+    running = ServiceThread(RewardSet("edit", "edit", [spec], height=8, width=8))
+    try:
+        loaded = load_reward(served(spec, running.ready().url))
+        one = Image.new("RGB", (8, 8))
+        rest = {
+            "references": [[one], [one, one], [], [one]],
+            "sources": [["/a"], ["/a", "/bc"], [], ["data:"]],
+        }
+        batch = dataclasses.replace(odd_batch("fine"), **rest)
+        with pytest.raises(FatalRewardError, match="asks for the sources of references"):
+            group_of(loaded, batch)  # nobody has looked what it takes
+        assert asyncio.run(loaded.owner.readiness()) == []
+        assert (
+            group_of(loaded, batch).rewards
+            == group_of(load_reward(spec), batch).rewards
+            == [2.0, 6.0, 0.0, 5.0]
+        )
+    finally:
+        running.stop()
+
+
 @pytest.mark.parametrize("what", ["missing", "retryable", "exception", "timeout"])
 def test_a_missing_score_is_missing_in_the_same_way_as_in_process(service, odd_name, what):
     spec = RewardSpec(odd_name, attempts=2, timeout_s=0.25 if what == "timeout" else 20.0)

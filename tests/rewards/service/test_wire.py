@@ -70,6 +70,12 @@ def test_the_reference_of_a_group_is_sent_once():
     assert header["references"] == [[16, 1]] * 16
 
 
+def test_the_addresses_of_a_groups_references_are_sent_once_and_where_wanted_alone():
+    header, _ = header_of(frame(sources=[["/a.png", "/b.png"], ["/b.png"], []]))
+    assert (header["addresses"], header["sources"]) == (["/a.png", "/b.png"], [[0, 1], [1], []])
+    assert not {"addresses", "sources"} & header_of(frame())[0].keys()
+
+
 @pytest.mark.parametrize("values", [None, "nan", [True], ["0.5"], [[1.0]], [{"a": 1}], ["NaN"]])
 def test_other_things_than_scores_are_refused(values):
     with pytest.raises(WireError):
@@ -128,6 +134,9 @@ CASES = {
     "picture out of range": (with_header(frame(), images=[0, 1, 3]), "exactly the pictures 0 to 2"),
     "negative picture": (with_header(frame(), images=[0, 1, -1]), "exactly the pictures"),
     "reference out of range": (with_header(frame(), references=[[], [0, 3], []]), "exactly the pictures 0 to 2"),
+    "address out of range": (with_header(frame(), addresses=["a"], sources=[[0], [1], []]), "exactly the addresses"),
+    "unused address": (with_header(frame(), addresses=["a"]), "exactly the addresses"),
+    "too few sources": (with_header(frame(), addresses=["a"], sources=[[0]]), "per sample, got .*'sources': 1"),
     "a reference by itself": (with_header(frame(), references=[[], 0, []]), "references.1: .*valid list"),
     "unused picture": (with_header(frame(), images=[0, 1, 1]), "exactly the pictures"),
     "codec": (with_header(frame(count=1), pictures=picture(codec="gif")), "pictures.0.codec: .*'png' or 'raw'"),
@@ -218,6 +227,7 @@ def batches(draw):
         "prompts": many(st.text()),
         "references": many(st.lists(st.sampled_from(known), max_size=3)),
         "metadata": many(st.dictionaries(st.text(), plain, max_size=3)),
+        "sources": draw(st.none() | st.just(many(st.lists(st.text(), max_size=3)))),
     }
 
 
@@ -234,6 +244,7 @@ def test_any_batch_comes_through(batch, call, codec):
     back, found = decode_request(encode_request(call, **batch, codec=codec), LIMIT)
     assert back == call
     assert [found.prompts, found.metadata] == [batch["prompts"], batch["metadata"]]
+    assert found.sources == batch["sources"]
     assert list(map(pixels, found.images)) == list(map(pixels, batch["images"]))
     sent, came = (
         [list(map(pixels, shown)) for shown in shown_each]

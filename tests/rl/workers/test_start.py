@@ -25,5 +25,5 @@ def test_a_reward_worker_is_given_the_time_that_its_rewards_may_take(timeout_s, 
 
 
 def test_the_encoder_knows_the_budget_of_references():
-    model = ModelConfig(path="m", reference_pixels=4096)
+    model = ModelConfig(path="recipes/shapes/base", reference_pixels=4096)
     assert encoder_spec(model, ResourcesConfig(), "").reference_pixels == 4096
