@@ -10,7 +10,7 @@ from core.prompts import load_prompts
 from rl.recipe.schema import load_config
 from rl.recipe.shapes import count_shapes, shape_rule
 from tests.cases.conftest import CASES
-from tests.fakes.tiny_run import tiny_recipe
+from tests.fakes.tiny_run import REWARD_SOURCE, tiny_recipe
 from tests.rl.loop.test_run import copy_run, final_hash, groups, learned, records, run
 
 SIZES = [
@@ -27,6 +27,11 @@ SIZES = [
     (24, 24),
 ]
 """[height, width] of the first on, the case of 100:1, are their lines' own."""
+
+SAME_SIZE = """import numpy as np
+    assert all(picture.size == shown[0].size for picture, shown in zip(images, references) if shown)
+    assert {len(shown) for shown in references} == {1 + ("star" in prompts[0])} or not references[0]"""
+"""A reward that fails is missing, and missing ones are counted."""
 
 
 def write_edits(folder):
@@ -58,6 +63,7 @@ def straight(tmp_path_factory, ray_session):
         learner__micro_batch_size=2,
     )
     write_edits(folder)
+    (folder / "reward.py").write_text(REWARD_SOURCE.replace("import numpy as np", SAME_SIZE, 1))
     changes = "stages[1].steps=1", "evaluation.tasks[0].num_prompts=5", "gallery.prompts=5"
     run(recipe, *changes)
     return folder, recipe, changes
