@@ -14,7 +14,7 @@ from models.metaquery.config import MetaQueryConfig
 from rl.recipe.placement import make_plan, plan_title
 from rl.recipe.reward_sets import scored_parts
 from rl.recipe.schema import RunConfig
-from rl.recipe.shapes import count_shapes, largest_trained, part_shapes, shape_rule
+from rl.recipe.shapes import count_shapes, part_shapes, shape_rule, trained_shapes
 from rl.recipe.stage_parts import StagePart, rehearsed_parts, stage_tasks
 from rollout.shapes import Shape
 
@@ -26,7 +26,7 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 @dataclass(frozen=True)
 class ModelSize:
     """Counts from the transformer's config: parameters, the (untrained) position table, adapted linears. `shape`: the
-    largest that is trained on, which tokens and latents are of."""
+    largest that is trained on, which tokens and latents are of; `mixed`: whether a rollout may have several."""
 
     source: str
     parameters: int
@@ -36,6 +36,7 @@ class ModelSize:
     hidden_size: int
     num_layers: int
     shape: Shape
+    mixed: bool
     image_tokens: int
     reference_tokens: int
     text_tokens: int
@@ -78,7 +79,8 @@ def measure_model(config: RunConfig) -> ModelSize:
     values = sum(b.numel() for b in transformer.buffers())
     lora = config.model.lora
     report = attach_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
-    largest = largest_trained(config)
+    trained = trained_shapes(config) or [[Shape((config.model.height, config.model.width))]]
+    largest = max((shapes[-1] for shapes in trained), key=lambda shape: (shape.pixels, shape))
     token, (height, width) = factor * shape["patch_size"], largest.size
     image, *further = [
         rows // token * (columns // token) for rows, columns in (largest.size, *largest.references)
@@ -92,6 +94,7 @@ def measure_model(config: RunConfig) -> ModelSize:
         shape["num_attention_heads"] * shape["attention_head_dim"],
         shape["num_layers"],
         largest,
+        any(len(shapes) > 1 for shapes in trained),
         image,
         sum(further),
         _text_tokens(config),
@@ -154,7 +157,8 @@ def _batch_lines(config: RunConfig, size: ModelSize) -> list[str]:
         f"rollout: {r.prompts_per_rollout} prompts x G={r.group_size} = {samples} samples in chunks of {r.chunk_size}, "
         f"T={r.num_steps}, {trajectory / 1e6:.2f} MB of latents a sample"
         + (", one trajectory a group until its first stochastic step" if r.branch else ""),
-        f"update: {samples} / {learner.updates_per_rollout} = {per_update} samples; per rank {per_rank} in {micro} "
+        f"update: {samples} / {learner.updates_per_rollout} = {per_update} samples; per rank {per_rank} in "
+        f"{'at least ' * size.mixed}{micro} "
         f"micro-batches of {learner.micro_batch_size} x {steps} trained steps",
         f"LoRA: {size.lora_linears} linears, {size.lora_parameters / 1e6:.2f} M parameters "
         f"({size.lora_parameters * _BYTES[config.model.dtype] / 1e6:.1f} MB a publish), "

@@ -42,11 +42,12 @@ def part_shapes(part: Part, rule: ShapeRule) -> dict[Shape, float]:
     return found or {Shape(rule.fixed, (rule.fixed,) if part.task == "edit" else ()): 0.0}
 
 
-def largest_trained(config: RunConfig) -> Shape:
-    """That of most pixels among what the stages train on."""
+def trained_shapes(config: RunConfig) -> list[list[Shape]]:
+    """Of each part of the stages, those of fewest pixels first."""
     rule = shape_rule(config.model)
-    shapes = {shape for part in _trained(config) for shape in part_shapes(part, rule)} or {Shape(rule.fixed)}
-    return max(shapes, key=lambda shape: (shape.pixels, shape))
+    return [
+        sorted(part_shapes(part, rule), key=lambda shape: (shape.pixels, shape)) for part in _trained(config)
+    ]
 
 
 def count_shapes(config: RunConfig) -> int:

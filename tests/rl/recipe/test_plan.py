@@ -102,6 +102,7 @@ def test_sizes_are_listed_and_memory_is_of_the_largest(tmp_path):
     )
     assert "compiled for each of 3 shapes as it comes, into at most 192 graphs" in text
     assert "8 rows at once of 384 x 768 px)" in text
+    assert "per rank 32 in at least 4 micro-batches of 8" in text, "rare shapes leave some half empty"
     size = measure_model(config)
     assert (size.image_tokens, size.reference_tokens, size.latent_values) == (24 * 48, 0, 16 * 48 * 96)
 
