@@ -23,6 +23,7 @@ from rl.loop.cluster import training_spec
 from rl.loop.schedule import StageSchedule
 from rl.recipe.reward_sets import part_reward_set
 from rl.recipe.schema import RunConfig
+from rl.recipe.shapes import shape_rule
 from rl.recipe.stage_parts import stage_parts
 from rl.workers.start import encoder_spec, replica_spec
 from rollout.encoder import Encoder
@@ -115,11 +116,12 @@ class SignalBench:
 
     def _group(self, group: PromptGroup, label: str, spec: SamplingSpec, step: int) -> _Group:
         began = time.perf_counter()
-        conditioning = self.encoder.encode_one(group.prompt)
+        drawn = shape_rule(self.config.model).of(group.prompt, group.seeds[0]).size
+        conditioning = self.encoder.encode_one(group.prompt, drawn)
         trunk, size = derive_seed("trunk", group.seeds[0]), self.config.rollout.chunk_size
         parts = [
             self.engine.sample(
-                SampleRequest(group.id, first, group.seeds[first : first + size], (step,), trunk),
+                SampleRequest(group.id, first, group.seeds[first : first + size], (step,), trunk, drawn),
                 spec, self.negative, [conditioning],
             )
             for first in range(0, len(group.seeds), size)

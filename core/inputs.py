@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from core import __version__
+from core import PACKAGES, __version__
 from core.failures import ClusterError
 from core.files import file_sha256
 from core.recipe import ConfigError
 
 log = logging.getLogger(__name__)
-PACKAGES = ("core", "models", "pretrain", "recipes", "rewards", "rl", "rollout", "worlds")
 LIBRARIES = ("deepspeed", "diffusers", "numpy", "peft", "pillow", "ray", "torch", "transformers")
 _SHOWN = 12
 _AT_ONCE = 8

@@ -100,11 +100,24 @@ def value_problems(recipe: Any, where: str = "") -> list[str]:
     return reading.problems + reading.out_of_range
 
 
-def read_over_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig | ListConfig:
-    """The recipe in `path` merged over its `base`, if it names one; `above`: the recipes that led here."""
+def read_over_bases(path: Path) -> DictConfig | ListConfig:
+    """The recipe in `path` merged over its `base`, if it names one, and that one's."""
+    merged = OmegaConf.merge(*(node for _, node in _over_bases(path)))
+    assert isinstance(merged, DictConfig | ListConfig)
+    return merged
+
+
+def recipe_chain(path: str | Path) -> list[tuple[Path, Any]]:
+    """Each file that a recipe is made of with what it says itself, the lowest base first. Raises ConfigError."""
+    _read_file(path)
+    return [(file, OmegaConf.to_container(node)) for file, node in _over_bases(recipes.resolve(path))]
+
+
+def _over_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, DictConfig | ListConfig]]:
+    """The recipe in `path` behind its bases; `above`: the recipes that led here."""
     node = OmegaConf.load(path)
     if not isinstance(node, DictConfig) or "base" not in node:
-        return node
+        return [(path, node)]
     base = (path.parent / str(node.pop("base"))).resolve()
     if base in (*above, path.resolve()):
         raise ConfigError([f"{path}: base leads back to {base}; a recipe cannot stand on itself"])
@@ -112,9 +125,7 @@ def read_over_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig | Li
         raise ConfigError(
             [f"{path}: base {base} does not exist; name a recipe relative to this one's folder"]
         )
-    merged = OmegaConf.merge(read_over_bases(base, (*above, path.resolve())), node)
-    assert isinstance(merged, DictConfig | ListConfig)
-    return merged
+    return [*_over_bases(base, (*above, path.resolve())), (path, node)]
 
 
 def flat(recipe: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.utils import apply_lora_scale
 
 RELEASED_CLASS_NAME = "SD3Transformer2DKontextModel"
 _GOLDEN = (5**0.5 - 1) / 2
@@ -46,13 +47,15 @@ class KontextTransformer(SD3Transformer2DModel):
             timestep: 1000 x sigma, B.
             reference_hidden_states: clean reference latents, B C h w, or a sequence of such tensors.
             return_dict: `False` returns `(velocity,)`.
-            **sd3_options: options of `SD3Transformer2DModel.forward`; only without a reference.
+            **sd3_options: those of `SD3Transformer2DModel.forward`: `skip_layers`, `joint_attention_kwargs` (LoRA's
+                scale, an IP adapter's embeddings), `block_controlnet_hidden_states`. Beside references the first two
+                act on all tokens, and a ControlNet's residuals, B L D of the target alone, on the target's.
 
         Returns:
             velocity of the target, B C H W.
 
         Raises:
-            ValueError: a reference has the wrong rank, batch or channels, or is joined by an SD3 option.
+            ValueError: a reference has the wrong rank, batch or channels.
         """
         references = _reference_list(reference_hidden_states)
         if not references:
@@ -64,16 +67,14 @@ class KontextTransformer(SD3Transformer2DModel):
                 return_dict=return_dict,
                 **sd3_options,
             )
-        given = sorted(name for name, value in sd3_options.items() if value is not None)
-        if given:
-            raise ValueError(f"{given} and reference_hidden_states exclude each other: leave one out")
         for index, reference in enumerate(references):
             _check_reference(index, reference, hidden_states)
         velocity = self._forward_sequence(
-            hidden_states, references, encoder_hidden_states, pooled_projections, timestep
+            hidden_states, references, encoder_hidden_states, pooled_projections, timestep, **sd3_options
         )
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
+    @apply_lora_scale("joint_attention_kwargs")
     def _forward_sequence(
         self,
         target: torch.Tensor,
@@ -81,6 +82,10 @@ class KontextTransformer(SD3Transformer2DModel):
         text: torch.Tensor,
         pooled: torch.Tensor,
         timestep: torch.Tensor,
+        *,
+        block_controlnet_hidden_states: Sequence[torch.Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        skip_layers: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Run `[references, target]` through the blocks; equals SD3's forward for an empty list."""
         num_reference_tokens = sum(self._num_tokens(reference) for reference in references)
@@ -88,13 +93,36 @@ class KontextTransformer(SD3Transformer2DModel):
         tokens = torch.cat([*map(self.pos_embed, references[:1]), *further, self.pos_embed(target)], dim=1)
         time = self.time_text_embed(timestep, pooled)
         text = self.context_embedder(text)
-        for block in self.transformer_blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                text, tokens = self._gradient_checkpointing_func(block, tokens, text, time)
+        attention = self._attention_options(joint_attention_kwargs, timestep)
+        controls = block_controlnet_hidden_states
+        for index, block in enumerate(self.transformer_blocks):
+            if skip_layers is not None and index in skip_layers:
+                pass
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                text, tokens = self._gradient_checkpointing_func(block, tokens, text, time, attention)
             else:
-                text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=time)
+                text, tokens = block(
+                    hidden_states=tokens,
+                    encoder_hidden_states=text,
+                    temb=time,
+                    joint_attention_kwargs=attention,
+                )
+            if controls is not None and not block.context_pre_only:
+                residual = controls[int(index / (len(self.transformer_blocks) / len(controls)))]
+                own = tokens[:, num_reference_tokens:] + residual
+                tokens = torch.cat([tokens[:, :num_reference_tokens], own], dim=1)
         tokens = tokens[:, num_reference_tokens:]
         return self._unpatchify(self.proj_out(self.norm_out(tokens, time)), target.shape[-2:])
+
+    def _attention_options(
+        self, given: dict[str, Any] | None, timestep: torch.Tensor
+    ) -> dict[str, Any] | None:
+        """What attention processors are given, with an IP adapter's embeddings as they read them."""
+        if given is None or "ip_adapter_image_embeds" not in given:
+            return given
+        states, embedding = self.image_proj(given["ip_adapter_image_embeds"], timestep)
+        others = {name: value for name, value in given.items() if name != "ip_adapter_image_embeds"}
+        return others | {"ip_hidden_states": states, "temb": embedding}
 
     def _embed_further(self, latents: torch.Tensor, place: int) -> torch.Tensor:
         """Tokens [B, L, D] of the reference at `place` >= 1: its crop of the position table is moved to the right by

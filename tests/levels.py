@@ -116,6 +116,7 @@ _FILES = {
         rl/loop/test_judge_run.py
         rl/loop/test_metaquery_run.py
         rl/loop/test_run.py
+        rl/loop/test_shapes_run.py
         rl/report/test_browser.py
         rl/test_secrets.py
         rl/sweep/test_sweep.py::test_a_grid_runs

@@ -2,6 +2,7 @@
 
     python -m models.generate --model FOLDER --prompt "a red fox" --output fox.png
     python -m models.generate --model FOLDER --prompt "make it blue" --image fox.png --output blue.png
+    python -m models.generate --model FOLDER --prompt "put the cat on the chair" --image room.png cat.png --output x.png
     python -m models.generate --model FOLDER --prompts prompts.jsonl --output pictures --workers 8
     python -m models.generate --from-metadata fox.png --output again.png
 
@@ -27,7 +28,7 @@ from models.generate.command_line import (
     pool_of,
     run_command,
 )
-from models.generate.jobs import Job, Options, Order, job_picture, orders_of_file, orders_of_line
+from models.generate.jobs import Job, Options, Order, job_pictures, orders_of_file, orders_of_line
 from models.generate.metadata import WEIGHTS, read_record
 from models.generate.model import ModelSpec, checked, made_on, weights_record
 from models.generate.page import serve
@@ -123,9 +124,9 @@ def _orders(args: argparse.Namespace, spec: ModelSpec) -> list[Order]:
     options, model, count = _options(args), geometry(spec.model), args.num_images
     if args.prompts is not None:
         return orders_of_file(args.prompts, args.output, options, model=model, count=count)
-    image = None if args.image is None else str(args.image.absolute())
+    images = [str(image.absolute()) for image in args.image or ()]
     return orders_of_line(
-        args.prompt, image, args.output, options, model=model, count=count, origin="--prompt"
+        args.prompt, images, args.output, options, model=model, count=count, origin="--prompt"
     )
 
 
@@ -138,8 +139,9 @@ def _again(args: argparse.Namespace) -> tuple[list[Order], ModelSpec, dict[str, 
         record = read_record(args.from_metadata)
         job = Job(**{field.name: record[field.name] for field in fields(Job)})
         if args.image is not None:
-            job = replace(job, image=str(args.image.absolute()))
-        job_picture(job)
+            first, *further = (str(image.absolute()) for image in args.image)
+            job = replace(job, image=first, further_images=further)
+        job_pictures(job)
     except ValueError as error:
         raise Refused([str(error)]) from error
     places = {name: getattr(args, name) or record[name] for name in ("model", "vlm", "adapter")}
@@ -175,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what is made")
     what.add_argument("--prompt", help="what to draw; with --image how to edit it")
-    what.add_argument("--image", type=Path, help="picture to edit")
+    what.add_argument(
+        "--image", type=Path, nargs="+", help="picture to edit, and further references of the prompt in order"
+    )
     what.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="many pictures, one a line")
     what.add_argument("--from-metadata", type=Path, metavar="FILE.png", help="make this picture again")
     what.add_argument(
@@ -213,6 +217,11 @@ def _add_picture_options(group: Any) -> None:
     group.add_argument("--aspect-ratio", metavar="W:H", help="default: that of --image, else 1:1")
     group.add_argument("--height", type=int, help="px, with --width, in place of both")
     group.add_argument("--width", type=int)
+    group.add_argument(
+        "--reference-pixels",
+        type=int,
+        help="of several references together (default: each as many as the picture)",
+    )
     group.add_argument("--steps", type=int, help=f"Euler steps (default: {default['steps']})")
     group.add_argument(
         "--guidance", type=float, help=f"default: {default['guidance']}; up to 1 there is none"

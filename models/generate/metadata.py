@@ -31,11 +31,12 @@ WEIGHTS: dict[str, type] = {
     "position_mode": str,
 }
 _JOB = kinds_of(Job)
-DECIDING = tuple(key for key in (*_JOB, *WEIGHTS) if key != "image")
+DECIDING = tuple(key for key in (*_JOB, *WEIGHTS) if key not in ("image", "further_images"))
 _MAY_BE_NULL = set(
     [
         "image",
         "image_sha256",
+        "reference_pixels",
         "vlm",
         "vlm_sha256",
         "adapter",
@@ -44,6 +45,8 @@ _MAY_BE_NULL = set(
         "position_mode",
     ]
 )
+_ONE_REFERENCE: Record = {"further_images": [], "further_sha256": [], "reference_pixels": None}
+"""What a record says that was written before there were several."""
 
 
 def png_bytes(pixels: np.ndarray, record: Record) -> bytes:
@@ -72,7 +75,7 @@ def read_record(path: Path) -> Record:
             f"{path}: says nothing of how it was made (no {KEY!r} text), so it was not made here"
         )
     try:
-        record = json_object(found)
+        record = _ONE_REFERENCE | json_object(found)
     except ValueError as error:
         raise ValueError(f"{path}: its {KEY!r} text cannot be used: {error}") from error
     kinds = _JOB | WEIGHTS | PLACES | MADE_ON

@@ -118,11 +118,11 @@ class Generator:
         """Answers once the model is loaded."""
         return f"{os.uname().nodename}:{os.getpid()}"
 
-    def generate(self, jobs: Sequence[Job], pictures: Sequence[bytes | None]) -> np.ndarray:
+    def generate(self, jobs: Sequence[Job], pictures: Sequence[Sequence[bytes]]) -> np.ndarray:
         """uint8 N H W 3: a picture for each of N jobs that are `alike`, in one forward pass a step.
 
         Args:
-            pictures: the encoded picture to edit of each job, or None.
+            pictures: the encoded references of each job, in order.
 
         Raises:
             DataFailure: a picture cannot be used, a prompt cannot be read, or the latents are not finite.
@@ -143,7 +143,7 @@ class Generator:
                 f"{jobs[0].width} px: lower --batch-size or the size"
             ) from error
 
-    def latents(self, jobs: Sequence[Job], pictures: Sequence[bytes | None]) -> torch.Tensor:
+    def latents(self, jobs: Sequence[Job], pictures: Sequence[Sequence[bytes]]) -> torch.Tensor:
         """Normalised latents N C h w, float32: one CPU generator per job, so that its noise is its seed's alone.
 
         Raises ValueError for inputs that cannot be used and for results that are not finite.
@@ -155,9 +155,13 @@ class Generator:
             options["max_sequence_length"] = self.spec.max_sequence_length
         if jobs[0].image is not None:
             options["image"] = [
-                decode_picture(data or b"", picture_name(job.image or ""))
+                [
+                    decode_picture(one, picture_name(image))
+                    for image, one in zip(job.images, data, strict=True)
+                ]
                 for job, data in zip(jobs, pictures, strict=True)
             ]
+            options["reference_pixels"] = jobs[0].reference_pixels
         latents = self.pipeline(
             prompt=[job.prompt for job in jobs],
             negative_prompt=[job.negative_prompt for job in jobs],

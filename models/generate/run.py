@@ -16,7 +16,7 @@ from core.cluster.pool import PoolSpec, run_calls
 from core.failures import DataFailure
 from core.files import atomic_write_bytes
 from core.progress import Progress
-from models.generate.jobs import Job, Order, job_picture
+from models.generate.jobs import Job, Order, job_pictures
 from models.generate.metadata import differences, png_bytes, read_record
 from models.generate.model import Generator, ModelSpec, made_on
 from models.generate.task_lines import Refused
@@ -107,10 +107,10 @@ def _results(batches: Sequence[Batch], spec: ModelSpec, pool: PoolSpec) -> Itera
         yield batches[key], result
 
 
-def _arguments(batch: Batch) -> tuple[list[Job], list[bytes | None]]:
+def _arguments(batch: Batch) -> tuple[list[Job], list[list[bytes]]]:
     jobs = [order.job for order in batch]
     try:
-        return jobs, [job_picture(job) for job in jobs]
+        return jobs, [job_pictures(job) for job in jobs]
     except ValueError as error:
         raise DataFailure(str(error)) from error
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 class Refused(ValueError):
@@ -18,8 +18,13 @@ class Refused(ValueError):
 
 def kinds_of(record: type) -> dict[str, type]:
     """The type of every field of a dataclass, None apart."""
-    hints = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(record).items()}
-    return {name: next(kind for kind in kinds if kind is not NoneType) for name, kinds in hints.items()}
+
+    def kind_of(hint: Any) -> type:
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kind = next(kind for kind in kinds if kind is not NoneType)
+        return get_origin(kind) or kind
+
+    return {name: kind_of(hint) for name, hint in get_type_hints(record).items()}
 
 
 def check_record(
@@ -37,11 +42,20 @@ def check_record(
             problems.append(f"unknown key {key!r}: {hint}")
         elif value is not None and not _is(value, kinds[key]):
             problems.append(f"key {key!r} must be {_NAMES[kinds[key]]}, found {value!r:.60}")
+        elif isinstance(value, list):
+            odd = [one for one in value if not isinstance(one, str)]
+            problems += [f"key {key!r} must hold paths, found {one!r:.60}" for one in odd]
     problems += [f"key {key!r} is missing" for key in required if record.get(key) is None]
     return problems
 
 
-_NAMES = {str: "a string", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
+_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
 
 
 def _is(value: object, kind: type) -> bool:

@@ -143,8 +143,6 @@ def read_questions(path: Path) -> list[Question]:
         images = image if isinstance(image, list) else [] if image is None else [image]
         kinds = {"question": str, "image": list, "metadata": dict}
         wrong = check_record(record | {"image": images}, kinds, ("question",))
-        odd = [one for one in images if not isinstance(one, str)]
-        wrong += [f"key 'image' must hold paths, found {one!r:.60}" for one in odd]
         if wrong:
             raise Refused(wrong)
         places = [one if is_data_uri(one) else str((path.parent / one).absolute()) for one in images]

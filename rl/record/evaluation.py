@@ -27,7 +27,7 @@ from rewards.scoring import GroupScore
 from rl.recipe.reward_sets import evaluation_set_name
 from rl.recipe.schema import EvaluationConfig
 from rl.record.gallery import GallerySample
-from rl.record.groups import shown_references
+from rl.record.groups import reference_sheet
 from rl.workers.collect import Collector
 from rl.workers.requests import RolloutRequest, RolloutResult, alone, batch_requests
 from rollout.sampler import SamplingSpec
@@ -201,7 +201,7 @@ class Evaluator:
         return self.shapes.of(prompt, self._seed(prompt))
 
     def _gallery_sample(self, prompt: Prompt, image: np.ndarray, reward: float | None) -> GallerySample:
-        reference = shown_references(prompt, self._shape(prompt))
+        reference = reference_sheet(prompt, self._shape(prompt))
         return GallerySample(prompt.prompt, self._seed(prompt), image, reward, reference)
 
 

@@ -76,14 +76,14 @@ def group_samples(
     """All samples of a group for the gallery; `images` [G, H, W, 3]. The first carries the references of all."""
     (prompt,) = group.prompts
     references: list[NDArray[np.uint8] | None] = [None] * len(images)
-    references[0] = shown_references(prompt, group.shape)
+    references[0] = reference_sheet(prompt, group.shape)
     return [
         GallerySample(prompt.prompt, seed, image, reward, reference)
         for seed, image, reward, reference in zip(group.seeds, images, rewards, references, strict=True)
     ]
 
 
-def shown_references(prompt: Prompt, shape: Shape | None) -> NDArray[np.uint8] | None:
+def reference_sheet(prompt: Prompt, shape: Shape | None) -> NDArray[np.uint8] | None:
     """A prompt's references as the policy sees them (without a shape as large as they are), side by side; None where it
     has none."""
     pictures = load_references(prompt)

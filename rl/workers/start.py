@@ -76,6 +76,7 @@ def encoder_spec(
         vlm_path=None if model.vlm is None else str(recipes.resolve(model.vlm)),
         position_mode=model.position_mode,
         negative_prompt=negative_prompt,
+        reference_pixels=model.reference_pixels,
         held=held or {},
     )
 

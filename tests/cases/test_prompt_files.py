@@ -131,7 +131,7 @@ def test_a_prompt_of_the_command_line_holds_no_half_pair(base):
 
     model = geometry(Path("recipes/shapes/base"))
     with pytest.raises(Refused, match="prompt holds .* half of a surrogate pair"):
-        orders_of_line("caf\udce9", None, Path("x.png"), Options(), model=model, origin="--prompt")
+        orders_of_line("caf\udce9", (), Path("x.png"), Options(), model=model, origin="--prompt")
 
 
 def test_metadata_are_kept_whole(tmp_path):

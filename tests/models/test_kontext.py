@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 
 from models.components import load_transformer
 from models.kontext import KontextTransformer
+from models.lora.attach import adapter_parameters, attach_lora
 from tests.fakes.tiny_models import TRANSFORMER_CONFIG, make_tiny_transformer
 
 Inputs = dict[str, torch.Tensor]
@@ -172,5 +174,85 @@ def test_wrong_references_are_refused(transformer: KontextTransformer, inputs: I
         transformer(**inputs, reference_hidden_states=reference()[:1])
     with pytest.raises(ValueError, match="same batch and channels"):
         transformer(**inputs, reference_hidden_states=reference()[:, :3])
-    with pytest.raises(ValueError, match="skip_layers"):
-        transformer(**inputs, reference_hidden_states=reference(), skip_layers=[0])
+    with pytest.raises(TypeError, match="skip_layer"):
+        transformer(**inputs, reference_hidden_states=reference(), skip_layer=[0])
+
+
+class ImageProjection(torch.nn.Module):
+    """As an IP adapter's: embeddings and time to what its processors read."""
+
+    def forward(self, embeds: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return embeds, timestep[:, None] / 1000 * torch.linspace(0, 1, 8)
+
+
+def with_adapters(model: KontextTransformer) -> None:
+    """A LoRA that does something, and an IP adapter on the joint attention of each block."""
+    torch.manual_seed(3)
+    attach_lora(model, rank=2, alpha=4.0)
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.image_proj = ImageProjection()
+    for block in model.transformer_blocks:
+        block.attn.set_processor(
+            SD3IPAdapterJointAttnProcessor2_0(
+                hidden_size=32, ip_hidden_states_dim=12, head_dim=16, timesteps_emb_dim=8
+            )
+        )
+
+
+def residuals(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(2, 16, 32, generator=generator) for _ in range(count)]
+
+
+OPTIONS = {
+    "skipped": {"skip_layers": [1]},
+    "skipped last": {"skip_layers": [0, 2]},
+    "one residual": {"block_controlnet_hidden_states": residuals(1)},
+    "two residuals": {"block_controlnet_hidden_states": residuals(2), "skip_layers": [0]},
+    "scale": {"joint_attention_kwargs": {"scale": 0.25}},
+    "ip": {"joint_attention_kwargs": {"ip_adapter_image_embeds": torch.ones(2, 5, 12), "scale": 0.5}},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_sequence_path_takes_sd3s_options_as_sd3_does(inputs: Inputs, name: str) -> None:
+    torch.manual_seed(0)
+    model, option = make_tiny_transformer(), OPTIONS[name]
+    if "joint_attention_kwargs" in option:
+        with_adapters(model)
+    given = {key: dict(value) if isinstance(value, dict) else value for key, value in option.items()}
+    expected = model(**inputs, **given).sample
+    got = model._forward_sequence(inputs["hidden_states"], [], *list(inputs.values())[1:], **option)
+    assert torch.equal(got, expected)
+    assert option.keys() == given.keys() and all(len(option[key]) == len(given[key]) for key in option)
+    plain = (
+        {"joint_attention_kwargs": {"ip_adapter_image_embeds": torch.zeros(2, 5, 12)}} if name == "ip" else {}
+    )
+    with_one = [
+        model(**inputs, **each, reference_hidden_states=reference()).sample for each in (option, plain)
+    ]
+    assert (with_one[0] - with_one[1]).abs().max() > 1e-3, "beside a reference it has an effect"
+
+
+@torch.no_grad()
+def test_beside_a_reference_blocks_are_skipped_whole_and_residuals_are_the_targets(inputs: Inputs) -> None:
+    torch.manual_seed(0)
+    model, shown = make_tiny_transformer(), [reference(), reference(6, 10)]
+    skipped = model(**inputs, reference_hidden_states=shown, skip_layers=[1]).sample
+    (control,) = residuals(1)
+    controlled = model(
+        **inputs, reference_hidden_states=shown, skip_layers=[1], block_controlnet_hidden_states=[control]
+    ).sample
+    del model.transformer_blocks[1]
+    torch.testing.assert_close(skipped, independent_forward(model, inputs, shown), atol=1e-5, rtol=1e-5)
+
+    def add(
+        _: object, __: object, output: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return output[0], torch.cat([output[1][:, :-16], output[1][:, -16:] + 2 * control], dim=1)
+
+    # Of three blocks the last adds none, and the one that is skipped adds its own to what the first came to.
+    model.transformer_blocks[0].register_forward_hook(add)
+    torch.testing.assert_close(controlled, independent_forward(model, inputs, shown), atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 import base64
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rollout import worker
 from rollout.encoder import Encoder, EncoderSpec
 from rollout.engine import ROLLOUT_ADAPTER, ReplicaSpec, SampleRequest
 from rollout.sampler import Conditioning, SamplingSpec
+from rollout.shapes import ShapeRule
 from rollout.worker import Policy, Replica
 from tests.fakes.tiny_metaquery import make_tiny_metaquery
 
@@ -163,6 +165,8 @@ def test_a_budget_of_pixels_makes_further_references_smaller(encoder, monkeypatc
         monkeypatch.setattr(encoder, "spec", replace(encoder.spec, reference_pixels=budget))
         found = encoder.encode_one(prompt).reference_latents
         assert tuple(one.shape[-1] for one in found) == sides
+        rule = ShapeRule(Path(encoder.spec.model_path), (32, 32), reference_pixels=budget)
+        assert [height // 4 for height, _ in rule.of(prompt).references] == list(sides), "what is batched by"
     monkeypatch.setattr(encoder, "spec", replace(encoder.spec, reference_pixels=32 * 32))
     with pytest.raises(DataFailure, match="prompt 0 .*3 references in 1024 pixels"):
         encoder.encode_one(prompt)

@@ -17,6 +17,7 @@ from PIL import Image
 from models.generate.__main__ import main
 from models.generate.metadata import KEY
 from models.generate.page import Page
+from models.generate.task_lines import Refused
 from models.lora.attach import adapter_state, attach_lora
 from models.lora.files import save_adapter
 from models.pipeline import KontextPipeline
@@ -121,6 +122,42 @@ def test_a_picture_is_that_of_the_pipeline_and_says_how_it_was_made(
     assert found["guidance"] == 3.5 and found["dtype"] == "float32" and found["vlm"] is None
     assert found["model"] == str(folder) and found["adapter"] == str(adapter)
     assert all(len(found[f"{part}_sha256"]) == 64 for part in ("model", "adapter", "image"))
+
+
+def test_several_references_reach_the_pipeline_in_order_and_repeat(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named on the command line and in a file; made again from the metadata, wherever the pictures are by then."""
+    room, cat = tmp_path / "room.png", tmp_path / "cat.png"
+    picture().save(room)
+    picture(64, 16, 1).save(cat)
+    common = ["--model", str(folder), "--seed", "7", "--reference-pixels", "1280", *QUICK]
+    words = [*common, "--prompt", "put it there"]
+    assert main([*words, "--image", str(room), str(cat), "--output", str(tmp_path / "a.png")]) == 0
+    pipeline = KontextPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    (expected,) = pipeline(
+        "put it there", [Image.open(room), Image.open(cat)], height=32, width=32, num_inference_steps=3,
+        generator=torch.Generator().manual_seed(7), max_sequence_length=64, reference_pixels=1280,
+    ).images  # fmt: skip
+    made = pixels(tmp_path / "a.png")
+    assert (made == np.asarray(expected)).all()
+    told = record(tmp_path / "a.png")
+    assert told["further_images"] == [str(cat)] and told["reference_pixels"] == 1280
+
+    line = {"prompt": "put it there", "references": ["cat.png", "room.png"], "height": 32, "width": 32}
+    lines = write_lines(tmp_path / "p.jsonl", line, line | {"references": ["room.png", "cat.png"]})
+    assert main([*common, "--prompts", str(lines), "--output", str(tmp_path / "made")]) == 0
+    assert (pixels(tmp_path / "made" / "00002.png") == made).all()
+    assert (pixels(tmp_path / "made" / "00001.png") != made).any()
+
+    moved = cat.rename(tmp_path / "moved.png")
+    again = ["--from-metadata", str(tmp_path / "a.png"), "--output", str(tmp_path / "b.png")]
+    assert main([*again, "--image", str(room), str(moved)]) == 0
+    assert (pixels(tmp_path / "b.png") == made).all()
+    for wrong, said in (([room], "made from 2"), ([moved, room], "moved.png has changed")):
+        assert main([*again, "--image", *map(str, wrong)]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["kontext", "metaquery"])
@@ -316,6 +353,13 @@ def test_a_page_draws_as_the_command_line_does_and_asks_for_gradio(
     )
     drawn = Path(page.draw("a star", None, 42.0, 3.0, 3.5))
     assert drawn.read_bytes() == (tmp_path / "a.png").read_bytes()
+    picture().save(tmp_path / "room.png")
+    picture(seed=1).save(tmp_path / "cat.png")
+    names = [str(tmp_path / name) for name in ("room.png", "cat.png")]
+    both = Path(page.draw("put it there", names[0], 42.0, 3.0, 3.5, names[1:]))
+    assert record(both)["further_images"] == names[1:]
+    with pytest.raises(Refused, match="beside a picture to edit"):
+        page.draw("put it there", None, 42.0, 3.0, 3.5, names[1:])
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["--model", str(folder), "--page"]) == 2
     assert "pip install 'unipic-rl[page]'" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from models.generate.__main__ import main
-from models.generate.jobs import Job, Options, job_picture, orders_of_line
+from models.generate.jobs import Job, Options, job_pictures, orders_of_line
 from models.generate.metadata import png_bytes, read_record
 from models.generate.model import Generator, ModelSpec, checked
 from models.generate.task_lines import Refused
@@ -31,7 +31,7 @@ def jobs_of(spec: ModelSpec, prompts: list[str], image: Path | None) -> list[Job
     jobs = []
     for seed, prompt in enumerate(prompts, 11):
         options = Options(steps=3, height=32, width=32, seed=seed)
-        source = None if image is None else str(image)
+        source = [] if image is None else [str(image)]
         (order,) = orders_of_line(
             prompt, source, Path("x.png"), options, model=geometry(spec.model), origin=""
         )
@@ -51,7 +51,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(
     jobs = jobs_of(
         spec, ["a red star", "a blue circle on the left of a cross", "a cross"], source if edit else None
     )
-    pictures = [job_picture(job) for job in jobs]
+    pictures = [job_pictures(job) for job in jobs]
     assert [job.seed for job in jobs] == [11, 12, 13]
     generator = Generator(spec)
     together = generator.latents(jobs, pictures)
@@ -124,7 +124,7 @@ def test_transparency_lies_on_white_and_a_turned_picture_stands_upright(
             latents = []
             for path in (tmp_path / "given.png", tmp_path / "shown.png"):
                 (job,) = jobs_of(spec, ["make it red"], path)
-                latents.append(generator.latents([job], [job_picture(job)]))
+                latents.append(generator.latents([job], [job_pictures(job)]))
             assert torch.equal(*latents), (kind, name)
 
 
@@ -143,6 +143,15 @@ BAD = {
     "size": ('{"prompt": "x", "height": 30, "width": 32}', "multiples of 8 and at most 128"),
     "one side": ('{"prompt": "x", "height": 32}', "height 32 and width None: give both"),
     "jpeg": ('{"prompt": "x", "output": "a.jpg"}', "pictures are PNG files"),
+    "both": ('{"prompt": "x", "image": "ok.png", "references": ["ok.png"]}', "'image' and 'references' exclude"),
+    "no list": ('{"prompt": "x", "references": "ok.png"}', "key 'references' must be a list, found 'ok.png'"),
+    "numbers": ('{"prompt": "x", "references": ["ok.png", 3]}', "key 'references' must hold paths, found 3"),
+    "no entry": ('{"prompt": "x", "references": []}', "key 'references' is empty"),
+    "further": ('{"prompt": "x", "references": ["ok.png", "gone.png"]}', "gone.png is unreadable"),
+    "pixels": (
+        '{"prompt": "x", "references": ["ok.png", "ok.png"], "reference_pixels": 9}', "2 references in 9 pixels"
+    ),
+    "no pixels": ('{"prompt": "x", "reference_pixels": 0}', "reference_pixels 0: must be 1 or more"),
     "gone": ('{"prompt": "x", "image": "gone.png"}', "gone.png is unreadable"),
     "cut": ('{"prompt": "x", "image": "cut.png"}', "cut.png is unreadable (image file is truncated"),
     "deep": ('{"prompt": "x", "image": "deep.png"}', "deep.png is unreadable (image of mode 'I;16' has more than 8"),
@@ -192,12 +201,12 @@ def test_a_picture_that_changes_after_it_was_checked_is_not_edited(tmp_path: Pat
     source = tmp_path / "source.png"
     picture().save(source)
     (order,) = orders_of_line(
-        "x", str(source), tmp_path / "a.png", Options(), model=geometry(folder), origin="--prompt"
+        "x", [str(source)], tmp_path / "a.png", Options(), model=geometry(folder), origin="--prompt"
     )
-    assert job_picture(order.job) == source.read_bytes()
+    assert job_pictures(order.job) == [source.read_bytes()]
     picture(seed=1).save(source)
     with pytest.raises(ValueError, match="source.png has changed"):
-        job_picture(order.job)
+        job_pictures(order.job)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +227,18 @@ def test_metadata_that_was_changed_by_hand_is_checked(
     forged.write_bytes(png_bytes(np.asarray(Image.open(made)), record))
     assert main(["--from-metadata", str(forged), "--output", str(tmp_path / "again.png")]) == 2
     assert f"{forged}: its 'unipic-rl' text cannot be used: {message}" in capsys.readouterr().err
+
+
+def test_a_picture_from_before_there_were_further_references_is_read(tmp_path: Path, folder: Path) -> None:
+    made, old = tmp_path / "made.png", tmp_path / "old.png"
+    words = ["--model", str(folder), "--prompt", "x", "--steps", "1", "--threads", "1", "--output", str(made)]
+    assert main(words) == 0
+    record = read_record(made)
+    fewer = {
+        key: value for key, value in record.items() if "further" not in key and key != "reference_pixels"
+    }
+    old.write_bytes(png_bytes(np.asarray(Image.open(made)), fewer))
+    assert len(fewer) == len(record) - 3 and read_record(old) == record
 
 
 def test_a_line_that_gives_a_size_takes_nothing_of_it_from_the_command_line(
