@@ -153,7 +153,7 @@ async def dry_call(loaded: LoadedReward, rewards: RewardSet, prompts: Sequence[P
     references = [[Image.new("RGB", size, _SOURCE) for _ in addresses] for addresses in sources]
     batch = RewardBatch(images, texts, references, metadata, sources)
     try:
-        await call_reward(loaded, batch)
+        output = await call_reward(loaded, batch)
     except TimeoutError as error:
         raise RewardError(
             f"reward {loaded.label!r}: the dry call on {len(images)} {rewards.width}x{rewards.height} images took "
@@ -163,6 +163,9 @@ async def dry_call(loaded: LoadedReward, rewards: RewardSet, prompts: Sequence[P
         raise
     except Exception as error:  # a reward is foreign code and may raise anything
         raise RewardError(f"reward {loaded.label!r}: the dry call raised {describe_error(error)}") from error
+    if not prompts:
+        scores = ["no score" if score is None else f"{score:.4g}" for score in output.scores]
+        logger.info("reward %s, tried: %s for a grey gradient, %s for plain red", loaded.label, *scores)
 
 
 def _data_uri(image: Image.Image) -> str:

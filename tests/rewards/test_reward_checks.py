@@ -17,7 +17,8 @@ def reward_set(path, task="t2i", attribute="reward", **settings):
 
 @pytest.mark.parametrize("prefix", ["", "async "])
 @pytest.mark.parametrize(("task", "count"), [("t2i", 0), ("edit", 1)])
-def test_the_dry_call_looks_like_the_task(reward_file, prefix, task, count):
+def test_the_dry_call_looks_like_the_task(reward_file, prefix, task, count, caplog):
+    caplog.set_level("INFO", logger="rewards.checks")
     path = reward_file(
         f"""
         {prefix}def reward({KEYWORDS}):
@@ -30,6 +31,7 @@ def test_the_dry_call_looks_like_the_task(reward_file, prefix, task, count):
     )
     rewards = reward_set(path, task, example_prompt="two cats", example_metadata={"tag": "counting"})
     assert check_rewards(rewards) == []
+    assert "reward reward, tried: no score for a grey gradient, 1 for plain red" in caplog.text
 
 
 @pytest.mark.parametrize(

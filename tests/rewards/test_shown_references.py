@@ -57,7 +57,7 @@ def readable_cases():
     return found
 
 
-@pytest.mark.parametrize("pixels", [None, 9500])
+@pytest.mark.parametrize("pixels", [None, 7000])
 def test_a_reward_gets_the_very_pixels_that_the_model_is_shown(reward_file, monkeypatch, tmp_path, pixels):
     """Of every readable case, at several sizes, alone and behind another one."""
     encoded = []

@@ -17,6 +17,7 @@ from rewards.benchmarks.registry import Part
 from rl.evaluate.cluster import make_placement
 from rl.evaluate.images import ImageStore
 from rl.evaluate.plan import Batch, Plan, Sampling, item_sizes, make_batches, prompts_sha256
+from rl.evaluate.preflight import _reward_set
 from rl.evaluate.report import markdown, table_rows
 from rl.evaluate.scores import ImageScore, ScoreStore
 from rl.recipe.schema import ResourcesConfig
@@ -47,6 +48,12 @@ def test_batches_hold_whole_items_of_one_part_and_one_size():
         (1, (32, 48), ["e00001"]),
     ]
     assert len(make_batches([part(drawn)], sizes, count=4, batch_size=1)) == 5, "one item at least"
+
+
+def test_benchmarks_give_rewards_the_source_as_it_is():
+    plan = SimpleNamespace(model="m", sampling=SimpleNamespace(size=32))
+    found = _reward_set(plan, 3, part(items(1, "edit")))
+    assert found.references_as_given and found.name == "benchmark:3"
 
 
 def test_seeds_follow_from_seed_prompt_and_number_alone():

@@ -12,6 +12,7 @@ from core.logs import submitted_job
 from models.components import load_transformer
 from models.lora.attach import adapter_parameters, attach_lora, hash_state
 from models.lora.files import save_adapter
+from models.sizes import geometry
 from rewards.base import ServiceSpec
 from rl.recipe.inputs import run_inputs
 from rl.recipe.preflight import preflight
@@ -45,6 +46,13 @@ def test_a_sound_recipe_passes_with_its_rewards(recipe):
     ]  # fmt: skip
     first = checked.reward_sets[1]
     assert (first.example_prompt, first.example_metadata) == ("a red circle", {"index": 0})
+
+
+def test_reward_workers_know_at_which_size_references_are_shown(recipe):
+    config = load_config(recipe, ["model.reference_pixels=4096"])
+    found = {(s.reference_multiple, s.reference_pixels) for s in preflight(config).reward_sets}
+    assert found == {(geometry(config.model.path).multiple, 4096)}
+    assert not any(s.references_as_given for s in preflight(config).reward_sets)
 
 
 @pytest.mark.parametrize(
