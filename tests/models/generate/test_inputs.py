@@ -154,7 +154,7 @@ BAD = {
     "no pixels": ('{"prompt": "x", "reference_pixels": 0}', "reference_pixels 0: must be 1 or more"),
     "gone": ('{"prompt": "x", "image": "gone.png"}', "gone.png is unreadable"),
     "cut": ('{"prompt": "x", "image": "cut.png"}', "cut.png is unreadable (image file is truncated"),
-    "deep": ('{"prompt": "x", "image": "deep.png"}', "deep.png is unreadable (image of mode 'I;16' has more than 8"),
+    "deep": ('{"prompt": "x", "image": "deep.tif"}', "deep.tif is unreadable ("),
     "thin": ('{"prompt": "x", "image": "thin.png"}', "thin.png: proportions of 1 x 400 are beyond 8:1"),
     "huge": ('{"prompt": "x", "image": "huge.png"}', "huge.png is unreadable (10000 x 9000 px are more than the 89"),
 }  # fmt: skip
@@ -167,7 +167,7 @@ def test_every_bad_line_is_named_before_anything_starts(
     picture().save(tmp_path / "ok.png")
     picture(64, 64).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-60])
-    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
+    Image.new("F", (8, 8)).save(tmp_path / "deep.tif")
     picture(1, 400).save(tmp_path / "thin.png")
     Image.new("1", (10_000, 9_000)).save(tmp_path / "huge.png")
     good = ['{"prompt": "x", "metadata": {"tag": "y"}}', '{"prompt": "x", "output": "00001.png"}']

@@ -41,7 +41,7 @@ def load(server, protocol="viescore", **params) -> LoadedReward:
 def run(loaded: LoadedReward, given: RewardBatch | None = None) -> RewardOutput:
     async def call():
         try:
-            return await loaded.owner.score(**(given or batch()).keywords())
+            return await loaded.owner.score(**(given or batch()).keywords(sources=False))
         finally:
             await loaded.owner._client.close()
 

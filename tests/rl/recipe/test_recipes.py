@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 READY = ["recipes/shapes/pdtr.yaml", "recipes/shapes/pdtr_long.yaml", "recipes/examples/custom_reward.yaml"]
 DRIVEN_BY_EDITREWARD = ["recipes/shapes/edit_editreward.yaml", "recipes/shapes/reward_hacking.yaml"]
 ON_METAQUERY = ["recipes/shapes/pdtr_metaquery.yaml"]
+ON_ITS_BASE = ["recipes/shapes/two_references.yaml"]
 SMOKE = ["recipes/smoke_sd35m_kontext.yaml"]
 FULL_SIZE = [
     "recipes/pdtr_sd35m_kontext.yaml",
@@ -36,7 +37,7 @@ def rl_recipes():
 
 
 def test_no_recipe_is_left_out():
-    assert rl_recipes() == sorted(READY + DRIVEN_BY_EDITREWARD + ON_METAQUERY + SMOKE + FULL_SIZE)
+    assert rl_recipes() == sorted(READY + DRIVEN_BY_EDITREWARD + ON_METAQUERY + ON_ITS_BASE + SMOKE + FULL_SIZE)
 
 
 @pytest.mark.parametrize("recipe", READY)
@@ -65,7 +66,7 @@ def test_the_smoke_recipe_takes_one_gpu(recipe):
     assert make_plan(load_config(ROOT / recipe)).gpus == 1
 
 
-@pytest.mark.parametrize("recipe", SMOKE + ON_METAQUERY)
+@pytest.mark.parametrize("recipe", SMOKE + ON_METAQUERY + ON_ITS_BASE)
 def test_a_recipe_on_a_model_that_is_made_first_lacks_nothing_else(recipe, capsys, tmp_path):
     folder = str(tmp_path / "model")
     assert main([recipe, f"model.path={folder}", "--dry-run"]) == 2
