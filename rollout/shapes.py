@@ -90,7 +90,7 @@ class ShapeRule:
             return Shape(size, (size,) * len(prompt.references))
         if len(shapes) == 1:
             return shapes[0]
-        return random.Random(derive_seed("size", *draw)).choices(shapes, self.weights)[0]
+        return random.Random(derive_seed("size", *draw)).choices(shapes, self.weights or None)[0]
 
     @property
     def _model(self) -> ModelGeometry:

@@ -50,7 +50,7 @@ def preflight(config: RunConfig) -> Preflight:
     reward_sets = []
     for part in scored_parts(config):
         found, prompts = _check_prompts(part, shapes)
-        problems += found
+        problems += [p for p in found if p not in problems]
         # What a reward's keys say has been looked at above, and that there is one at all.
         sound = [reward for reward in part.rewards if not value_problems(reward)]
         if part.task not in ("edit", "t2i") or not sound:

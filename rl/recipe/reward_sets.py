@@ -34,7 +34,7 @@ def part_reward_set(
 ) -> RewardSet:
     """The part's rewards, to be tried on its first prompt, at a size that it may have."""
     name = stage_set_name(part.label) if isinstance(part, StagePart) else evaluation_set_name(part.task)
-    rule = shape_rule(config.model)
+    rule = replace(shape_rule(config.model), weights=())  # which may be wrong still
     height, width = rule.of(prompts[0]).size if prompts else rule.fixed
     found = reward_set(name, part.task, part.rewards, prompts, height, width)
     try:

@@ -76,6 +76,14 @@ def test_reward_workers_know_at_which_size_references_are_shown(recipe):
         ),
         ("model.width=256", "sides that are multiples of 8 and at most 128"),
         ("model.sizes=[{height: 32, width: 30}]", "model.sizes[0]: pictures of 32 x 30 px"),
+        (
+            "model.sizes=[{height: 32, width: 32, weight: -1}, {height: 32, width: 64}]",
+            "model.sizes[0].weight=-1",
+        ),
+        (
+            "model.sizes=[{height: 32, width: 32, weight: .nan}, {height: 32, width: 64}]",
+            "model.sizes[0].weight",
+        ),
         ("model.longer_edge=24", "model.longer_edge: longer edge of 24 px: must be a multiple of 16"),
         ("model.longer_edge=256", "model.longer_edge: pictures of 256 x 256 px"),
         ("stages[0].prompts=/absent/edit.jsonl", "/absent/edit.jsonl: cannot be read"),

@@ -37,7 +37,9 @@ def rl_recipes():
 
 
 def test_no_recipe_is_left_out():
-    assert rl_recipes() == sorted(READY + DRIVEN_BY_EDITREWARD + ON_METAQUERY + ON_ITS_BASE + SMOKE + FULL_SIZE)
+    assert rl_recipes() == sorted(
+        READY + DRIVEN_BY_EDITREWARD + ON_METAQUERY + ON_ITS_BASE + SMOKE + FULL_SIZE
+    )
 
 
 @pytest.mark.parametrize("recipe", READY)
